@@ -1,0 +1,76 @@
+"""Which ``on_commit`` callbacks are due: those whose transaction, and every savepoint around them, was kept."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session, SessionTransaction
+
+AfterCommit = Callable[[], Awaitable[object] | object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    callback: AfterCommit
+    transaction: SessionTransaction | None
+
+
+class CallbackQueue:
+    """The callbacks of one unit of work, from registration until they are due or dropped."""
+
+    __slots__ = ("_due", "_pending", "_watched")
+
+    def __init__(self) -> None:
+        self._pending: list[_Pending] = []
+        self._due: deque[AfterCommit] = deque()
+        self._watched: set[Session] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._pending or self._due)
+
+    def add(self, callback: AfterCommit, session: Session | None) -> None:
+        """Register a callback, bound to the innermost transaction or savepoint of ``session`` if there is one."""
+        transaction = None
+        if session is not None and session.in_transaction():
+            transaction = session.get_nested_transaction() or session.get_transaction()
+            self._watch(session)
+        self._pending.append(_Pending(callback, transaction))
+
+    def settle(self, *, committed: bool) -> None:
+        """Decide about the callbacks that were registered outside any transaction: the unit's outcome is theirs."""
+        settled = [entry.callback for entry in self._pending if entry.transaction is None]
+        self._pending = [entry for entry in self._pending if entry.transaction is not None]
+        if committed:
+            self._due.extend(settled)
+
+    def pop_due(self) -> AfterCommit | None:
+        """The next callback to run, in the order of registration; None when there is none."""
+        return self._due.popleft() if self._due else None
+
+    def _watch(self, session: Session) -> None:
+        if session not in self._watched:
+            self._watched.add(session)
+            event.listen(session, "after_commit", self._after_commit)
+            event.listen(session, "after_soft_rollback", self._after_rollback)
+
+    def _after_commit(self, session: Session) -> None:
+        if session.in_nested_transaction():
+            return  # a savepoint was released; the transaction around it still decides
+        root = session.get_transaction()
+        kept = [entry for entry in self._pending if root in _self_and_parents(entry.transaction)]
+        self._pending = [entry for entry in self._pending if entry not in kept]
+        self._due.extend(entry.callback for entry in kept)
+
+    def _after_rollback(self, _: Session, ended: SessionTransaction) -> None:
+        self._pending = [entry for entry in self._pending if ended not in _self_and_parents(entry.transaction)]
+
+
+def _self_and_parents(transaction: SessionTransaction | None) -> list[SessionTransaction]:
+    chain = []
+    while transaction is not None:
+        chain.append(transaction)
+        transaction = transaction.parent
+    return chain

@@ -1,0 +1,137 @@
+"""The unit of work of a task on an event loop: async sessions, and sync ones whose I/O is kept off the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Coroutine
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from anyio import CancelScope, CapacityLimiter, to_thread
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, log_failed_callback, logger, roll_back_or_discard
+
+T = TypeVar("T")
+
+
+class AsyncUnitOfWork(UnitOfWork):
+    """The sessions of one request, websocket message or ``async with db.transaction()``.
+
+    Ending it is shielded: a cancellation that arrives during a COMMIT waits for the COMMIT's answer.
+    """
+
+    def __init__(self, only: Engines | None = None) -> None:
+        super().__init__(only)
+        self._async_sessions: dict[Engines, AsyncSession] = {}
+
+    def async_session(self, engines: Engines) -> AsyncSession:
+        """The unit's session on one database."""
+        session = self._async_sessions.get(engines)
+        if session is None:
+            session = self._async_sessions[engines] = engines.new_async_session()
+        return session
+
+    async def finish_async(self, *, commit: bool) -> None:
+        """The twin of ``finish`` on an event loop; raises the same.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
+        """
+        if self._async_sessions or self._sync_sessions or self.callbacks:
+            await _run_to_completion(self._finish_async(commit=commit))
+
+    async def __aenter__(self) -> Self:
+        self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        try:
+            await self.finish_async(commit=error is None)
+        finally:
+            self.close()
+
+    def _session_in_use(self, engines: Engines) -> Session | None:
+        session = self._async_sessions.get(engines)
+        return session.sync_session if session is not None else super()._session_in_use(engines)
+
+    def _every_session(self) -> list[Session]:
+        return [*(session.sync_session for session in self._async_sessions.values()), *super()._every_session()]
+
+    async def _finish_async(self, *, commit: bool) -> None:
+        try:
+            if commit and not self.rollback_only:
+                await self._commit_async()
+            else:
+                await self._rollback_async()
+        finally:
+            await self._run_due_callbacks_async()
+
+    async def _commit_async(self) -> None:
+        async_sessions = [session for session in self._async_sessions.values() if session.in_transaction()]
+        sync_sessions = [session for session in self._sync_sessions.values() if session.in_transaction()]
+        try:
+            if len(async_sessions) + len(sync_sessions) > 1:
+                for async_session in async_sessions:
+                    await async_session.flush()
+                for sync_session in sync_sessions:
+                    await _in_thread(sync_session.flush)
+            for async_session in async_sessions:
+                await async_session.commit()
+            for sync_session in sync_sessions:
+                await _in_thread(sync_session.commit)
+        except BaseException:
+            await self._rollback_async()
+            raise
+        self.callbacks.settle(committed=True)
+
+    async def _rollback_async(self) -> None:
+        for async_session in self._async_sessions.values():
+            if async_session.in_transaction():
+                await async_session.run_sync(roll_back_or_discard)
+        for sync_session in self._sync_sessions.values():
+            if sync_session.in_transaction():
+                await _in_thread(partial(roll_back_or_discard, sync_session))
+        self.callbacks.settle(committed=False)
+
+    async def _run_due_callbacks_async(self) -> None:
+        while callback := self.callbacks.pop_due():
+            try:
+                if inspect.iscoroutinefunction(callback):
+                    await callback()
+                elif inspect.isawaitable(result := await _in_thread(callback)):
+                    await result
+                await self._commit_async()
+            except Exception:
+                await self._rollback_async()
+                log_failed_callback(callback)
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    # A limiter of its own without a limit: the threads of Starlette's pool may all be waiting for the very
+    # connections that these calls are about to give back.
+    return await to_thread.run_sync(function, limiter=CapacityLimiter(math.inf))
+
+
+async def _run_to_completion(work: Coroutine[Any, Any, None]) -> None:
+    """Await ``work``; a cancellation that arrives meanwhile is raised when it is done."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    with CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as cancellation:
+                cancelled = cancellation
+    if cancelled is None:
+        return task.result()
+    if (error := task.exception()) is not None:
+        logger.error("the end of a cancelled unit of work failed", exc_info=error)
+    raise cancelled

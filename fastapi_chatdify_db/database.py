@@ -1,0 +1,213 @@
+"""One database of an application, as the application sees it: ``db.session`` and its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Session
+
+from fastapi_chatdify_db import startup
+from fastapi_chatdify_db.after_commit import AfterCommit
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+from fastapi_chatdify_db.base import Base
+from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.exceptions import OutsideUnitOfWork
+from fastapi_chatdify_db.settings import DatabaseSettings
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_error
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+
+class Database:
+    """Engines, sessions and units of work of one database. Nothing is read or connected before its first use.
+
+    Parameters:
+        name: How messages call it.
+        settings: Where it is; None reads the environment at the first use.
+        base: The declarative base whose tables are its own.
+        create_tables: Whether the lifespan creates the tables that do not exist.
+    """
+
+    def __init__(
+        self,
+        name: str = "db",
+        *,
+        settings: DatabaseSettings | None = None,
+        base: type[DeclarativeBase] = Base,
+        create_tables: bool = True,
+    ) -> None:
+        self.name = name
+        self.base = base
+        self._given_settings = settings
+        self._creates_tables = create_tables
+        self._engines = Engines(lambda: self.settings, on_error=note_error)
+
+    def __repr__(self) -> str:
+        return f"<Database {self.name}>"
+
+    @cached_property
+    def settings(self) -> DatabaseSettings:
+        """The settings in force.
+
+        Raises:
+            InvalidSettings: An environment variable cannot be used; the message names it.
+        """
+        return self._given_settings or DatabaseSettings()
+
+    @property
+    def async_engine(self) -> AsyncEngine:
+        """The engine of ``session``; each event loop has connections of its own."""
+        return self._engines.async_engine
+
+    @property
+    def sync_engine(self) -> Engine:
+        """The engine of ``sync_session``."""
+        return self._engines.sync_engine
+
+    @property
+    def session(self) -> AsyncSession:
+        """The current unit's session; connected at its first statement, committed and closed by the unit.
+
+        Raises:
+            OutsideUnitOfWork: No unit is open here, or it is a synchronous one.
+        """
+        unit = self._unit("session", "async with {0}.transaction() as session: ...")
+        if not isinstance(unit, AsyncUnitOfWork):
+            raise OutsideUnitOfWork(f"{self.name}.session is for async code. Here: {self.name}.sync_session")
+        return unit.async_session(self._engines)
+
+    @property
+    def sync_session(self) -> Session:
+        """The current unit's synchronous session, for ``def`` endpoints and Celery tasks.
+
+        Raises:
+            OutsideUnitOfWork: No unit is open here.
+        """
+        unit = self._unit("sync_session", "with {0}.sync_transaction() as session: ...")
+        return unit.sync_session(self._engines)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncSession]:
+        """A unit of work of its own, anywhere: committed at the end of the block, rolled back on an exception.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: The commit failed.
+        """
+        async with AsyncUnitOfWork(self._engines) as unit:
+            yield unit.async_session(self._engines)
+
+    @contextmanager
+    def sync_transaction(self) -> Iterator[Session]:
+        """``transaction`` for synchronous code.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: The commit failed.
+        """
+        with UnitOfWork(self._engines) as unit:
+            yield unit.sync_session(self._engines)
+
+    def on_commit(self, callback: AfterCommit) -> None:
+        """Call ``callback`` once what the unit did here so far is committed; never after a rollback.
+
+        Callbacks run before the response leaves: coroutine functions on the event loop, others in a thread. What a
+        callback writes through ``session`` is committed after it; an exception is logged and stops nothing else.
+
+        Parameters:
+            callback: Takes no arguments; a coroutine function needs an async unit.
+
+        Raises:
+            OutsideUnitOfWork: No unit is open here.
+        """
+        self._unit("on_commit()", "async with {0}.transaction(): ...").on_commit(self._engines, callback)
+
+    def rollback_only(self) -> None:
+        """Let the current unit roll back at its end, whatever the response says.
+
+        Raises:
+            OutsideUnitOfWork: No unit is open here.
+        """
+        self._unit("rollback_only()", "async with {0}.transaction(): ...").rollback_only = True
+
+    async def release(self) -> None:
+        """Commit what there is and give the connection back, before waiting for something slow.
+
+        The session stays usable: its next statement begins a new transaction. What was committed here stays, also
+        when the request fails later.
+
+        Raises:
+            OutsideUnitOfWork: No async unit is open here.
+            sqlalchemy.exc.SQLAlchemyError: The commit failed.
+        """
+        unit = self._unit("release()", "async with {0}.transaction(): ...")
+        if not isinstance(unit, AsyncUnitOfWork):
+            raise OutsideUnitOfWork(f"{self.name}.release() is for async code. Here: {self.name}.sync_session.commit()")
+        await unit.finish_async(commit=True)
+
+    async def create_tables(self) -> None:
+        """Create the tables of ``base`` that do not exist; safe in any number of processes at once."""
+        await startup.create_tables(self.async_engine, self.base.metadata)
+
+    async def drop_tables(self) -> None:
+        """Drop the tables of ``base``, with their rows."""
+        await startup.drop_tables(self.async_engine, self.base.metadata)
+
+    async def dispose(self) -> None:
+        """Close the connections that are not in use; a later use opens new ones."""
+        await self._engines.dispose()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncIterator[None]:
+        """The application's lifespan: ``FastAPI(lifespan=db.lifespan)``.
+
+        Waits for the database, creates the tables, and disposes of the engines at the end.
+
+        Raises:
+            DatabaseUnavailable: The database did not answer within ``DB_STARTUP_TIMEOUT`` seconds.
+        """
+        try:
+            await startup.wait_for_database(self.async_engine, self.settings.db_startup_timeout)
+            if self._creates_tables:
+                await self.create_tables()
+            yield
+        finally:
+            await self.dispose()
+
+    def init_app(self, app: Starlette, *, middleware: bool = True) -> None:
+        """Put the lifespan around the one that ``app`` has, and add ``DBSessionMiddleware`` unless it is there.
+
+        Parameters:
+            app: A Starlette or FastAPI application that has not started.
+            middleware: False leaves the middleware to the caller, e.g. for other arguments.
+        """
+        # A worker that imports this module shall not import Starlette.
+        from fastapi_chatdify_db.middleware import DBSessionMiddleware
+
+        inner = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def composed(app: Starlette) -> AsyncIterator[Mapping[str, Any] | None]:
+            async with self.lifespan(app), inner(app) as state:
+                yield state
+
+        app.router.lifespan_context = composed  # type: ignore[assignment]  # Mapping or None, as inner yields it
+        added: list[object] = [entry.cls for entry in app.user_middleware]
+        if middleware and DBSessionMiddleware not in added:
+            app.add_middleware(DBSessionMiddleware)
+
+    def _unit(self, what: str, instead: str) -> UnitOfWork:
+        unit = current_unit(self._engines)
+        if unit is None:
+            raise OutsideUnitOfWork(
+                f"{self.name}.{what} is only there inside a request (app.add_middleware(DBSessionMiddleware)) "
+                f"or a task. Elsewhere: {instead.format(self.name)}"
+            )
+        return unit
+
+
+db: Final = Database()

@@ -1,0 +1,204 @@
+"""The engines of one database: made on first use, one pool per event loop, safe to fork."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from asyncio import AbstractEventLoop
+from collections.abc import Callable
+from functools import cached_property, partial
+from threading import Lock
+from typing import Any, Final
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from fastapi_chatdify_db.settings import DatabaseSettings
+from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeouts, sync_target
+
+_all: Final[WeakSet[Engines]] = WeakSet()
+# What a fork inherits is kept from the garbage collector: collecting it would close the parent's connections.
+_inherited: Final[list[object]] = []
+
+
+class PerLoopAsyncEngine(AsyncEngine):
+    """An ``AsyncEngine`` with a pool for each event loop that uses it.
+
+    asyncpg's connections belong to the loop that opened them. One loop is the rule; a second one (another
+    ``asyncio.run``, a test's loop, a thread with a loop of its own) gets connections of its own here instead of
+    "attached to a different loop". ``sync_engine``, which everything in ``AsyncEngine`` goes through, is the running
+    loop's.
+    """
+
+    def __init__(self, create: Callable[[], AsyncEngine]) -> None:
+        self._create = create
+        self._lock = Lock()
+        self._unclaimed: AsyncEngine | None = None
+        self._by_loop: WeakKeyDictionary[AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
+
+    @property
+    def sync_engine(self) -> Engine:  # type: ignore[override]  # SQLAlchemy has an attribute here
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return self._outside_a_loop().sync_engine
+        engine = self._by_loop.get(loop)
+        return (engine or self._claim(loop)).sync_engine
+
+    @property
+    def _proxied(self) -> Engine:  # what AsyncEngine's pool, url, dialect ... are read from
+        return self.sync_engine
+
+    def forget_connections(self) -> None:
+        """Drop every connection without closing it: they are another process's."""
+        for engine in (*self._by_loop.values(), self._unclaimed):
+            if engine is not None:
+                _forget_connections(engine.sync_engine)
+        self._by_loop.clear()
+        self._unclaimed = None
+        self._lock = Lock()
+
+    def _outside_a_loop(self) -> AsyncEngine:
+        with self._lock:
+            if claimed := next(iter(self._by_loop.values()), None):
+                return claimed
+            if self._unclaimed is None:
+                self._unclaimed = self._create()
+            return self._unclaimed
+
+    def _claim(self, loop: AbstractEventLoop) -> AsyncEngine:
+        with self._lock:
+            for other in [other for other in self._by_loop if other.is_closed()]:
+                del self._by_loop[other]
+            engine = self._by_loop[loop] = self._unclaimed or self._create()
+            self._unclaimed = None
+            return engine
+
+
+class Engines:
+    """Both engines of one database and the sessions bound to them.
+
+    Parameters:
+        settings: Called once, at the first use of an engine.
+        on_error: Told of every error that a driver raises through one of the engines.
+    """
+
+    def __init__(self, settings: Callable[[], DatabaseSettings], on_error: Callable[[ExceptionContext], None]) -> None:
+        self._settings = settings
+        self._on_error = on_error
+        _all.add(self)
+
+    @cached_property
+    def async_engine(self) -> PerLoopAsyncEngine:
+        """The asyncpg (or aiosqlite) engine."""
+        settings = self._settings()
+        target = async_target(settings)
+
+        def create() -> AsyncEngine:
+            engine = create_async_engine(target.url, **_engine_options(settings, target))
+            self._listen(engine.sync_engine)
+            return engine
+
+        return PerLoopAsyncEngine(create)
+
+    @cached_property
+    def sync_engine(self) -> Engine:
+        """The psycopg2 (or sqlite3) engine."""
+        settings = self._settings()
+        target = sync_target(settings)
+        engine = create_engine(target.url, **_engine_options(settings, target))
+        self._listen(engine)
+        return engine
+
+    @cached_property
+    def new_async_session(self) -> async_sessionmaker[AsyncSession]:
+        """Makes an ``AsyncSession``; nothing is connected before its first statement."""
+        return async_sessionmaker(self.async_engine, **_SESSION_OPTIONS)
+
+    @cached_property
+    def new_sync_session(self) -> sessionmaker[Session]:
+        """Makes a ``Session``; nothing is connected before its first statement."""
+        return sessionmaker(self.sync_engine, **_SESSION_OPTIONS)
+
+    async def dispose(self) -> None:
+        """Close the idle connections of the running loop's pool and of the sync engine's."""
+        if "async_engine" in self.__dict__:
+            await self.async_engine.dispose()
+        self.dispose_sync()
+
+    def dispose_sync(self) -> None:
+        """Close the idle connections of the sync engine's pool."""
+        if "sync_engine" in self.__dict__:
+            self.sync_engine.dispose()
+
+    def forget_connections(self) -> None:
+        """Start over with empty pools, in a forked child whose parent goes on using the connections."""
+        if "async_engine" in self.__dict__:
+            self.async_engine.forget_connections()
+        if "sync_engine" in self.__dict__:
+            _forget_connections(self.sync_engine)
+
+    def _listen(self, engine: Engine) -> None:
+        settings = self._settings()
+        event.listen(engine, "handle_error", self._on_error)
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", _leave_transactions_to_sqlalchemy)
+            event.listen(engine, "begin", _begin_explicitly)
+        elif settings.db_pgbouncer and (timeouts := session_timeouts(settings)):
+            event.listen(engine, "begin", partial(_set_locally, timeouts))
+
+
+# Objects stay readable after the commit, since responses and background tasks read them then; a session that
+# outlives its unit of work refuses to begin a transaction that nobody would end.
+_SESSION_OPTIONS: Final[dict[str, Any]] = {"expire_on_commit": False, "close_resets_only": False}
+
+
+def _engine_options(settings: DatabaseSettings, target: DriverTarget) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "connect_args": target.connect_args,
+        "echo": settings.db_echo,
+        # Parameters hold what users typed; they belong in no traceback unless the developer asks for all statements.
+        "hide_parameters": not settings.db_echo,
+    }
+    if target.url.get_backend_name() == "sqlite" and target.url.database in (None, "", ":memory:"):
+        return options  # SQLAlchemy keeps a database in memory on a pool of one connection, which takes no options
+    return options | {
+        "pool_size": settings.db_pool_size,
+        "max_overflow": settings.db_max_overflow,
+        "pool_timeout": settings.db_pool_timeout,
+        "pool_recycle": settings.db_pool_recycle,
+        "pool_pre_ping": settings.db_pool_pre_ping,
+    }
+
+
+# The driver's own BEGIN comes late and ends savepoints:
+# https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#serializable-isolation-savepoints-transactional-ddl
+def _leave_transactions_to_sqlalchemy(connection: Any, _: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None
+
+
+def _begin_explicitly(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def _set_locally(parameters: dict[str, int], connection: Connection) -> None:
+    for name, value in parameters.items():
+        connection.exec_driver_sql(f"SET LOCAL {name} = {value}")
+
+
+def _forget_connections(engine: Engine) -> None:
+    _inherited.append(engine.pool)
+    engine.dispose(close=False)
+
+
+def _after_fork_in_child() -> None:
+    for engines in list(_all):
+        engines.forget_connections()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork_in_child)

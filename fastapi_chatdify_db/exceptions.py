@@ -1,0 +1,19 @@
+"""The errors of this package: named, and each says what to write instead."""
+
+from __future__ import annotations
+
+
+class ChatdifyDBError(Exception):
+    """Base of every error that this package raises itself."""
+
+
+class InvalidSettings(ChatdifyDBError):
+    """An environment variable, or a value given in code, cannot be used; the message names it in one line."""
+
+
+class OutsideUnitOfWork(ChatdifyDBError):
+    """A session was asked for where no unit of work is open."""
+
+
+class DatabaseUnavailable(ChatdifyDBError):
+    """The database did not accept a connection within ``DB_STARTUP_TIMEOUT``."""

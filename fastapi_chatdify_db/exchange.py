@@ -1,0 +1,160 @@
+"""One run of an ASGI application under a unit of work: when it commits, and what a failed commit becomes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+
+logger: Final = logging.getLogger(__name__)
+
+CommitOn = Callable[[int], bool]
+
+_NORMAL_CLOSURES: Final = (1000, 1001)  # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
+
+
+class TryAgain(Exception):
+    """PostgreSQL asked for the transaction to be run again, and the client was told nothing yet."""
+
+
+class HTTPExchange:
+    """A request and its response.
+
+    Parameters:
+        commit_on: Given the response's status, whether to commit.
+        may_retry: Whether ``run`` raises ``TryAgain`` instead of answering with a serialization failure.
+    """
+
+    def __init__(self, receive: Receive, send: Send, commit_on: CommitOn, *, may_retry: bool = False) -> None:
+        self._receive = receive
+        self._send = send
+        self._commit_on = commit_on
+        self._may_retry = may_retry
+        self._unit = AsyncUnitOfWork()
+        self._started = False
+        self._complete = False
+        # Kept, since what the application makes of an exception that its send() raised is not the exception.
+        self._failure: Exception | None = None
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        """Run the application; return when the response and its background tasks are done.
+
+        Raises:
+            TryAgain: Nothing was sent, and another run may well succeed.
+            Exception: Whatever the application raised and has no handler for.
+        """
+        self._unit.open()
+        try:
+            try:
+                await app(scope, self._receive, self._send_settled)
+                failure = self._failure
+            except Exception as error:
+                failure = self._failure or error
+            if failure is not None:
+                await self._unit.finish_async(commit=False)
+                await self._answer(failure, scope)
+            # A body that was cut short is a client that left: what was written meanwhile is not its to keep.
+            await self._unit.finish_async(commit=self._complete)
+        except BaseException:
+            await self._unit.finish_async(commit=False)
+            raise
+        finally:
+            self._unit.close()
+
+    async def _send_settled(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._settle(commit=self._commit_on(message["status"]))
+            self._started = True
+        elif message["type"] in ("http.response.body", "http.response.pathsend") and not message.get("more_body"):
+            await self._settle(commit=True)
+            self._complete = True
+        await self._send(message)
+
+    async def _settle(self, *, commit: bool) -> None:
+        try:
+            if not commit and self._wants_retry():
+                raise TryAgain
+            await self._unit.finish_async(commit=commit)
+            self._unit.rollback_only = False
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _wants_retry(self) -> bool:
+        return self._may_retry and self._unit.asked_to_retry and not self._started
+
+    async def _answer(self, failure: Exception, scope: Scope) -> None:
+        if self._wants_retry():
+            raise TryAgain
+        if self._started:
+            raise failure
+        try:
+            if self._failure is None:
+                raise failure  # the application's own: its handlers have seen it
+            self._failure = None
+            await self._ask_handlers(failure, scope)
+        except PoolTimeout:
+            if self._started:
+                raise
+            logger.warning("no free database connection; answered 503")
+            busy = HTTPException(503, "No database connection is free, try again.", headers={"Retry-After": "1"})
+            await self._ask_handlers(busy, scope)
+
+    async def _ask_handlers(self, error: Exception, scope: Scope) -> None:
+        """Answer as the application answers ``error``; raises it when the application has no handler for it."""
+
+        async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+            raise error
+
+        by_class, by_status = scope.get("starlette.exception_handlers", ({}, {}))
+        handlers = ExceptionMiddleware(fail, handlers={**by_class, **by_status})
+        await handlers(scope, self._receive, self._send_settled)
+
+
+class WebSocketExchange:
+    """A websocket, from its handshake to its closing.
+
+    Commits when the handler waits for the client, and before it answers: a task which reads from the client, and
+    then sends, is answering. Messages that other tasks push leave the session alone.
+    """
+
+    def __init__(self, receive: Receive, send: Send, commit_on: CommitOn) -> None:
+        self._receive = receive
+        self._send = send
+        self._commit_on = commit_on
+        self._unit = AsyncUnitOfWork()
+        self._reader = asyncio.current_task()
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        """Run the application until its handler ends; what it raises rolls back and goes on to the caller."""
+        async with self._unit:
+            await app(scope, self._receive_settled, self._send_settled)
+
+    async def _receive_settled(self) -> Message:
+        self._reader = asyncio.current_task()
+        await self._settle(commit=True)
+        return await self._receive()
+
+    async def _send_settled(self, message: Message) -> None:
+        if asyncio.current_task() is self._reader:
+            await self._settle(commit=self._is_yes(message))
+        await self._send(message)
+
+    async def _settle(self, *, commit: bool) -> None:
+        await self._unit.finish_async(commit=commit)
+        self._unit.rollback_only = False
+
+    def _is_yes(self, message: Message) -> bool:
+        if message["type"] == "websocket.close":
+            return message.get("code", 1000) in _NORMAL_CLOSURES
+        if message["type"] == "websocket.http.response.start":
+            return self._commit_on(message["status"])
+        return True

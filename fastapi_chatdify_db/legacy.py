@@ -1,0 +1,42 @@
+"""The names that this layer's predecessor had. They work, and each warns with its new spelling."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from fastapi_chatdify_db import session as _session
+
+
+def get_db() -> Iterator[Session]:
+    """Deprecated dependency with a synchronous session; calling ``commit()`` on it oneself still works."""
+    _deprecated("get_db", "get_session")
+    with _session.get_sync_session() as session:
+        yield session
+
+
+async def get_session() -> AsyncGenerator[AsyncSession]:
+    """Deprecated spelling of ``session.get_session``."""
+    _deprecated("get_session", "get_session")
+    async with _session.get_async_session() as session:
+        yield session
+
+
+@contextmanager
+def SessionLocal() -> Iterator[Session]:  # noqa: N802  # the name is what this module is for
+    """Deprecated spelling of ``session.get_sync_session``; calling ``commit()`` oneself still works."""
+    _deprecated("SessionLocal", "get_sync_session")
+    with _session.get_sync_session() as session:
+        yield session
+
+
+def _deprecated(old: str, new: str) -> None:
+    warnings.warn(
+        f"fastapi_chatdify_db.legacy.{old} is deprecated; write: from fastapi_chatdify_db.session import {new}",
+        DeprecationWarning,
+        stacklevel=3,
+    )

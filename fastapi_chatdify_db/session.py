@@ -1,0 +1,78 @@
+"""The sessions of the default database: a FastAPI dependency and two context managers.
+
+``async_engine`` and ``sync_engine`` are importable from here as well; each is made when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from fastapi_chatdify_db.database import db
+from fastapi_chatdify_db.exceptions import OutsideUnitOfWork
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    async_engine: AsyncEngine
+    sync_engine: Engine
+
+
+async def get_session() -> AsyncGenerator[AsyncSession]:
+    """FastAPI dependency: the request's session.
+
+    With ``DBSessionMiddleware`` it is ``db.session``, committed before the response is sent. Without, it is a unit of
+    its own, committed when FastAPI ends the dependency; only ``Depends(get_session, scope="function")`` (FastAPI 0.121
+    and later) makes that before the response, so that a failed commit is not announced as a success.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: The commit failed, without the middleware.
+    """
+    async with get_async_session() as session:
+        yield session
+
+
+@asynccontextmanager
+async def get_async_session() -> AsyncIterator[AsyncSession]:
+    """The session of the unit of work around the block, or of a new one that ends with it.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: The commit of the new unit failed.
+    """
+    try:
+        joined = db.session
+    except OutsideUnitOfWork:
+        async with db.transaction() as session:
+            yield session
+    else:
+        yield joined
+
+
+@contextmanager
+def get_sync_session() -> Iterator[Session]:
+    """``get_async_session`` for synchronous code, e.g. Celery tasks.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: The commit of the new unit failed.
+    """
+    try:
+        joined = db.sync_session
+    except OutsideUnitOfWork:
+        with db.sync_transaction() as session:
+            yield session
+    else:
+        yield joined
+
+
+def __getattr__(name: str) -> object:
+    if name in ("async_engine", "sync_engine"):
+        return getattr(db, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["async_engine", "get_async_session", "get_session", "get_sync_session", "sync_engine"]

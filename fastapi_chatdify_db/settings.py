@@ -1,0 +1,93 @@
+"""The settings of one database, read from the environment."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ModelWrapValidatorHandler, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from fastapi_chatdify_db.exceptions import InvalidSettings
+
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class DatabaseSettings(BaseSettings):
+    """Where one database is and how its connections are kept; each field is the environment variable of its name.
+
+    Parameters:
+        database_url: PostgreSQL or SQLite URL, whatever driver it names. Without it the ``postgres_*`` fields count.
+        postgres_host: Host name, IP address, or the directory of a unix socket.
+        postgres_port: TCP port.
+        postgres_user: Role to connect as.
+        postgres_password: Its password.
+        postgres_db: Name of the database.
+        db_pool_size: Connections that a pool keeps open (one pool per engine, process and event loop).
+        db_max_overflow: Connections that a pool may open beyond that under load.
+        db_pool_timeout: Seconds to wait for a free connection; then a request is answered 503.
+        db_pool_recycle: Seconds after which a connection is replaced at its next checkout; -1 for never.
+        db_pool_pre_ping: Whether a connection is tested at checkout.
+        db_echo: Whether to log every statement, with its parameters.
+        db_statement_timeout: Seconds until PostgreSQL cancels a statement; 0 leaves the server's own setting.
+        db_idle_in_transaction_timeout: Seconds until PostgreSQL ends a session that idles in a transaction; 0 likewise.
+        db_application_name: The name in ``pg_stat_activity``.
+        db_pgbouncer: Whether a PgBouncer in transaction mode stands between; prepared statements are then not reused.
+        db_startup_timeout: Seconds that the lifespan waits for the database.
+
+    Raises:
+        InvalidSettings: A value cannot be used. One line, which names the variable and never shows its value.
+    """
+
+    # Values never appear in errors: one of them is a password, another holds one.
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    database_url: SecretStr | None = None
+    postgres_host: str = "localhost"
+    postgres_port: Annotated[int, Field(ge=1, le=65535)] = 5432
+    postgres_user: str = "postgres"
+    postgres_password: SecretStr | None = None
+    postgres_db: str = "postgres"
+    db_pool_size: Annotated[int, Field(ge=1)] = 10
+    db_max_overflow: Annotated[int, Field(ge=-1)] = 20
+    db_pool_timeout: Seconds = 30.0
+    db_pool_recycle: Annotated[int, Field(ge=-1)] = 1800
+    db_pool_pre_ping: bool = True
+    db_echo: bool = False
+    db_statement_timeout: Seconds = 0.0
+    db_idle_in_transaction_timeout: Seconds = 0.0
+    db_application_name: str = "fastapi_chatdify_db"
+    db_pgbouncer: bool = False
+    db_startup_timeout: Seconds = 30.0
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _report_in_one_line(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            problems = [f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors(include_input=False)]
+        raise InvalidSettings("; ".join(problems))
+
+    def url(self) -> URL:
+        """The URL as it was given, or as the ``postgres_*`` fields make it.
+
+        Raises:
+            InvalidSettings: ``DATABASE_URL`` is not a URL.
+        """
+        if self.database_url is None:
+            password = self.postgres_password and self.postgres_password.get_secret_value()
+            return URL.create(
+                "postgresql",
+                username=self.postgres_user,
+                password=password or None,
+                host=self.postgres_host,
+                port=self.postgres_port,
+                database=self.postgres_db,
+            )
+        try:
+            return make_url(self.database_url.get_secret_value())
+        except (ArgumentError, ValueError):
+            pass  # SQLAlchemy's message repeats the URL, password and all; so would the exception's context.
+        raise InvalidSettings("DATABASE_URL: not a URL; write e.g. postgresql://user:password@localhost:5432/name")

@@ -1,0 +1,99 @@
+"""What a process does with the database before it serves: wait for it, create the tables."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+from zlib import crc32
+
+from sqlalchemy import Connection, MetaData, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from fastapi_chatdify_db.exceptions import DatabaseUnavailable
+
+logger: Final = logging.getLogger(__name__)
+
+# Any number serves as long as all processes use the same one and nobody else does.
+_TABLES_LOCK: Final = crc32(b"fastapi_chatdify_db.create_tables")
+
+# connection_exception, too_many_connections, cannot_connect_now, invalid_catalog_name (a server that is being set up):
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_PASSING: Final = ("08", "53300", "57P03", "3D000")
+
+
+async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
+    """Connect, trying again with growing pauses while the server is not there or not ready.
+
+    Parameters:
+        engine: Which database to wait for.
+        timeout: Seconds after which no further try is made; 0 is one try.
+
+    Raises:
+        DatabaseUnavailable: No try succeeded.
+        sqlalchemy.exc.DBAPIError: The server answered that it will never do, e.g. the password is wrong.
+    """
+    retrying = AsyncRetrying(
+        retry=retry_if_exception(_may_pass),
+        stop=stop_after_delay(timeout),
+        wait=wait_random_exponential(multiplier=0.1, max=2.0),
+        before_sleep=lambda state: _log_try(engine, state),
+        retry_error_callback=lambda state: _give_up(engine, timeout, state),
+    )
+    await retrying(_connect, engine)
+
+
+async def create_tables(engine: AsyncEngine, metadata: MetaData) -> None:
+    """Create the tables that do not exist; safe in any number of processes at once."""
+    async with engine.begin() as connection:
+        await connection.run_sync(_locked)
+        await connection.run_sync(metadata.create_all)
+
+
+async def drop_tables(engine: AsyncEngine, metadata: MetaData) -> None:
+    """Drop the tables that exist; safe beside processes that create them."""
+    async with engine.begin() as connection:
+        await connection.run_sync(_locked)
+        await connection.run_sync(metadata.drop_all)
+
+
+def _locked(connection: Connection) -> None:
+    # CREATE TABLE IF NOT EXISTS is not enough: two at once fail on the catalog's unique indexes.
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _TABLES_LOCK})
+
+
+async def _connect(engine: AsyncEngine) -> None:
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+
+
+def _may_pass(error: BaseException) -> bool:
+    state = getattr(getattr(error, "orig", error), "sqlstate", None)
+    if state is not None:
+        return str(state).startswith(_PASSING)
+    return isinstance(error, OSError) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+
+
+def _log_try(engine: AsyncEngine, state: RetryCallState) -> None:
+    logger.warning("database %s not ready (try %d): %s", _place(engine), state.attempt_number, _reason(state))
+
+
+def _give_up(engine: AsyncEngine, timeout: float, state: RetryCallState) -> None:
+    raise DatabaseUnavailable(
+        f"database {_place(engine)} did not answer within {timeout:g} s ({_reason(state)}); "
+        "start it, correct DATABASE_URL or raise DB_STARTUP_TIMEOUT"
+    )
+
+
+def _place(engine: AsyncEngine) -> str:
+    url = engine.url
+    host = url.host or url.query.get("host", "local socket")
+    return f"{host}:{url.port or 5432}/{url.database}"
+
+
+def _reason(state: RetryCallState) -> str:
+    error = state.outcome and state.outcome.exception()
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,156 @@
+"""The unit of work: the sessions that are committed, or rolled back, together."""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Final, Self
+
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.orm import Session
+
+from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue
+from fastapi_chatdify_db.engines import Engines
+
+logger: Final = logging.getLogger(__name__)
+
+_current: Final[ContextVar[UnitOfWork | None]] = ContextVar("fastapi_chatdify_db.unit_of_work", default=None)
+
+# serialization_failure and deadlock_detected:
+# https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html
+_WORTH_ANOTHER_TRY: Final = {"40001", "40P01"}
+
+
+def current_unit(engines: Engines) -> UnitOfWork | None:
+    """The open unit of work that the sessions of ``engines`` belong to here, or None."""
+    unit = _current.get()
+    while unit is not None and unit.only not in (None, engines):
+        unit = unit.outer
+    return None if unit is None or unit.closed else unit
+
+
+def note_error(context: ExceptionContext) -> None:
+    """Remember in the units around a statement that PostgreSQL asked for its transaction to be tried again."""
+    error = context.original_exception
+    if {getattr(error, "sqlstate", None), getattr(error, "pgcode", None)} & _WORTH_ANOTHER_TRY:
+        unit = _current.get()
+        while unit is not None:
+            unit.asked_to_retry = True
+            unit = unit.outer
+
+
+class UnitOfWork:
+    """The sessions of one block of synchronous code, made when they are first asked for.
+
+    Parameters:
+        only: The database that the unit is for; None serves every database.
+    """
+
+    def __init__(self, only: Engines | None = None) -> None:
+        self.only = only
+        self.outer: UnitOfWork | None = None
+        self.closed = False
+        self.rollback_only = False
+        self.asked_to_retry = False
+        self.callbacks = CallbackQueue()
+        self._sync_sessions: dict[Engines, Session] = {}
+
+    def sync_session(self, engines: Engines) -> Session:
+        """The unit's session on one database."""
+        session = self._sync_sessions.get(engines)
+        if session is None:
+            session = self._sync_sessions[engines] = engines.new_sync_session()
+        return session
+
+    def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
+        """Run ``callback`` once what the unit did on one database so far is committed."""
+        self.callbacks.add(callback, self._session_in_use(engines))
+
+    def open(self) -> None:
+        """Make this the current unit of the running task or thread."""
+        self.outer = _current.get()
+        _current.set(self)
+
+    def close(self) -> None:
+        """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
+        self.closed = True
+        for session in self._every_session():
+            session.close()
+        # Not a token's reset: a generator that is finalized late runs in another context than it began in.
+        if _current.get() is self:
+            _current.set(self.outer)
+
+    def finish(self, *, commit: bool) -> None:
+        """Commit, unless the unit is marked for rollback, or roll back; then run the callbacks that are due.
+
+        The sessions go on in a new transaction when they are used again.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
+        """
+        try:
+            if commit and not self.rollback_only:
+                self._commit()
+            else:
+                self._rollback()
+        finally:
+            self._run_due_callbacks()
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.finish(commit=error is None)
+        finally:
+            self.close()
+
+    def _session_in_use(self, engines: Engines) -> Session | None:
+        return self._sync_sessions.get(engines)
+
+    def _every_session(self) -> list[Session]:
+        return list(self._sync_sessions.values())
+
+    def _commit(self) -> None:
+        sessions = [session for session in self._sync_sessions.values() if session.in_transaction()]
+        try:
+            if len(sessions) > 1:  # a statement that fails on one database shall fail before another has committed
+                for session in sessions:
+                    session.flush()
+            for session in sessions:
+                session.commit()
+        except BaseException:
+            self._rollback()
+            raise
+        self.callbacks.settle(committed=True)
+
+    def _rollback(self) -> None:
+        for session in self._sync_sessions.values():
+            if session.in_transaction():
+                roll_back_or_discard(session)
+        self.callbacks.settle(committed=False)
+
+    def _run_due_callbacks(self) -> None:
+        while callback := self.callbacks.pop_due():
+            try:
+                callback()
+                self._commit()
+            except Exception:
+                self._rollback()
+                log_failed_callback(callback)
+
+
+def roll_back_or_discard(session: Session) -> None:
+    """Roll back; where even that fails the connection is broken, and closing it rolls back as well."""
+    try:
+        session.rollback()
+    except Exception:
+        logger.warning("rollback failed; its connection is discarded", exc_info=True)
+        session.invalidate()
+
+
+def log_failed_callback(callback: AfterCommit) -> None:
+    """Report the exception being handled: the transaction is committed, so nobody else can be told any more."""
+    logger.error("on_commit callback %s failed", getattr(callback, "__qualname__", callback), exc_info=True)

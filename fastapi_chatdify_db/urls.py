@@ -1,0 +1,147 @@
+"""From the one URL of the settings to what each driver wants: URL and connect arguments for asyncpg and psycopg2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import unquote, urlencode
+from uuid import uuid4
+
+from sqlalchemy import URL
+
+from fastapi_chatdify_db.exceptions import InvalidSettings
+from fastapi_chatdify_db.settings import DatabaseSettings
+
+# Keywords of SQLAlchemy's asyncpg dialect and of asyncpg.connect(), which libpq would refuse.
+_ASYNCPG_ONLY: Final = {
+    "prepared_statement_cache_size": int,
+    "statement_cache_size": int,
+    "max_cached_statement_lifetime": int,
+    "max_cacheable_statement_size": int,
+    "command_timeout": float,
+    "timeout": float,
+}
+# libpq's client-side knobs that asyncpg has no counterpart for; it would send them to the server, which refuses them.
+_LIBPQ_ONLY: Final = {
+    "channel_binding",
+    "gssencmode",
+    "keepalives",
+    "keepalives_count",
+    "keepalives_idle",
+    "keepalives_interval",
+    "load_balance_hosts",
+    "requirepeer",
+    "sslcompression",
+    "tcp_user_timeout",
+}
+
+
+@dataclass(frozen=True)
+class DriverTarget:
+    """A URL for ``create_engine`` with the connect arguments that belong to it."""
+
+    url: URL
+    connect_args: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+def async_target(settings: DatabaseSettings) -> DriverTarget:
+    """What ``create_async_engine`` needs: asyncpg for PostgreSQL, aiosqlite for SQLite.
+
+    Raises:
+        InvalidSettings: The URL is of another database, or asks for what asyncpg cannot do.
+    """
+    url = _normalized(settings.url())
+    if url.get_backend_name() == "sqlite":
+        return DriverTarget(url.set(drivername="sqlite+aiosqlite"))
+    place, options = _split_query(url)
+    if options.pop("channel_binding", "") == "require":
+        raise InvalidSettings("DATABASE_URL: asyncpg has no channel binding; remove channel_binding=require")
+    connect_args: dict[str, Any] = {
+        name: kind(options.pop(name)) for name, kind in _ASYNCPG_ONLY.items() if name in options
+    }
+    server_settings = _server_settings(settings, options)
+    if "connect_timeout" in options:
+        connect_args["timeout"] = float(options.pop("connect_timeout"))
+    # asyncpg reads libpq's TLS parameters itself, but only from a DSN; the rest it sends as server settings.
+    dsn = urlencode({name: value for name, value in options.items() if name not in _LIBPQ_ONLY})
+    if dsn:
+        connect_args["dsn"] = f"postgresql://?{dsn}"
+    connect_args["server_settings"] = server_settings
+    if settings.db_pgbouncer:
+        connect_args["statement_cache_size"] = 0
+        connect_args["prepared_statement_cache_size"] = 0
+        connect_args["prepared_statement_name_func"] = _unique_statement_name
+    return DriverTarget(place.set(drivername="postgresql+asyncpg"), connect_args)
+
+
+def sync_target(settings: DatabaseSettings) -> DriverTarget:
+    """What ``create_engine`` needs: psycopg2 for PostgreSQL, the standard library's driver for SQLite.
+
+    Raises:
+        InvalidSettings: The URL is of another database.
+    """
+    url = _normalized(settings.url())
+    if url.get_backend_name() == "sqlite":
+        return DriverTarget(url.set(drivername="sqlite"))
+    place, options = _split_query(url)
+    server_settings = _server_settings(settings, options)
+    connect_args: dict[str, Any] = {name: value for name, value in options.items() if name not in _ASYNCPG_ONLY}
+    connect_args["application_name"] = server_settings.pop("application_name")
+    flags = [connect_args.get("options", ""), *(f"-c {name}={value}" for name, value in server_settings.items())]
+    if options_flag := " ".join(filter(None, flags)):
+        connect_args["options"] = options_flag
+    return DriverTarget(place.set(drivername="postgresql+psycopg2"), connect_args)
+
+
+def session_timeouts(settings: DatabaseSettings) -> dict[str, int]:
+    """PostgreSQL's parameters for the time-outs that are set, in milliseconds."""
+    seconds = {
+        "statement_timeout": settings.db_statement_timeout,
+        "idle_in_transaction_session_timeout": settings.db_idle_in_transaction_timeout,
+    }
+    return {name: max(1, round(value * 1000)) for name, value in seconds.items() if value}
+
+
+def _server_settings(settings: DatabaseSettings, options: dict[str, str]) -> dict[str, str]:
+    """The server's parameters for a new connection; takes ``application_name`` out of the URL's ``options``."""
+    name = options.pop("application_name", settings.db_application_name)
+    if "db_application_name" in settings.model_fields_set:
+        name = settings.db_application_name
+    # PgBouncer refuses start-up parameters that it does not track; the engines set the time-outs another way then.
+    timeouts = {} if settings.db_pgbouncer else session_timeouts(settings)
+    return {"application_name": name} | {parameter: str(ms) for parameter, ms in timeouts.items()}
+
+
+def _normalized(url: URL) -> URL:
+    backend = url.drivername.partition("+")[0]
+    if backend not in ("postgres", "postgresql", "sqlite"):
+        raise InvalidSettings(f"DATABASE_URL: {backend!r} is not supported; use postgresql:// or sqlite://")
+    url = url.set(drivername="sqlite" if backend == "sqlite" else "postgresql")
+    host = unquote(url.host) if url.host else ""
+    if host.startswith("/"):  # a unix socket; both dialects take its directory from the query only
+        query = {**url.query, "host": host} | ({"port": str(url.port)} if url.port else {})
+        return URL.create(url.drivername, url.username, url.password, database=url.database, query=query)
+    return url
+
+
+def _split_query(url: URL) -> tuple[URL, dict[str, str]]:
+    """The URL with nothing in its query but where the server is, and the rest of the query in libpq's spelling."""
+    place = {name: value for name, value in url.query.items() if name in ("host", "port")}
+    options = {name: _last(value) for name, value in url.query.items() if name not in place}
+    if "ssl" in options:  # asyncpg's own spelling of sslmode
+        ssl = options.pop("ssl")
+        options.setdefault("sslmode", {"true": "require", "false": "disable"}.get(ssl.lower(), ssl))
+    options.pop("async_fallback", None)
+    return url.set(query=place), options
+
+
+def _last(value: str | tuple[str, ...]) -> str:
+    return value if isinstance(value, str) else value[-1]
+
+
+def _unique_statement_name() -> str:
+    # https://docs.sqlalchemy.org/en/20/dialects/postgresql.html#prepared-statement-name-with-pgbouncer
+    return f"__asyncpg_{uuid4()}__"
+
+
+__all__ = ["DriverTarget", "async_target", "session_timeouts", "sync_target"]

@@ -1,0 +1,15 @@
+"""The tables of the default database."""
+
+from __future__ import annotations
+
+from fastapi_chatdify_db.database import db
+
+
+async def create_db_tables() -> None:
+    """Create the tables of ``Base`` that do not exist; safe in any number of processes at once."""
+    await db.create_tables()
+
+
+async def drop_db_tables() -> None:
+    """Drop the tables of ``Base``, with their rows."""
+    await db.drop_tables()
