@@ -109,9 +109,9 @@ class AsyncUnitOfWork(UnitOfWork):
                 elif inspect.isawaitable(result := await _in_thread(callback)):
                     await result
                 await self._commit_async()
-            except Exception:
+            except Exception as error:
                 await self._rollback_async()
-                log_failed_callback(callback)
+                log_failed_callback(callback, error)
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

@@ -137,9 +137,9 @@ class UnitOfWork:
             try:
                 callback()
                 self._commit()
-            except Exception:
+            except Exception as error:
                 self._rollback()
-                log_failed_callback(callback)
+                log_failed_callback(callback, error)
 
 
 def roll_back_or_discard(session: Session) -> None:
@@ -151,6 +151,6 @@ def roll_back_or_discard(session: Session) -> None:
         session.invalidate()
 
 
-def log_failed_callback(callback: AfterCommit) -> None:
-    """Report the exception being handled: the transaction is committed, so nobody else can be told any more."""
-    logger.error("on_commit callback %s failed", getattr(callback, "__qualname__", callback), exc_info=True)
+def log_failed_callback(callback: AfterCommit, error: Exception) -> None:
+    """Report what a callback raised: the transaction is committed, so nobody else can be told any more."""
+    logger.error("on_commit callback %s failed", getattr(callback, "__qualname__", callback), exc_info=error)

@@ -1,0 +1,91 @@
+"""Every test talks to a real PostgreSQL: DATABASE_URL's, else localhost's, else one out of a wheel."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import asyncpg
+import psycopg2
+import pytest
+from sqlalchemy import URL, make_url
+
+from fastapi_chatdify_db import Database, DatabaseSettings, db
+from fastapi_chatdify_db.embedded import embedded_postgres
+from tests import models as models
+from tests.observing import Observer
+
+_resources = ExitStack()
+_server: URL
+_database = f"chatdify_test_{os.getpid()}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _server
+    _server = _find_server()
+    _administer(f"CREATE DATABASE {_database}")
+    _resources.callback(_administer, f"DROP DATABASE {_database} WITH (FORCE)")
+    os.environ["DATABASE_URL"] = _server.set(database=_database).render_as_string(hide_password=False)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    _resources.close()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"PostgreSQL: {_server!r}"
+
+
+def _find_server() -> URL:
+    if given := os.environ.get("DATABASE_URL"):
+        return make_url(given).set(drivername="postgresql")
+    local = URL.create("postgresql", "postgres", host="localhost", database="postgres")
+    try:
+        psycopg2.connect(local.render_as_string(hide_password=False), connect_timeout=3).close()
+    except psycopg2.OperationalError:
+        directory = _resources.enter_context(tempfile.TemporaryDirectory())
+        return make_url(_resources.enter_context(embedded_postgres(Path(directory) / "data")))
+    return local
+
+
+def _administer(statement: str) -> None:
+    connection = psycopg2.connect(_server.render_as_string(hide_password=False))
+    try:
+        connection.autocommit = True
+        connection.cursor().execute(statement)
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def database_url() -> str:
+    """The URL of the test run's own database."""
+    return os.environ["DATABASE_URL"]
+
+
+@pytest.fixture
+async def tables() -> AsyncIterator[None]:
+    """The default database with empty tables."""
+    await db.create_tables()
+    yield
+    await db.drop_tables()
+    await db.dispose()
+
+
+@pytest.fixture
+async def observer(tables: None, database_url: str) -> AsyncIterator[Observer]:
+    """Another connection, which sees what is committed and who holds a transaction."""
+    connection = await asyncpg.connect(database_url)
+    yield Observer(connection)
+    await connection.close()
+
+
+@pytest.fixture
+async def small_pool(tables: None) -> AsyncIterator[Database]:
+    """The same database through a pool of two connections, for which a request waits 0.5 s."""
+    database = Database("small", settings=DatabaseSettings(db_pool_size=2, db_max_overflow=0, db_pool_timeout=0.5))
+    yield database
+    await database.dispose()

@@ -1,0 +1,29 @@
+"""What another connection sees of the database under test."""
+
+from __future__ import annotations
+
+import asyncpg
+
+
+class Observer:
+    """Asks PostgreSQL over a connection of its own, so that only committed rows count."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self.connection = connection
+
+    async def names(self) -> list[str]:
+        """The names of the committed items, in alphabetical order."""
+        return [row["name"] for row in await self.connection.fetch("SELECT name FROM item ORDER BY name")]
+
+    async def in_transaction(self) -> int:
+        """How many other sessions are idle in a transaction."""
+        query = """SELECT count(*) FROM pg_stat_activity
+                   WHERE datname = current_database() AND state LIKE 'idle in transaction%'"""
+        return int(await self.connection.fetchval(query))
+
+    async def terminate_others(self) -> None:
+        """What a restart of the server does to every pool: all other sessions end."""
+        await self.connection.fetch(
+            """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+               WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+        )

@@ -1,0 +1,38 @@
+"""Applications on real sockets: what a client sees, an in-process transport would hide."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import uvicorn
+from starlette.types import ASGIApp
+
+
+def free_socket() -> socket.socket:
+    """A listening socket: whoever connects before the server runs waits in its backlog."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(512)
+    return listener
+
+
+@asynccontextmanager
+async def serve(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve the app with uvicorn on this event loop; yields a client that speaks to it over TCP."""
+    listener = free_socket()
+    host, port = listener.getsockname()
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    limits = httpx.Limits(max_connections=None)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=60, limits=limits) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        await running
+        listener.close()
