@@ -21,6 +21,12 @@ class Observer:
                    WHERE datname = current_database() AND state LIKE 'idle in transaction%'"""
         return int(await self.connection.fetchval(query))
 
+    async def until_somebody_waits_for_a_lock(self) -> None:
+        """Return when a statement of another session is held up by a lock."""
+        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        while not await self.connection.fetchval(query):
+            await self.connection.execute("SELECT pg_sleep(0.01)")
+
     async def terminate_others(self) -> None:
         """What a restart of the server does to every pool: all other sessions end."""
         await self.connection.fetch(

@@ -1,0 +1,189 @@
+"""Streaming bodies and background tasks work in a following transaction of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from fastapi import BackgroundTasks, FastAPI
+from fastapi.responses import StreamingResponse
+from sqlalchemy import select
+
+from fastapi_chatdify_db import DBSessionMiddleware, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    return app
+
+
+async def test_rows_of_a_stream_commit_at_its_end(app: FastAPI, observer: Observer) -> None:
+    """The first chunk arrives with nothing in transaction; the last one, once the stream's rows are committed."""
+    go_on, written = asyncio.Event(), asyncio.Event()
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        await db.session.execute(select(Item))
+
+        async def body() -> AsyncIterator[bytes]:
+            yield b"first"
+            await go_on.wait()
+            db.session.add(Item("streamed"))
+            await db.session.flush()
+            written.set()
+            yield b"last"
+
+        return StreamingResponse(body())
+
+    async with serve(app) as client, client.stream("GET", "/") as response:
+        chunks = response.aiter_raw()
+        assert await anext(chunks) == b"first"
+        assert await observer.in_transaction() == 0
+        go_on.set()
+        await written.wait()
+        assert [chunk async for chunk in chunks] == [b"last"]
+        assert await observer.names() == ["streamed"]
+        assert await observer.in_transaction() == 0
+
+
+async def test_stream_whose_commit_fails_is_cut_short(app: FastAPI, observer: Observer) -> None:
+    """The client of a stream that could not be committed gets an incomplete body, never a whole one."""
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            db.session.add(Item("same"))
+            yield b"first"
+            db.session.add(Item("same"))
+            yield b"last"
+
+        return StreamingResponse(body())
+
+    async with serve(app) as client:
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+            await client.get("/")
+    assert await observer.names() == []
+
+
+async def test_stream_that_fails_rolls_back(app: FastAPI, observer: Observer) -> None:
+    """An exception in the body keeps the handler's rows, which the client was told of, and none of the stream's."""
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        db.session.add(Item("handler"))
+
+        async def body() -> AsyncIterator[bytes]:
+            db.session.add(Item("stream"))
+            await db.session.flush()
+            yield b"first"
+            raise ZeroDivisionError
+
+        return StreamingResponse(body())
+
+    async with serve(app) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.get("/")
+    assert await observer.names() == ["handler"]
+    assert await observer.in_transaction() == 0
+
+
+async def test_stream_left_by_its_client_rolls_back(app: FastAPI, observer: Observer) -> None:
+    """Rows of a body that was not sent to its end are not kept."""
+    ended = asyncio.Event()
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            db.session.add(Item("half"))
+            await db.session.flush()
+            try:
+                while True:
+                    yield b"x" * 1000
+                    await asyncio.sleep(0)
+            finally:
+                ended.set()
+
+        return StreamingResponse(body())
+
+    async with serve(app) as client:
+        async with client.stream("GET", "/") as response:
+            await anext(response.aiter_raw())
+        await ended.wait()
+    assert await observer.names() == []
+    assert await observer.in_transaction() == 0
+
+
+async def test_background_tasks_commit(app: FastAPI, observer: Observer) -> None:
+    """A background task sees the request's row, and its own is committed when it ends."""
+
+    @app.get("/")
+    async def handler(tasks: BackgroundTasks) -> None:
+        db.session.add(Item("request"))
+
+        async def background() -> None:
+            assert (await db.session.scalars(select(Item.name))).all() == ["request"]
+            db.session.add(Item("background"))
+
+        tasks.add_task(background)
+
+    async with serve(app) as client:
+        assert (await client.get("/")).status_code == 200
+    assert await observer.names() == ["background", "request"]
+
+
+async def test_def_background_task_commits(app: FastAPI, observer: Observer) -> None:
+    """A plain function runs in a thread, with the synchronous session."""
+
+    @app.get("/")
+    async def handler(tasks: BackgroundTasks) -> None:
+        tasks.add_task(lambda: db.sync_session.add(Item("thread")))
+
+    async with serve(app) as client:
+        assert (await client.get("/")).status_code == 200
+    assert await observer.names() == ["thread"]
+
+
+async def test_background_task_that_fails_rolls_back_only_itself(app: FastAPI, observer: Observer) -> None:
+    """The request was committed before the client was told; a later failure does not touch it."""
+
+    @app.get("/")
+    async def handler(tasks: BackgroundTasks) -> None:
+        db.session.add(Item("request"))
+
+        async def background() -> None:
+            db.session.add(Item("background"))
+            await db.session.flush()
+            raise ZeroDivisionError
+
+        tasks.add_task(background)
+
+    async with serve(app) as client:
+        assert (await client.get("/")).status_code == 200
+    assert await observer.names() == ["request"]
+    assert await observer.in_transaction() == 0
+
+
+async def test_body_of_a_slow_client_holds_no_connection(app: FastAPI, observer: Observer) -> None:
+    """While a large body waits for its reader, the pool has every connection."""
+    body = b"x" * 20_000_000
+
+    @app.get("/")
+    async def large() -> StreamingResponse:
+        await db.session.execute(select(Item))
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield body
+
+        return StreamingResponse(chunks())
+
+    async with serve(app) as client, client.stream("GET", "/") as response:
+        assert response.status_code == 200
+        assert db.async_engine.pool.status().startswith("Pool size: 10  Connections in pool: 1")
+        assert await observer.in_transaction() == 0

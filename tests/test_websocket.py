@@ -1,0 +1,141 @@
+"""A websocket commits when it answers and when it waits for its client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import websockets
+from fastapi import FastAPI, WebSocket
+from sqlalchemy.exc import IntegrityError
+from websockets.asyncio.client import ClientConnection
+
+from fastapi_chatdify_db import DBSessionMiddleware, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+@asynccontextmanager
+async def connected(app: FastAPI) -> AsyncIterator[ClientConnection]:
+    async with serve(app) as client:
+        url = client.base_url.copy_with(scheme="ws", path="/")
+        async with websockets.connect(str(url)) as connection:
+            yield connection
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.websocket("/")
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        async for name in socket.iter_text():
+            db.session.add(Item(name))
+            if name == "dry run":
+                db.rollback_only()
+            if name == "bad":
+                await db.session.flush()
+                raise ZeroDivisionError
+            if name == "refused":
+                await socket.close(code=1008)
+                return
+            try:
+                await socket.send_text(f"stored {name}")
+            except IntegrityError:
+                await socket.send_text("taken")
+
+    return app
+
+
+async def test_answer_follows_the_commit(app: FastAPI, observer: Observer) -> None:
+    """The client that reads the answer sees the row; nothing is in transaction while it thinks."""
+    async with connected(app) as socket:
+        for name in ("a", "b"):
+            await socket.send(name)
+            assert await socket.recv() == f"stored {name}"
+            assert name in await observer.names()
+            assert await observer.in_transaction() == 0
+
+
+async def test_failed_commit_is_raised_where_the_handler_answers(app: FastAPI, observer: Observer) -> None:
+    """The handler can still say no, and go on."""
+    async with connected(app) as socket:
+        for name, answer in [("a", "stored a"), ("a", "taken"), ("b", "stored b")]:
+            await socket.send(name)
+            assert await socket.recv() == answer
+    assert await observer.names() == ["a", "b"]
+
+
+async def test_message_without_an_answer_commits_when_the_handler_waits(app: FastAPI, observer: Observer) -> None:
+    """Two messages with one answer: the first is committed while the handler waits for the second."""
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        db.session.add(Item(await socket.receive_text()))
+        db.session.add(Item(await socket.receive_text()))
+        await db.session.flush()
+        raise ZeroDivisionError
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    async with connected(app) as socket:
+        await socket.send("first")
+        await socket.send("second")
+        with pytest.raises(websockets.ConnectionClosed):
+            await socket.recv()
+    assert await observer.names() == ["first"]
+
+
+@pytest.mark.parametrize("name", ["bad", "refused"])
+async def test_message_that_fails_leaves_no_row(app: FastAPI, observer: Observer, name: str) -> None:
+    """An exception, or closing with an error code, rolls back that message and none before it."""
+    async with connected(app) as socket:
+        await socket.send("good")
+        await socket.recv()
+        await socket.send(name)
+        with pytest.raises(websockets.ConnectionClosed):
+            await socket.recv()
+    assert await observer.names() == ["good"]
+    assert await observer.in_transaction() == 0
+
+
+async def test_rollback_only_is_for_one_message(app: FastAPI, observer: Observer) -> None:
+    """The next message commits again."""
+    async with connected(app) as socket:
+        for name in ("dry run", "real"):
+            await socket.send(name)
+            await socket.recv()
+    assert await observer.names() == ["real"]
+
+
+async def test_pushing_task_leaves_the_transaction_alone(app: FastAPI, observer: Observer) -> None:
+    """A task that only pushes neither commits nor disturbs what the reading task is in the middle of."""
+    pushed = asyncio.Event()
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        name = await socket.receive_text()
+        db.session.add(Item(name))
+        await db.session.flush()
+
+        async def push() -> None:
+            await socket.send_text("news")
+            pushed.set()
+
+        await asyncio.create_task(push())
+        await pushed.wait()
+        raise ZeroDivisionError
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    async with connected(app) as socket:
+        await socket.send("a")
+        assert await socket.recv() == "news"
+        with pytest.raises(websockets.ConnectionClosed):
+            await socket.recv()
+    assert await observer.names() == []
