@@ -11,6 +11,7 @@ from fastapi_chatdify_db.exceptions import (
     ChatdifyDBError,
     DatabaseUnavailable,
     InvalidSettings,
+    NotInSyncUnit,
     OutsideUnitOfWork,
 )
 from fastapi_chatdify_db.session import get_async_session, get_session, get_sync_session
@@ -30,6 +31,7 @@ __all__ = [
     "DatabaseSettings",
     "DatabaseUnavailable",
     "InvalidSettings",
+    "NotInSyncUnit",
     "OutsideUnitOfWork",
     "async_engine",
     "create_db_tables",

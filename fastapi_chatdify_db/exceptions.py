@@ -15,5 +15,9 @@ class OutsideUnitOfWork(ChatdifyDBError):
     """A session was asked for where no unit of work is open."""
 
 
+class NotInSyncUnit(OutsideUnitOfWork):
+    """Something async was asked of a unit of work that was opened in synchronous code."""
+
+
 class DatabaseUnavailable(ChatdifyDBError):
     """The database did not accept a connection within ``DB_STARTUP_TIMEOUT``."""

@@ -14,14 +14,14 @@ from fastapi_chatdify_db import session as _session
 
 def get_db() -> Iterator[Session]:
     """Deprecated dependency with a synchronous session; calling ``commit()`` on it oneself still works."""
-    _deprecated("get_db", "get_session")
+    _deprecated("get_db", "get_session", stacklevel=3)
     with _session.get_sync_session() as session:
         yield session
 
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
     """Deprecated spelling of ``session.get_session``."""
-    _deprecated("get_session", "get_session")
+    _deprecated("get_session", "get_session", stacklevel=3)
     async with _session.get_async_session() as session:
         yield session
 
@@ -29,14 +29,14 @@ async def get_session() -> AsyncGenerator[AsyncSession]:
 @contextmanager
 def SessionLocal() -> Iterator[Session]:  # noqa: N802  # the name is what this module is for
     """Deprecated spelling of ``session.get_sync_session``; calling ``commit()`` oneself still works."""
-    _deprecated("SessionLocal", "get_sync_session")
+    _deprecated("SessionLocal", "get_sync_session", stacklevel=4)  # past contextlib's __enter__
     with _session.get_sync_session() as session:
         yield session
 
 
-def _deprecated(old: str, new: str) -> None:
+def _deprecated(old: str, new: str, stacklevel: int) -> None:
     warnings.warn(
         f"fastapi_chatdify_db.legacy.{old} is deprecated; write: from fastapi_chatdify_db.session import {new}",
         DeprecationWarning,
-        stacklevel=3,
+        stacklevel=stacklevel,
     )

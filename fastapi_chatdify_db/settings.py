@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, SecretStr, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from fastapi_chatdify_db.exceptions import InvalidSettings
 
+# Not SecretStr: type checkers would refuse the plain str that every caller has.
+Secret = Annotated[str | None, Field(repr=False)]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -43,11 +45,11 @@ class DatabaseSettings(BaseSettings):
     # Values never appear in errors: one of them is a password, another holds one.
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
-    database_url: SecretStr | None = None
+    database_url: Secret = None
     postgres_host: str = "localhost"
     postgres_port: Annotated[int, Field(ge=1, le=65535)] = 5432
     postgres_user: str = "postgres"
-    postgres_password: SecretStr | None = None
+    postgres_password: Secret = None
     postgres_db: str = "postgres"
     db_pool_size: Annotated[int, Field(ge=1)] = 10
     db_max_overflow: Annotated[int, Field(ge=-1)] = 20
@@ -77,17 +79,16 @@ class DatabaseSettings(BaseSettings):
             InvalidSettings: ``DATABASE_URL`` is not a URL.
         """
         if self.database_url is None:
-            password = self.postgres_password and self.postgres_password.get_secret_value()
             return URL.create(
                 "postgresql",
                 username=self.postgres_user,
-                password=password or None,
+                password=self.postgres_password or None,
                 host=self.postgres_host,
                 port=self.postgres_port,
                 database=self.postgres_db,
             )
         try:
-            return make_url(self.database_url.get_secret_value())
+            return make_url(self.database_url)
         except (ArgumentError, ValueError):
             pass  # SQLAlchemy's message repeats the URL, password and all; so would the exception's context.
         raise InvalidSettings("DATABASE_URL: not a URL; write e.g. postgresql://user:password@localhost:5432/name")

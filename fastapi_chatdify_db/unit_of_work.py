@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Final, Self
 
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue
 from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.exceptions import NotInSyncUnit
 
 logger: Final = logging.getLogger(__name__)
 
@@ -64,8 +67,14 @@ class UnitOfWork:
         return session
 
     def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
-        """Run ``callback`` once what the unit did on one database so far is committed."""
-        self.callbacks.add(callback, self._session_in_use(engines))
+        """Run ``callback`` once what the unit did on one database so far is committed.
+
+        Raises:
+            NotInSyncUnit: A coroutine function has no event loop to run on here.
+        """
+        if inspect.iscoroutinefunction(callback):
+            raise NotInSyncUnit("on_commit() in synchronous code takes a plain function, not a coroutine function")
+        self.callbacks.add(callback, self._sync_sessions.get(engines))
 
     def open(self) -> None:
         """Make this the current unit of the running task or thread."""
@@ -76,7 +85,10 @@ class UnitOfWork:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
         self.closed = True
         for session in self._every_session():
-            session.close()
+            try:
+                session.close()
+            except IllegalStateChangeError:
+                logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
         # Not a token's reset: a generator that is finalized late runs in another context than it began in.
         if _current.get() is self:
             _current.set(self.outer)
@@ -106,9 +118,6 @@ class UnitOfWork:
             self.finish(commit=error is None)
         finally:
             self.close()
-
-    def _session_in_use(self, engines: Engines) -> Session | None:
-        return self._sync_sessions.get(engines)
 
     def _every_session(self) -> list[Session]:
         return list(self._sync_sessions.values())

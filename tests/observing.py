@@ -21,6 +21,11 @@ class Observer:
                    WHERE datname = current_database() AND state LIKE 'idle in transaction%'"""
         return int(await self.connection.fetchval(query))
 
+    async def until_nobody_is_in_transaction(self) -> None:
+        """Return when no other session is idle in a transaction."""
+        while await self.in_transaction():
+            await self.connection.execute("SELECT pg_sleep(0.01)")
+
     async def until_somebody_waits_for_a_lock(self) -> None:
         """Return when a statement of another session is held up by a lock."""
         query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"

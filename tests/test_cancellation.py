@@ -30,7 +30,7 @@ class CancelledByDisconnect:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = asyncio.create_task(self.app(scope, receive_nothing, send))
+        request = asyncio.ensure_future(self.app(scope, receive_nothing, send))
         watcher = asyncio.create_task(until_disconnect(receive))
         await asyncio.wait([request, watcher], return_when=asyncio.FIRST_COMPLETED)
         request.cancel()

@@ -1,0 +1,41 @@
+"""A connection pool whose waiting threads do not keep other threads of the web server from running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from anyio import from_thread, to_thread
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+
+
+class ThreadLendingPool(QueuePool):
+    """SQLAlchemy's ``QueuePool`` for ``def`` endpoints, which run in Starlette's 40 threads.
+
+    FastAPI serializes a ``def`` endpoint's result in another of these threads. If all of them waited for a
+    connection, those who hold one could not go on to give it back, and everybody would wait for the time-out. So a
+    thread that has to wait lends its place, as Java's ``ForkJoinPool.ManagedBlocker`` does.
+    """
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        if self._max_overflow == -1 or self.checkedout() < self.size() + self._max_overflow:
+            return super()._do_get()
+        with _place_lent():
+            return super()._do_get()
+
+
+@contextmanager
+def _place_lent() -> Iterator[None]:
+    try:
+        from_thread.run_sync(_add_places, 1)
+    except RuntimeError:  # not one of these threads
+        yield
+        return
+    try:
+        yield
+    finally:
+        from_thread.run_sync(_add_places, -1)
+
+
+def _add_places(number: int) -> None:
+    to_thread.current_default_thread_limiter().total_tokens += number

@@ -1,0 +1,70 @@
+"""``health_router`` tells a load balancer the truth, and an attacker nothing."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import text
+
+from fastapi_chatdify_db import Database, DatabaseSettings, create_health_router, health, health_router
+from tests.serving import free_socket, serve
+
+
+async def test_live_and_ready(tables: None) -> None:
+    """A process whose database answers is live and ready, and shows its pool."""
+    app = FastAPI()
+    app.include_router(health_router)
+    async with serve(app) as client:
+        assert (await client.get("/health/live")).json() == {"status": "ok"}
+        ready = await client.get("/health/ready")
+    assert ready.status_code == 200
+    assert ready.json() == {
+        "status": "ok",
+        "databases": {"db": {"status": "ok", "reason": None, "pool": {"size": 10, "in_use": 0, "overflow": 0}}},
+    }
+
+
+async def test_unreachable_database_is_not_ready(tables: None) -> None:
+    """503 with a reason that names neither host nor user; the process is live all the same."""
+    with free_socket() as listener:
+        port = listener.getsockname()[1]
+    gone = Database("gone", settings=DatabaseSettings(database_url=f"postgresql://user:secret@127.0.0.1:{port}/x"))
+    app = FastAPI()
+    app.include_router(create_health_router(gone))
+    async with serve(app) as client:
+        assert (await client.get("/health/live")).status_code == 200
+        ready = await client.get("/health/ready")
+    assert ready.status_code == 503
+    assert ready.json()["databases"]["gone"]["reason"] == "unavailable"
+    assert "secret" not in ready.text
+    assert "127.0.0.1" not in ready.text
+
+
+async def test_silent_database_is_not_ready(tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts and never answers is given up after the time limit."""
+    monkeypatch.setattr(health, "TIME_LIMIT", 0.1)
+    app = FastAPI()
+    with free_socket() as listener:
+        url = f"postgresql://user@127.0.0.1:{listener.getsockname()[1]}/x"
+        silent = Database("silent", settings=DatabaseSettings(database_url=url))
+        app.include_router(create_health_router(silent))
+        async with serve(app) as client:
+            ready = await client.get("/health/ready")
+    assert ready.status_code == 503
+    assert ready.json()["databases"]["silent"]["reason"] == "no answer in time"
+
+
+async def test_exhausted_pool_is_not_ready(small_pool: Database) -> None:
+    """Without a free connection there is nothing to answer with, which the figures show."""
+    app = FastAPI()
+    app.include_router(create_health_router(small_pool))
+    async with serve(app) as client, small_pool.transaction() as one, small_pool.transaction() as two:
+        await one.execute(text("SELECT 1"))
+        await two.execute(text("SELECT 1"))
+        ready = await client.get("/health/ready")
+    assert ready.status_code == 503
+    assert ready.json()["databases"]["small"] == {
+        "status": "unavailable",
+        "reason": "no free connection",
+        "pool": {"size": 2, "in_use": 2, "overflow": 0},
+    }

@@ -1,0 +1,217 @@
+"""``db.on_commit`` runs what must only happen when the rows are there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+
+import pytest
+from fastapi import FastAPI, HTTPException
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from fastapi_chatdify_db import DBSessionMiddleware, OutsideUnitOfWork, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+async def test_callback_finds_the_row_before_the_response_leaves(observer: Observer) -> None:
+    """Coroutine functions run on the loop and plain ones in a thread, in order, each after the commit."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    seen: list[object] = []
+
+    @app.post("/")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+
+        async def on_the_loop() -> None:
+            seen.append(await observer.names())
+
+        db.on_commit(on_the_loop)
+        db.on_commit(lambda: seen.append(threading.current_thread() is threading.main_thread()))
+        seen.append(await observer.names())
+
+    async with serve(app) as client:
+        await client.post("/")
+        assert seen == [[], ["a"], False]
+
+
+@pytest.mark.parametrize("path", ["/refused", "/conflict", "/dry-run"])
+async def test_nothing_runs_after_a_rollback(observer: Observer, path: str) -> None:
+    """An error status, a commit that fails and ``rollback_only`` drop the callbacks."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    ran: list[str] = []
+
+    @app.post("/refused")
+    async def refused() -> None:
+        db.on_commit(lambda: ran.append("before any statement"))
+        db.session.add(Item("a"))
+        await db.session.flush()
+        db.on_commit(lambda: ran.append("after one"))
+        raise HTTPException(409)
+
+    @app.post("/conflict")
+    async def conflict() -> None:
+        db.session.add_all([Item("a"), Item("a")])
+        db.on_commit(lambda: ran.append("conflict"))
+
+    @app.post("/dry-run")
+    async def dry_run() -> None:
+        db.on_commit(lambda: ran.append("dry run"))
+        db.rollback_only()
+
+    async with serve(app) as client:
+        await client.post(path)
+    assert ran == []
+
+
+async def test_savepoint_decides_about_its_own_callbacks(observer: Observer) -> None:
+    """A savepoint's rollback drops what was registered inside it, also inside savepoints that it contains."""
+    ran: list[str] = []
+    async with db.transaction() as session:
+        session.add(Item("a"))
+        db.on_commit(lambda: ran.append("outer"))
+        async with session.begin_nested():
+            db.on_commit(lambda: ran.append("kept"))
+        doomed = await session.begin_nested()
+        db.on_commit(lambda: ran.append("dropped"))
+        async with session.begin_nested():
+            db.on_commit(lambda: ran.append("released, then dropped"))
+        await doomed.rollback()
+        db.on_commit(lambda: ran.append("last"))
+        assert ran == []
+    assert ran == ["outer", "kept", "last"]
+
+
+async def test_savepoint_that_fails_drops_its_callbacks(observer: Observer) -> None:
+    """The same when the savepoint's block ends with an exception."""
+    ran: list[str] = []
+
+    async def store_twice(name: str) -> None:
+        async with db.session.begin_nested():
+            db.on_commit(lambda: ran.append(name))
+            db.session.add_all([Item(name), Item(name)])
+            await db.session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+
+    async with db.transaction() as session:
+        session.add(Item("a"))
+        db.on_commit(lambda: ran.append("a"))
+        with pytest.raises(IntegrityError):
+            await store_twice("b")
+    assert ran == ["a"]
+    assert await observer.names() == ["a"]
+
+
+async def test_own_commit_makes_its_callbacks_due(observer: Observer) -> None:
+    """What a handler committed itself is committed, so its callbacks run although the rest is rolled back."""
+    ran: list[str] = []
+
+    async def work() -> None:
+        async with db.transaction() as session:
+            session.add(Item("a"))
+            db.on_commit(lambda: ran.append("committed"))
+            await session.commit()
+            session.add(Item("b"))
+            db.on_commit(lambda: ran.append("rolled back"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await work()
+    assert ran == ["committed"]
+    assert await observer.names() == ["a"]
+
+
+async def test_own_rollback_drops_its_callbacks(observer: Observer) -> None:
+    """After ``session.rollback()`` the unit goes on with what comes later."""
+    ran: list[str] = []
+    async with db.transaction() as session:
+        session.add(Item("a"))
+        db.on_commit(lambda: ran.append("rolled back"))
+        await session.rollback()
+        session.add(Item("b"))
+        db.on_commit(lambda: ran.append("committed"))
+    assert ran == ["committed"]
+    assert await observer.names() == ["b"]
+
+
+async def test_error_in_a_callback_stops_nothing(observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged with its traceback; the other callbacks run and the client gets its response."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    ran: list[str] = []
+
+    @app.post("/")
+    async def handler() -> str:
+        async def fails() -> None:
+            db.session.add(Item("half"))
+            await db.session.flush()
+            raise ZeroDivisionError
+
+        db.on_commit(fails)
+        db.on_commit(lambda: ran.append("second"))
+        return "fine"
+
+    with caplog.at_level(logging.ERROR):
+        async with serve(app) as client:
+            assert (await client.post("/")).json() == "fine"
+    assert ran == ["second"]
+    assert await observer.names() == []
+    [record] = caplog.records
+    assert "fails" in record.getMessage()
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+async def test_callback_may_write_and_register_another(observer: Observer) -> None:
+    """What a callback writes is committed, and then the callbacks that it registered run."""
+    names: list[list[str]] = []
+
+    async def first() -> None:
+        db.session.add(Item("by the callback"))
+        db.on_commit(second)
+
+    async def second() -> None:
+        names.append(await observer.names())
+
+    async with db.transaction() as session:
+        session.add(Item("a"))
+        db.on_commit(first)
+    assert names == [["a", "by the callback"]]
+
+
+async def test_release_runs_what_is_due(observer: Observer) -> None:
+    """``db.release()`` commits, so callbacks run there, once, and the session goes on."""
+    ran: list[str] = []
+    async with db.transaction() as session:
+        session.add(Item("a"))
+        db.on_commit(lambda: ran.append("at release"))
+        await db.release()
+        assert ran == ["at release"]
+        assert await observer.names() == ["a"]
+        assert await observer.in_transaction() == 0
+        session.add(Item("b"))
+    assert ran == ["at release"]
+    assert await observer.names() == ["a", "b"]
+
+
+async def test_sync_unit_takes_plain_functions(observer: Observer) -> None:
+    """In synchronous code a coroutine function has no loop to run on, which registering it says."""
+    ran: list[str] = []
+
+    async def never() -> None:
+        ran.append("never")
+
+    def work() -> None:
+        with db.sync_transaction() as session:
+            session.add(Item("a"))
+            db.on_commit(lambda: ran.append("sync"))
+            assert ran == []
+            with pytest.raises(OutsideUnitOfWork, match="plain function"):
+                db.on_commit(never)
+
+    await asyncio.to_thread(work)
+    assert ran == ["sync"]

@@ -1,0 +1,126 @@
+"""A pool that is exhausted, and a pool whose connections all died."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import text
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+def app_on(database: Database) -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.get("/slow")
+    async def slow() -> None:
+        await database.session.execute(text("SELECT pg_sleep(0.2)"))
+
+    @app.get("/slow-def")
+    def slow_def() -> None:
+        database.sync_session.execute(text("SELECT pg_sleep(0.2)"))
+
+    @app.post("/add")
+    async def add() -> None:
+        database.session.add(Item("at commit"))
+
+    return app
+
+
+@pytest.mark.parametrize("path", ["/slow", "/slow-def"])
+async def test_requests_wait_for_a_free_connection(observer: Observer, path: str) -> None:
+    """50 requests of 0.2 s share two connections, and all succeed."""
+    patient = Database(settings=DatabaseSettings(db_pool_size=2, db_max_overflow=0))
+    async with serve(app_on(patient)) as client:
+        responses = await asyncio.gather(*(client.get(path) for _ in range(50)))
+    assert [response.status_code for response in responses] == [200] * 50
+    await patient.dispose()
+
+
+@pytest.mark.parametrize("path", ["/slow", "/slow-def"])
+async def test_exhausted_pool_answers_503(small_pool: Database, observer: Observer, path: str) -> None:
+    """Who waits longer than DB_POOL_TIMEOUT is told when to come back; then there is service at once."""
+    async with serve(app_on(small_pool)) as client:
+        responses = await asyncio.gather(*(client.get(path) for _ in range(50)))
+        refused = [response for response in responses if response.status_code == 503]
+        assert {response.status_code for response in responses} == {200, 503}
+        assert {response.headers["retry-after"] for response in refused} == {"1"}
+        assert refused[0].json() == {"detail": "No database connection is free, try again."}
+        again = await asyncio.gather(*(client.get(path) for _ in range(2)))
+        assert [response.status_code for response in again] == [200, 200]
+    assert await observer.in_transaction() == 0
+
+
+async def test_pool_exhausted_at_the_commit_is_503_too(small_pool: Database, observer: Observer) -> None:
+    """A handler may need its first connection only to commit."""
+    async with serve(app_on(small_pool)) as client, small_pool.transaction() as one, small_pool.transaction() as two:
+        await one.execute(text("SELECT 1"))
+        await two.execute(text("SELECT 1"))
+        response = await client.post("/add")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert await observer.names() == []
+
+
+async def test_apps_own_handler_for_an_exhausted_pool_comes_first(small_pool: Database, observer: Observer) -> None:
+    """503 is the default, not a rule."""
+    app = app_on(small_pool)
+
+    @app.exception_handler(PoolTimeout)
+    async def busy(request: Request, error: PoolTimeout) -> JSONResponse:
+        return JSONResponse("busy", status_code=429)
+
+    async with serve(app) as client, small_pool.transaction() as one, small_pool.transaction() as two:
+        await one.execute(text("SELECT 1"))
+        await two.execute(text("SELECT 1"))
+        assert (await client.get("/slow")).status_code == 429
+        assert (await client.post("/add")).status_code == 429
+
+
+async def test_many_def_endpoints_on_a_small_pool_do_not_block_each_other(observer: Observer) -> None:
+    """Threads that wait for a connection do not keep the threads that would free one from running."""
+    patient = Database(settings=DatabaseSettings(db_pool_size=2, db_max_overflow=0, db_pool_timeout=300))
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.get("/")
+    def read_and_return() -> int:
+        return int(patient.sync_session.execute(text("SELECT 1")).scalar_one())
+
+    async with serve(app) as client:
+        responses = await asyncio.gather(*(client.get("/") for _ in range(300)))
+    assert [response.status_code for response in responses] == [200] * 300
+    await patient.dispose()
+
+
+@pytest.mark.parametrize("path", ["/slow", "/slow-def"])
+async def test_restarted_database_is_not_noticed(observer: Observer, path: str) -> None:
+    """After every connection of an idle pool died, the next 100 requests succeed."""
+    async with serve(app_on(db)) as client:
+        await asyncio.gather(*(client.get(path) for _ in range(30)))
+        await observer.terminate_others()
+        responses = await asyncio.gather(*(client.get(path) for _ in range(100)))
+    assert [response.status_code for response in responses] == [200] * 100
+
+
+async def test_connection_that_dies_in_a_request_is_an_error_and_is_replaced(observer: Observer) -> None:
+    """The request that lost its connection is told; the next one gets a new one."""
+    app = app_on(db)
+
+    @app.post("/dies")
+    async def dies() -> None:
+        db.session.add(Item("dead"))
+        await db.session.flush()
+        await observer.terminate_others()
+
+    async with serve(app) as client:
+        assert (await client.post("/dies")).status_code == 500
+        assert (await client.post("/add")).status_code == 200
+    assert await observer.names() == ["at commit"]

@@ -1,0 +1,142 @@
+"""``retries=`` runs a request again when PostgreSQL asks for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from fastapi_chatdify_db import DBSessionMiddleware, db
+from tests.models import Counter
+from tests.observing import Observer
+from tests.serving import serve
+
+CLIENTS, INCREMENTS = 20, 20
+
+
+@pytest.fixture
+async def counter(observer: Observer) -> Observer:
+    await observer.connection.execute("INSERT INTO counter (id, value) VALUES (1, 0)")
+    return observer
+
+
+def counting_app(retries: int) -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=retries)
+
+    @app.post("/increment")
+    async def increment(request: Request) -> int:
+        await db.session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        counter = await db.session.get_one(Counter, 1)
+        counter.value += (await request.json())["by"]
+        await db.session.flush()
+        return counter.value
+
+    @app.post("/increment-def")
+    def increment_def(body: dict[str, int]) -> int:
+        db.sync_session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        counter = db.sync_session.get_one(Counter, 1)
+        counter.value += body["by"]
+        return counter.value
+
+    return app
+
+
+@pytest.mark.parametrize("path", ["/increment", "/increment-def"])
+@pytest.mark.parametrize("handled", [False, True], ids=["unhandled", "with a handler"])
+async def test_contended_increments_all_succeed(counter: Observer, path: str, handled: bool) -> None:
+    """20 clients increment one row 20 times each at SERIALIZABLE: every one gets 200, and the sum is exact."""
+    app = counting_app(retries=3)
+    if handled:
+
+        @app.exception_handler(DBAPIError)
+        async def handler(request: Request, error: DBAPIError) -> JSONResponse:
+            return JSONResponse("database error", status_code=500)
+
+    async with serve(app) as client:
+
+        async def increment() -> list[int]:
+            return [(await client.post(path, json={"by": 1})).status_code for _ in range(INCREMENTS)]
+
+        statuses = await asyncio.gather(*(increment() for _ in range(CLIENTS)))
+    assert {status for each in statuses for status in each} == {200}
+    assert await counter.connection.fetchval("SELECT value FROM counter") == CLIENTS * INCREMENTS
+
+
+async def test_without_retries_a_serialization_failure_is_an_error(counter: Observer) -> None:
+    """Running a request again is opt-in, for its other effects happen again too."""
+    async with serve(counting_app(retries=0)) as client:
+        responses = await asyncio.gather(*(client.post("/increment", json={"by": 1}) for _ in range(CLIENTS)))
+    succeeded = [response.status_code for response in responses].count(200)
+    assert succeeded < CLIENTS
+    assert await counter.connection.fetchval("SELECT value FROM counter") == succeeded
+
+
+async def test_deadlock_is_retried(counter: Observer) -> None:
+    """Two requests that lock two rows in opposite order both succeed."""
+    await counter.connection.execute("INSERT INTO counter (id, value) VALUES (2, 0)")
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=3)
+    both_hold_one = asyncio.Barrier(2)
+    runs = 0
+
+    @app.post("/{first}/{second}")
+    async def lock(first: int, second: int) -> None:
+        nonlocal runs
+        runs += 1
+        (await db.session.get_one(Counter, first, with_for_update=True)).value += 1
+        if runs <= 2:
+            await both_hold_one.wait()
+        (await db.session.get_one(Counter, second, with_for_update=True)).value += 1
+
+    async with serve(app) as client:
+        responses = await asyncio.gather(client.post("/1/2"), client.post("/2/1"))
+    assert [response.status_code for response in responses] == [200, 200]
+    assert runs == 3
+    assert await counter.connection.fetchval("SELECT sum(value) FROM counter") == 4
+
+
+async def test_request_that_never_succeeds_is_an_error_after_its_retries(counter: Observer) -> None:
+    """``retries=2`` is three runs; then the failure goes the way of any exception."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=2)
+    runs = 0
+
+    @app.post("/")
+    async def fail() -> None:
+        nonlocal runs
+        runs += 1
+        await db.session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
+    assert runs == 3
+
+
+async def test_body_is_received_again_in_full(counter: Observer) -> None:
+    """A body that came in pieces, half read by the first run, is whole for the second."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=1)
+    bodies: list[bytes] = []
+
+    @app.post("/")
+    async def count(request: Request) -> int:
+        if not bodies:
+            async for piece in request.stream():
+                bodies.append(piece)
+                await db.session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40P01'; END $$"))
+        return len(await request.body())
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(10):
+            yield b"x" * 100_000
+
+    async with serve(app) as client:
+        response = await client.post("/", content=pieces())
+    assert (response.status_code, response.json()) == (200, 1_000_000)
+    assert len(bodies) == 1

@@ -1,0 +1,104 @@
+"""One middleware serves every database of the application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from fastapi import FastAPI, HTTPException
+from sqlalchemy import UniqueConstraint, func, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+class ReportsBase(MappedAsDataclass, DeclarativeBase):
+    pass
+
+
+class Report(ReportsBase):
+    __tablename__ = "report"
+    __table_args__ = (UniqueConstraint("title", deferrable=True, initially="DEFERRED"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, init=False)
+    title: Mapped[str]
+
+
+@pytest.fixture
+async def reports(observer: Observer) -> AsyncIterator[Database]:
+    """A second database: its own engines and models, on the same server."""
+    reports = Database("reports", settings=DatabaseSettings(), base=ReportsBase)
+    await reports.create_tables()
+    yield reports
+    await reports.drop_tables()
+    await reports.dispose()
+
+
+def app_on_both(reports: Database) -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/{status}")
+    async def handler(status: int, title: str = "a") -> None:
+        db.session.add(Item("a"))
+        reports.session.add(Report(title))
+        if status >= 400:
+            await db.session.flush()
+            await reports.session.flush()
+            raise HTTPException(status)
+
+    return app
+
+
+async def count(reports: Database) -> int:
+    async with reports.transaction() as session:
+        return (await session.scalars(select(func.count(Report.id)))).one()
+
+
+async def test_both_commit(reports: Database, observer: Observer) -> None:
+    """A success is kept in both."""
+    async with serve(app_on_both(reports)) as client:
+        assert (await client.post("/200")).status_code == 200
+    assert await observer.names() == ["a"]
+    assert await count(reports) == 1
+
+
+async def test_both_roll_back(reports: Database, observer: Observer) -> None:
+    """A refusal is kept in neither."""
+    async with serve(app_on_both(reports)) as client:
+        assert (await client.post("/409")).status_code == 409
+    assert await observer.names() == []
+    assert await count(reports) == 0
+
+
+async def test_statement_that_fails_on_the_second_keeps_the_first_from_committing(
+    reports: Database, observer: Observer
+) -> None:
+    """Everything is flushed to every database before any commits, so only a COMMIT itself can come too late."""
+    async with serve(app_on_both(reports)) as client:
+        assert (await client.post("/200", params={"title": "\0"})).status_code == 500
+    assert await observer.names() == []
+
+
+async def test_second_commit_that_fails_is_an_error_though_the_first_stays(
+    reports: Database, observer: Observer
+) -> None:
+    """Two databases have no common commit: the client gets the error, the first one keeps its row."""
+    async with serve(app_on_both(reports)) as client:
+        assert (await client.post("/200", params={"title": "same"})).status_code == 200
+        await observer.connection.execute("DELETE FROM item")
+        assert (await client.post("/200", params={"title": "same"})).status_code == 500
+    assert await observer.names() == ["a"]
+    assert await count(reports) == 1
+
+
+async def test_transaction_block_is_for_its_own_database(reports: Database, observer: Observer) -> None:
+    """Inside ``reports.transaction()`` the other database's session is not there, or the outer unit's."""
+    async with db.transaction() as session, reports.transaction():
+        assert db.session is session
+    async with reports.transaction():
+        with pytest.raises(OutsideUnitOfWork, match=r"db\.session .* db\.transaction"):
+            db.session  # noqa: B018

@@ -1,0 +1,215 @@
+"""Where a unit of work begins and ends, and what is said outside of one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import select, text
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fastapi_chatdify_db import DBSessionMiddleware, OutsideUnitOfWork, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+@pytest.mark.parametrize(
+    ("what", "instead"),
+    [
+        ("session", r"async with db\.transaction\(\) as session"),
+        ("sync_session", r"with db\.sync_transaction\(\) as session"),
+    ],
+)
+def test_outside_a_unit_the_error_says_what_to_write(what: str, instead: str) -> None:
+    """No unit of work: the error names the middleware and the block to write instead."""
+    with pytest.raises(OutsideUnitOfWork, match=instead):
+        getattr(db, what)
+    with pytest.raises(OutsideUnitOfWork, match="DBSessionMiddleware"):
+        db.on_commit(print)
+
+
+async def test_unused_unit_touches_no_pool(observer: Observer) -> None:
+    """A route without the database checks out no connection; asking for the session alone does not either."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.get("/")
+    async def handler() -> str:
+        return repr(db.session.in_transaction())
+
+    await db.dispose()
+    async with serve(app) as client:
+        assert (await client.get("/")).json() == "False"
+    assert "Connections in pool: 0" in db.async_engine.pool.status()
+
+
+async def test_mounted_app_joins_the_unit_around_it(observer: Observer) -> None:
+    """An inner app with the middleware of its own shares the outer one's session and its outcome."""
+    sessions: list[AsyncSession] = []
+
+    async def inner(request: Request) -> Response:
+        sessions.append(db.session)
+        db.session.add(Item("inner"))
+        return PlainTextResponse("", status_code=int(request.query_params["status"]))
+
+    class Outer:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                sessions.append(db.session)
+            await self.app(scope, receive, send)
+
+    mounted = Starlette(routes=[Route("/", inner, methods=["POST"])], middleware=[Middleware(DBSessionMiddleware)])
+    app = Starlette(routes=[Mount("/inner", mounted)], middleware=[Middleware(DBSessionMiddleware), Middleware(Outer)])
+    async with serve(app) as client:
+        assert (await client.post("/inner/?status=404")).status_code == 404
+        assert await observer.names() == []
+        assert (await client.post("/inner/?status=200")).status_code == 200
+    assert await observer.names() == ["inner"]
+    assert sessions[0] is sessions[1]
+    assert sessions[2] is sessions[3]
+
+
+async def test_any_asgi_app_is_served(observer: Observer) -> None:
+    """The middleware needs no framework inside: a failed commit is then the server's 500."""
+
+    async def plain(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        db.session.add(Item("plain"))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await DBSessionMiddleware(plain)(scope, receive, send)
+
+    async with serve(without_lifespan) as client:
+        assert (await client.get("/")).text == "ok"
+        assert (await client.get("/")).status_code == 500
+    assert await observer.names() == ["plain"]
+
+
+async def test_requests_do_not_share_a_session(observer: Observer) -> None:
+    """Concurrent requests each have a transaction of their own."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    together = asyncio.Barrier(5)
+
+    @app.get("/")
+    async def handler() -> int:
+        await together.wait()
+        return int((await db.session.execute(text("SELECT pg_current_xact_id()::text"))).scalar_one())
+
+    async with serve(app) as client:
+        responses = await asyncio.gather(*(client.get("/") for _ in range(5)))
+    assert len({response.json() for response in responses}) == 5
+
+
+async def test_session_that_outlives_its_request_is_refused(observer: Observer) -> None:
+    """A task that goes on after the response is told, instead of opening a transaction that nobody ends."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    ended = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def go_on(session: AsyncSession) -> None:
+        await ended.wait()
+        with pytest.raises(OutsideUnitOfWork):
+            db.session  # noqa: B018
+        with pytest.raises(InvalidRequestError, match="permanently closed"):
+            await session.execute(select(Item))
+
+    @app.get("/")
+    async def handler() -> None:
+        tasks.append(asyncio.create_task(go_on(db.session)))
+
+    async with serve(app) as client:
+        await client.get("/")
+    ended.set()
+    await tasks[0]
+    assert await observer.in_transaction() == 0
+
+
+async def test_block_inside_a_request_is_independent(observer: Observer) -> None:
+    """``db.transaction()`` commits at its end, whatever becomes of the request around it."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/")
+    async def handler() -> None:
+        outer = db.session
+        outer.add(Item("request"))
+        async with db.transaction() as session:
+            assert db.session is session
+            session.add(Item("block"))
+        assert db.session is outer
+        raise ZeroDivisionError
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
+    assert await observer.names() == ["block"]
+
+
+async def test_branches_of_gather_have_units_of_their_own(observer: Observer) -> None:
+    """Concurrent branches use ``db.transaction()``; one that fails takes only its own rows with it."""
+
+    async def branch(name: str) -> None:
+        async with db.transaction() as session:
+            session.add(Item(name))
+            await session.flush()
+            if name == "b":
+                raise ZeroDivisionError
+
+    results = await asyncio.gather(*(branch(name) for name in "abc"), return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), ZeroDivisionError, type(None)]
+    assert await observer.names() == ["a", "c"]
+
+
+async def test_release_holds_no_connection_while_waiting(observer: Observer) -> None:
+    """A handler that released its connection waits for something slow with the pool untouched, and goes on."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    waiting, answered = asyncio.Event(), asyncio.Event()
+
+    @app.post("/")
+    async def handler() -> None:
+        item = Item("question")
+        db.session.add(item)
+        await db.release()
+        waiting.set()
+        await answered.wait()
+        item.name = "answer"
+
+    async with serve(app) as client:
+        response = asyncio.create_task(client.post("/"))
+        await waiting.wait()
+        assert await observer.names() == ["question"]
+        assert "Current Checked out connections: 0" in db.async_engine.pool.status()
+        answered.set()
+        assert (await response).status_code == 200
+    assert await observer.names() == ["answer"]
+
+
+async def test_sync_unit_has_no_async_session(observer: Observer) -> None:
+    """The error in a synchronous unit names the session that is there."""
+
+    def work() -> None:
+        with db.sync_transaction() as session:
+            assert db.sync_session is session
+            with pytest.raises(OutsideUnitOfWork, match=r"db\.sync_session"):
+                db.session  # noqa: B018
+            session.add(Item("a"))
+
+    await asyncio.to_thread(work)
+    assert await observer.names() == ["a"]
