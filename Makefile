@@ -1,0 +1,28 @@
+# Everything is installed into .venv; nothing but Python 3.11 or later and make has to be there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/installed  ## a FastAPI app on a real PostgreSQL, with the curl lines to try
+	$(BIN)/python -m example_app
+
+test: .venv/installed  ## all tests, on the PostgreSQL at DATABASE_URL or localhost, else on an embedded one
+	$(BIN)/python -m pytest
+
+check: .venv/installed  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed  ## ratios against the six-line pattern and four peers
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .venv
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
