@@ -14,12 +14,12 @@ from fastapi_chatdify_db.settings import DatabaseSettings
 
 # Keywords of SQLAlchemy's asyncpg dialect and of asyncpg.connect(), which libpq would refuse.
 _ASYNCPG_ONLY: Final = {
-    "prepared_statement_cache_size": int,
-    "statement_cache_size": int,
-    "max_cached_statement_lifetime": int,
-    "max_cacheable_statement_size": int,
-    "command_timeout": float,
-    "timeout": float,
+    "command_timeout",
+    "max_cacheable_statement_size",
+    "max_cached_statement_lifetime",
+    "prepared_statement_cache_size",
+    "statement_cache_size",
+    "timeout",
 }
 # libpq's client-side knobs that asyncpg has no counterpart for; it would send them to the server, which refuses them.
 _LIBPQ_ONLY: Final = {
@@ -56,12 +56,10 @@ def async_target(settings: DatabaseSettings) -> DriverTarget:
     place, options = _split_query(url)
     if options.pop("channel_binding", "") == "require":
         raise InvalidSettings("DATABASE_URL: asyncpg has no channel binding; remove channel_binding=require")
-    connect_args: dict[str, Any] = {
-        name: kind(options.pop(name)) for name, kind in _ASYNCPG_ONLY.items() if name in options
-    }
+    connect_args: dict[str, Any] = {name: _number(name, options.pop(name)) for name in _ASYNCPG_ONLY if name in options}
     server_settings = _server_settings(settings, options)
-    if "connect_timeout" in options:
-        connect_args["timeout"] = float(options.pop("connect_timeout"))
+    if seconds := _number("connect_timeout", options.pop("connect_timeout", "0")):  # 0 is no limit in libpq
+        connect_args["timeout"] = seconds
     # asyncpg reads libpq's TLS parameters itself, but only from a DSN; the rest it sends as server settings.
     dsn = urlencode({name: value for name, value in options.items() if name not in _LIBPQ_ONLY})
     if dsn:
@@ -133,6 +131,15 @@ def _split_query(url: URL) -> tuple[URL, dict[str, str]]:
         options.setdefault("sslmode", {"true": "require", "false": "disable"}.get(ssl.lower(), ssl))
     options.pop("async_fallback", None)
     return url.set(query=place), options
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        number = float(value)
+        return int(number) if number.is_integer() else number
+    except ValueError:
+        pass  # its message, and the exception's context, would repeat the value
+    raise InvalidSettings(f"DATABASE_URL: {name} has to be a number")
 
 
 def _last(value: str | tuple[str, ...]) -> str:

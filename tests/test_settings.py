@@ -1,0 +1,116 @@
+"""The environment's settings: defaults, clear errors, no secrets."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+
+from fastapi_chatdify_db import Database, DatabaseSettings, InvalidSettings
+
+SECRET = "s3cr3t"
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATABASE_URL")
+
+
+def test_defaults() -> None:
+    """Without any variable the pool has its documented size and manners."""
+    settings = DatabaseSettings()
+    assert (settings.db_pool_size, settings.db_max_overflow) == (10, 20)
+    assert (settings.db_pool_timeout, settings.db_pool_recycle) == (30, 1800)
+    assert settings.db_pool_pre_ping is True
+    assert (settings.db_echo, settings.db_pgbouncer) == (False, False)
+    assert settings.url().render_as_string() == "postgresql://postgres@localhost:5432/postgres"
+
+
+def test_variables_reach_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The DB_POOL_* variables are the pools', in both engines."""
+    values = {"DB_POOL_SIZE": "3", "DB_MAX_OVERFLOW": "4", "DB_POOL_TIMEOUT": "1.5", "DB_POOL_RECYCLE": "60"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DB_POOL_PRE_PING", "false")
+    database = Database()
+    for pool in (database.async_engine.pool, database.sync_engine.pool):
+        assert pool.size() == 3  # type: ignore[attr-defined]  # QueuePool's
+        assert pool._max_overflow == 4  # type: ignore[attr-defined]
+        assert pool._timeout == 1.5  # type: ignore[attr-defined]
+        assert (pool._recycle, pool._pre_ping) == (60, False)
+
+
+def test_url_from_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """POSTGRES_* make the URL, whatever characters the password has."""
+    parts = {"HOST": "db.example", "PORT": "6432", "USER": "ann", "PASSWORD": "p@:/?#%", "DB": "app"}
+    for name, value in parts.items():
+        monkeypatch.setenv(f"POSTGRES_{name}", value)
+    url = DatabaseSettings().url()
+    assert (url.host, url.port, url.username, url.password, url.database) == (
+        "db.example",
+        6432,
+        "ann",
+        "p@:/?#%",
+        "app",
+    )
+
+
+def test_database_url_comes_before_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole URL is not mixed with parts."""
+    monkeypatch.setenv("DATABASE_URL", "postgres://one/first")
+    monkeypatch.setenv("POSTGRES_DB", "second")
+    assert DatabaseSettings().url().database == "first"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DB_POOL_SIZE", "ten"),
+        ("DB_POOL_SIZE", "0"),
+        ("DB_POOL_TIMEOUT", "-1"),
+        ("DB_POOL_PRE_PING", "perhaps"),
+        ("POSTGRES_PORT", "99999"),
+        ("DATABASE_URL", f"user:{SECRET}"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@host:port/name"),
+        ("DATABASE_URL", f"mysql://user:{SECRET}@host/name"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@host/name?channel_binding=require"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@host/name?connect_timeout={SECRET}"),
+    ],
+)
+def test_wrong_value_is_one_line_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """The error is named, one line, and says which variable; the whole traceback shows no secret."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidSettings) as caught:
+        Database().async_engine.pool  # noqa: B018
+    message = str(caught.value)
+    assert message.startswith(f"{variable}: ")
+    assert "\n" not in message
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_several_wrong_values_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One start tells everything that is wrong."""
+    monkeypatch.setenv("DB_POOL_SIZE", "ten")
+    monkeypatch.setenv("DB_ECHO", "loud")
+    with pytest.raises(InvalidSettings, match=r"DB_POOL_SIZE: .*; DB_ECHO: "):
+        DatabaseSettings()
+
+
+def test_password_is_in_no_repr() -> None:
+    """Neither settings nor database nor engines show it."""
+    settings = DatabaseSettings(
+        database_url=f"postgresql://user:{SECRET}@host/name", postgres_password=SECRET, db_pool_size=1
+    )
+    database = Database(settings=settings)
+    shown = [settings, database, database.async_engine, database.sync_engine, database.async_engine.url]
+    assert SECRET not in "".join(f"{each!r} {each}" for each in shown)
+
+
+def test_settings_in_code_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``db.settings`` may be assigned before the first use."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://environment/name")
+    database = Database()
+    database.settings = DatabaseSettings(database_url="postgresql://code/name")
+    assert database.sync_engine.url.host == "code"
