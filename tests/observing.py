@@ -21,6 +21,16 @@ class Observer:
                    WHERE datname = current_database() AND state LIKE 'idle in transaction%'"""
         return int(await self.connection.fetchval(query))
 
+    async def connections(self, application_name: str) -> int:
+        """How many connections of that name the server has."""
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = $1"
+        return int(await self.connection.fetchval(query, application_name))
+
+    async def until_connections(self, application_name: str, number: int) -> None:
+        """Return when the server has that many connections of that name."""
+        while await self.connections(application_name) != number:
+            await self.connection.execute("SELECT pg_sleep(0.01)")
+
     async def until_nobody_is_in_transaction(self) -> None:
         """Return when no other session is idle in a transaction."""
         while await self.in_transaction():

@@ -1,0 +1,220 @@
+"""Engines are made on first use, for each event loop, and survive a fork."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import text
+
+from fastapi_chatdify_db import Database, DatabaseSettings, db
+from fastapi_chatdify_db.session import async_engine
+from tests.observing import Observer
+
+PID = text("SELECT pg_backend_pid()")
+
+
+@pytest.fixture
+async def named(tables: None) -> AsyncIterator[Database]:
+    """A database whose connections an observer can tell by their name."""
+    database = Database("named", settings=DatabaseSettings(db_application_name="named"))
+    yield database
+    await database.dispose()
+
+
+def in_a_new_process(code: str, **environment: str) -> None:
+    everything = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"} | environment
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=everything)
+
+
+def test_import_makes_nothing() -> None:
+    """Importing reads no setting, makes no engine and needs no web framework; the first use reads the settings."""
+    in_a_new_process(
+        """
+import sys
+import fastapi_chatdify_db
+from fastapi_chatdify_db import db, get_sync_session, InvalidSettings, utils, session, legacy
+assert not {"starlette", "fastapi", "celery", "psycopg2", "asyncpg"} & set(sys.modules), sys.modules.keys()
+try:
+    db.sync_engine
+except InvalidSettings:
+    pass
+else:
+    raise AssertionError("settings were read before")
+""",
+        DB_POOL_SIZE="ten",
+    )
+
+
+def test_imported_engine_serves_one_loop_after_another(database_url: str) -> None:
+    """The same ``async_engine`` works in each ``asyncio.run``."""
+
+    async def ask() -> int:
+        async with async_engine.connect() as connection:
+            return int(await connection.scalar(text("SELECT 1")))
+
+    async def ask_and_dispose() -> int:
+        try:
+            return await ask() + (await through_transaction())
+        finally:
+            await async_engine.dispose()
+
+    async def through_transaction() -> int:
+        async with db.transaction() as session:
+            return int((await session.execute(text("SELECT 1"))).scalar_one())
+
+    assert [asyncio.run(ask_and_dispose()) for _ in range(3)] == [2, 2, 2]
+
+
+def test_loops_side_by_side_have_pools_of_their_own(database_url: str) -> None:
+    """Two loops in two threads use one engine at the same time, beyond the size of a pool."""
+    database = Database(settings=DatabaseSettings(db_pool_size=2, db_max_overflow=0))
+    together = threading.Barrier(2)
+
+    async def work() -> set[int]:
+        async def ask() -> int:
+            async with database.transaction() as session:
+                await session.execute(text("SELECT pg_sleep(0.01)"))
+                return int((await session.execute(PID)).scalar_one())
+
+        together.wait()
+        pids = set(await asyncio.gather(*(ask() for _ in range(20))))
+        await database.dispose()
+        return pids
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(asyncio.run, [work(), work()])
+    assert len(first) == len(second) == 2
+    assert not first & second
+
+
+async def test_dispose_closes_the_connections(named: Database, observer: Observer) -> None:
+    """At the end of the lifespan the server has no connection of the application's left; a later use opens one."""
+
+    def use() -> None:
+        with named.sync_transaction() as session:
+            session.execute(text("SELECT 1"))
+
+    async with named.lifespan(None):
+        async with named.transaction() as session:
+            await session.execute(text("SELECT 1"))
+        await asyncio.to_thread(use)
+        assert await observer.connections("named") == 2
+    await observer.until_connections("named", 0)
+    await asyncio.to_thread(use)
+    assert await observer.connections("named") == 1
+
+
+def backends(database: Database) -> list[int]:
+    """The backend of each engine's connection, in a loop of one's own."""
+
+    async def ask() -> int:
+        async with database.transaction() as session:
+            return int((await session.execute(PID)).scalar_one())
+
+    with database.sync_transaction() as session:
+        return [asyncio.run(ask()), int(session.execute(PID).scalar_one())]
+
+
+def fork_and_wait(child: Callable[[], None]) -> int:
+    """``os.fork``; returns the child's exit status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_fork_after_use(database_url: str) -> None:
+    """A forked child opens connections of its own and leaves the parent's, pooled or in use, alone."""
+    in_a_new_process(
+        """
+import os
+from sqlalchemy import text
+from fastapi_chatdify_db import Database
+from tests.test_engines import PID, backends, fork_and_wait
+
+database = Database()
+before = backends(database)
+
+def child():
+    for _ in range(3):
+        assert not set(backends(database)) & set(before)
+
+with database.sync_transaction() as session:
+    in_use = session.execute(PID).scalar_one()
+    assert fork_and_wait(child) == 0
+    assert session.execute(PID).scalar_one() == in_use
+assert backends(database)[1] in {before[1], in_use}
+assert fork_and_wait(child) == 0
+""",
+        DATABASE_URL=database_url,
+    )
+
+
+def test_fork_inside_a_running_loop(database_url: str) -> None:
+    """Also the connections of the loop that is running in the parent survive its child."""
+    in_a_new_process(
+        """
+import asyncio, os
+from fastapi_chatdify_db import Database
+from tests.test_engines import PID, fork_and_wait
+
+database = Database()
+
+async def main():
+    async with database.transaction() as session:
+        before = (await session.execute(PID)).scalar_one()
+
+    def child():
+        asyncio.events._set_running_loop(None)  # the fork happened inside the parent's
+        async def ask():
+            async with database.transaction() as session:
+                return (await session.execute(PID)).scalar_one()
+        assert asyncio.run(ask()) != before
+
+    assert fork_and_wait(child) == 0
+    async with database.transaction() as session:
+        assert (await session.execute(PID)).scalar_one() == before
+    await database.dispose()
+
+asyncio.run(main())
+""",
+        DATABASE_URL=database_url,
+    )
+
+
+def test_multiprocessing_fork(database_url: str) -> None:
+    """``multiprocessing`` forks likewise, as gunicorn's preload and Celery's prefork do."""
+    in_a_new_process(
+        """
+import multiprocessing
+from fastapi_chatdify_db import Database
+from tests.test_engines import backends
+
+database = Database()
+before = backends(database)
+
+def child(queue):
+    queue.put(backends(database))
+
+context = multiprocessing.get_context("fork")
+queue = context.SimpleQueue()
+process = context.Process(target=child, args=(queue,))
+process.start()
+assert not set(queue.get()) & set(before)
+process.join()
+assert process.exitcode == 0
+assert backends(database)[1] == before[1]
+""",
+        DATABASE_URL=database_url,
+    )

@@ -1,0 +1,208 @@
+"""The application comes up when its database does, together with its siblings."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, DBSessionMiddleware, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import free_socket, serve
+
+CREATE_IN_A_PROCESS = """
+import asyncio
+from fastapi_chatdify_db import db
+import tests.models
+
+async def main():
+    async with db.lifespan(None):
+        async with db.transaction() as session:
+            session.add(tests.models.Item(str(id(session))))
+
+asyncio.run(main())
+"""
+
+
+async def test_eight_processes_create_the_tables_at_once(database_url: str) -> None:
+    """On an empty database all of them come up."""
+    for _ in range(3):
+        await db.drop_tables()
+        await db.dispose()
+        processes = [
+            await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", CREATE_IN_A_PROCESS), env={**os.environ, "DB_STATEMENT_TIMEOUT": "5"}
+            )
+            for _ in range(8)
+        ]
+        assert [await process.wait() for process in processes] == [0] * 8
+    await db.drop_tables()
+    await db.dispose()
+
+
+class Forwarder:
+    """A port that leads to the real database, once it is opened."""
+
+    def __init__(self, database_url: str) -> None:
+        self._target = make_url(database_url)
+        with free_socket() as listener:
+            self.port: int = listener.getsockname()[1]
+        self.url = self._target.set(host="127.0.0.1", port=self.port).render_as_string(hide_password=False)
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        async with await asyncio.start_server(self._forward, "127.0.0.1", self.port):
+            yield
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if directory := self._target.query.get("host"):
+            socket = f"{directory}/.s.PGSQL.{self._target.port or 5432}"
+            upstream, downstream = await asyncio.open_unix_connection(socket)
+        else:
+            host = self._target.host or "localhost"
+            upstream, downstream = await asyncio.open_connection(host, self._target.port or 5432)
+        await asyncio.gather(self._copy(reader, downstream), self._copy(upstream, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+
+class OpensAtTheThirdTry(logging.Handler):
+    """Notes what is logged, and opens the database's door when the third try has failed."""
+
+    def __init__(self, door: asyncio.Event) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._door = door
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+        if len(self.lines) == 3:
+            self._door.set()
+
+
+async def test_database_may_come_up_after_the_app(observer: Observer, database_url: str) -> None:
+    """The lifespan waits, with one log line a try, and then serves."""
+    forwarder, door = Forwarder(database_url), asyncio.Event()
+    late = Database("late", settings=DatabaseSettings(database_url=forwarder.url))
+    handler = OpensAtTheThirdTry(door)
+    logger = logging.getLogger("fastapi_chatdify_db.startup")
+    logger.addHandler(handler)
+
+    async def use() -> object:
+        async with late.lifespan(None), late.transaction() as session:
+            return await session.scalar(text("SELECT 1"))
+
+    try:
+        used = asyncio.create_task(use())
+        await door.wait()
+        async with forwarder.opened():
+            assert await used == 1
+    finally:
+        logger.removeHandler(handler)
+    for number, line in enumerate(handler.lines, start=1):
+        assert f"(try {number})" in line
+        assert "\n" not in line
+
+
+async def test_waiting_ends_with_a_clear_error() -> None:
+    """After DB_STARTUP_TIMEOUT the error says which database, and which variables to look at, without the password."""
+    with free_socket() as listener:
+        port = listener.getsockname()[1]
+    url = f"postgresql://user:secret@127.0.0.1:{port}/gone"
+    gone = Database(settings=DatabaseSettings(database_url=url, db_startup_timeout=0.3))
+    with pytest.raises(DatabaseUnavailable, match=rf"127\.0\.0\.1:{port}/gone .*0\.3 s.*DB_STARTUP_TIMEOUT") as caught:
+        async with gone.lifespan(None):
+            pass
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+async def test_refusal_is_not_waited_for(
+    observer: Observer, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A role that does not exist will not come up; the first try tells."""
+    url = make_url(database_url).set(username="nobody_of_that_name", password="secret")
+    refused = Database(settings=DatabaseSettings(database_url=url.render_as_string(hide_password=False)))
+    with pytest.raises((DBAPIError, asyncpg.PostgresError)) as caught:
+        async with refused.lifespan(None):
+            pass
+    assert "secret" not in f"{caught.value}{caplog.text}"
+    assert caplog.records == []
+
+
+async def test_init_app_is_enough_and_keeps_the_apps_lifespan(tables: None, observer: Observer) -> None:
+    """The database is there before the app's own start-up and after its shutdown, and its state reaches requests."""
+    await db.drop_tables()
+    names: list[object] = []
+
+    async def rows() -> int:
+        async with db.transaction() as session:
+            return len((await session.execute(text("SELECT name FROM item"))).all())
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[Mapping[str, Any]]:
+        names.append(await rows())
+        yield {"greeting": "hello"}
+        names.append(await rows())
+
+    async def handler(request: Request) -> Response:
+        db.session.add(Item("a"))
+        return JSONResponse(request.state.greeting)
+
+    app = Starlette(lifespan=lifespan, routes=[Route("/", handler)])
+    db.init_app(app)
+    async with serve(app) as client:
+        assert (await client.get("/")).json() == "hello"
+    assert names == [0, 1]
+
+
+async def test_lifespan_argument(tables: None) -> None:
+    """``FastAPI(lifespan=db.lifespan)`` creates the tables."""
+    await db.drop_tables()
+    app = FastAPI(lifespan=db.lifespan)
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 200
+
+
+async def test_tables_are_created_only_when_wanted(tables: None, observer: Observer) -> None:
+    """``create_tables=False`` leaves them to a migration."""
+    await db.drop_tables()
+    migrated = Database(create_tables=False)
+    async with migrated.lifespan(None):
+        assert await observer.connection.fetchval("SELECT to_regclass('item')") is None
+
+
+def test_init_app_adds_the_middleware_once() -> None:
+    """Several databases on one app share the middleware; ``middleware=False`` leaves it to the caller."""
+    app = FastAPI()
+    db.init_app(app)
+    Database("second").init_app(app)
+    added: list[object] = [entry.cls for entry in app.user_middleware]
+    assert added == [DBSessionMiddleware]
+    bare = FastAPI()
+    db.init_app(bare, middleware=False)
+    assert bare.user_middleware == []
