@@ -8,7 +8,7 @@ from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from functools import cached_property, partial
 from threading import Lock
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -17,9 +17,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from fastapi_chatdify_db.liveness import CAN_BEGIN_EARLY, begin_at_checkout
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.thread_pool import ThreadLendingPool
 from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeouts, sync_target
+
+T = TypeVar("T")
 
 _all: Final[WeakSet[Engines]] = WeakSet()
 # What a fork inherits is kept from the garbage collector: collecting it would close the parent's connections.
@@ -100,11 +103,19 @@ class Engines:
         target = async_target(settings)
 
         def create() -> AsyncEngine:
-            engine = create_async_engine(target.url, **_engine_options(settings, target))
+            options = _engine_options(settings, target)
+            begins_early = (
+                settings.db_pool_pre_ping and CAN_BEGIN_EARLY and target.url.get_backend_name() == "postgresql"
+            )
+            if begins_early:
+                options["pool_pre_ping"] = False
+            engine = create_async_engine(target.url, **options)
+            if begins_early:
+                begin_at_checkout(engine.sync_engine)
             self._listen(engine.sync_engine)
             return engine
 
-        return PerLoopAsyncEngine(create)
+        return self._first("async_engine", PerLoopAsyncEngine(create))
 
     @cached_property
     def sync_engine(self) -> Engine:
@@ -116,7 +127,7 @@ class Engines:
             options["poolclass"] = ThreadLendingPool
         engine = create_engine(target.url, **options)
         self._listen(engine)
-        return engine
+        return self._first("sync_engine", engine)
 
     @cached_property
     def new_async_session(self) -> async_sessionmaker[AsyncSession]:
@@ -145,6 +156,11 @@ class Engines:
             self.async_engine.forget_connections()
         if "sync_engine" in self.__dict__:
             _forget_connections(self.sync_engine)
+
+    def _first(self, name: str, made: T) -> T:
+        """Of threads that make an engine at the same time, all get the first one; the others were never connected."""
+        first: T = self.__dict__.setdefault(name, made)
+        return first
 
     def _listen(self, engine: Engine) -> None:
         settings = self._settings()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from typing import Final
 from zlib import crc32
 
@@ -22,13 +24,16 @@ _TABLES_LOCK: Final = crc32(b"fastapi_chatdify_db.create_tables")
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PASSING: Final = ("08", "53300", "57P03", "3D000")
 
+_SHORTEST_TRY: Final = 1.0  # second; the last try shall fail for a reason of its own
+
 
 async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
     """Connect, trying again with growing pauses while the server is not there or not ready.
 
     Parameters:
         engine: Which database to wait for.
-        timeout: Seconds after which no further try is made; 0 is one try.
+        timeout: Seconds after which no further try is made; 0 is one try. A server that accepts the connection and
+            then says nothing is given what is left of them, but always ``_SHORTEST_TRY``.
 
     Raises:
         DatabaseUnavailable: No try succeeded.
@@ -41,7 +46,7 @@ async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
         before_sleep=lambda state: _log_try(engine, state),
         retry_error_callback=lambda state: _give_up(engine, timeout, state),
     )
-    await retrying(_connect, engine)
+    await retrying(_connect, engine, time.monotonic() + timeout)
 
 
 async def create_tables(engine: AsyncEngine, metadata: MetaData) -> None:
@@ -65,8 +70,9 @@ def _locked(connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _TABLES_LOCK})
 
 
-async def _connect(engine: AsyncEngine) -> None:
-    async with engine.connect() as connection:
+async def _connect(engine: AsyncEngine, deadline: float) -> None:
+    limit = max(_SHORTEST_TRY, deadline - time.monotonic())
+    async with asyncio.timeout(limit), engine.connect() as connection:
         await connection.execute(text("SELECT 1"))
 
 
@@ -91,9 +97,10 @@ def _give_up(engine: AsyncEngine, timeout: float, state: RetryCallState) -> None
 def _place(engine: AsyncEngine) -> str:
     url = engine.url
     host = url.host or url.query.get("host", "local socket")
-    return f"{host}:{url.port or 5432}/{url.database}"
+    return f"{host}:{url.port or url.query.get('port', 5432)}/{url.database}"
 
 
 def _reason(state: RetryCallState) -> str:
     error = state.outcome and state.outcome.exception()
-    return f"{type(error).__name__}: {error}"
+    # SQLAlchemy appends a line with a link
+    return f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import unquote, urlencode
-from uuid import uuid4
 
 from sqlalchemy import URL
 
@@ -24,16 +23,19 @@ _ASYNCPG_ONLY: Final = {
 # libpq's client-side knobs that asyncpg has no counterpart for; it would send them to the server, which refuses them.
 _LIBPQ_ONLY: Final = {
     "channel_binding",
+    "fallback_application_name",
     "gssencmode",
     "keepalives",
     "keepalives_count",
     "keepalives_idle",
     "keepalives_interval",
     "load_balance_hosts",
-    "requirepeer",
     "sslcompression",
+    "sslsni",
     "tcp_user_timeout",
 }
+# What libpq is asked to insist on and asyncpg cannot: leaving it out would be less safe than the URL says.
+_LIBPQ_DEMANDS: Final = ("channel_binding", "gssencmode", "requirepeer")
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,13 @@ def async_target(settings: DatabaseSettings) -> DriverTarget:
     if url.get_backend_name() == "sqlite":
         return DriverTarget(url.set(drivername="sqlite+aiosqlite"))
     place, options = _split_query(url)
-    if options.pop("channel_binding", "") == "require":
-        raise InvalidSettings("DATABASE_URL: asyncpg has no channel binding; remove channel_binding=require")
+    for name in _LIBPQ_DEMANDS:
+        if options.get(name, "prefer") not in ("disable", "prefer"):
+            raise InvalidSettings(f"DATABASE_URL: asyncpg cannot insist on {name}; remove it")
     connect_args: dict[str, Any] = {name: _number(name, options.pop(name)) for name in _ASYNCPG_ONLY if name in options}
     server_settings = _server_settings(settings, options)
-    if seconds := _number("connect_timeout", options.pop("connect_timeout", "0")):  # 0 is no limit in libpq
+    seconds = _number("connect_timeout", options.pop("connect_timeout", "0"))
+    if seconds > 0:  # no limit in libpq otherwise
         connect_args["timeout"] = seconds
     # asyncpg reads libpq's TLS parameters itself, but only from a DSN; the rest it sends as server settings.
     dsn = urlencode({name: value for name, value in options.items() if name not in _LIBPQ_ONLY})
@@ -68,7 +72,7 @@ def async_target(settings: DatabaseSettings) -> DriverTarget:
     if settings.db_pgbouncer:
         connect_args["statement_cache_size"] = 0
         connect_args["prepared_statement_cache_size"] = 0
-        connect_args["prepared_statement_name_func"] = _unique_statement_name
+        connect_args["prepared_statement_name_func"] = _no_name
     return DriverTarget(place.set(drivername="postgresql+asyncpg"), connect_args)
 
 
@@ -114,6 +118,8 @@ def _normalized(url: URL) -> URL:
     backend = url.drivername.partition("+")[0]
     if backend not in ("postgres", "postgresql", "sqlite"):
         raise InvalidSettings(f"DATABASE_URL: {backend!r} is not supported; use postgresql:// or sqlite://")
+    if url.port is not None and not 1 <= url.port <= 65535:
+        raise InvalidSettings("DATABASE_URL: the port has to be between 1 and 65535")
     url = url.set(drivername="sqlite" if backend == "sqlite" else "postgresql")
     host = unquote(url.host) if url.host else ""
     if host.startswith("/"):  # a unix socket; both dialects take its directory from the query only
@@ -146,9 +152,10 @@ def _last(value: str | tuple[str, ...]) -> str:
     return value if isinstance(value, str) else value[-1]
 
 
-def _unique_statement_name() -> str:
-    # https://docs.sqlalchemy.org/en/20/dialects/postgresql.html#prepared-statement-name-with-pgbouncer
-    return f"__asyncpg_{uuid4()}__"
+def _no_name() -> str:
+    # Without its cache asyncpg parses an unnamed statement in the very message that executes it. A named one is closed
+    # in the next transaction: by then PgBouncer may have moved on, and one more of them stays on the server.
+    return ""
 
 
 __all__ = ["DriverTarget", "async_target", "session_timeouts", "sync_target"]

@@ -52,6 +52,21 @@ else:
     )
 
 
+def test_threads_that_come_at_once_share_an_engine(database_url: str) -> None:
+    """Whoever is first: no thread keeps a second engine with a pool of its own."""
+    for _ in range(20):
+        database = Database(settings=DatabaseSettings())
+        together = threading.Barrier(8)
+
+        def first_use(database: Database = database, together: threading.Barrier = together) -> tuple[object, object]:
+            together.wait()
+            return database.sync_engine, database.async_engine
+
+        with ThreadPoolExecutor(8) as threads:
+            made = [each.result() for each in [threads.submit(first_use) for _ in range(8)]]
+        assert len(set(made)) == 1
+
+
 def test_imported_engine_serves_one_loop_after_another(database_url: str) -> None:
     """The same ``async_engine`` works in each ``asyncio.run``."""
 
@@ -158,6 +173,38 @@ assert backends(database)[1] in {before[1], in_use}
 assert fork_and_wait(child) == 0
 """,
         DATABASE_URL=database_url,
+    )
+
+
+def test_forked_child_may_end_like_any_process(database_url: str) -> None:
+    """An interpreter's ordinary end, as a gunicorn worker's, closes none of the parent's connections."""
+    in_a_new_process(
+        """
+import asyncio, os, sys
+from fastapi_chatdify_db import Database
+from tests.test_engines import PID
+
+database = Database()
+loop = asyncio.new_event_loop()
+
+async def ask():
+    async with database.transaction() as session:
+        return (await session.execute(PID)).scalar_one()
+
+def both():
+    with database.sync_transaction() as session:
+        return [loop.run_until_complete(ask()), session.execute(PID).scalar_one()]
+
+before = both()
+if (pid := os.fork()) == 0:
+    sys.exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+assert both() == before
+loop.run_until_complete(database.dispose())
+loop.close()
+""",
+        DATABASE_URL=database_url,
+        DB_POOL_PRE_PING="false",
     )
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import traceback
 
 import pytest
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import OperationalError
 
-from fastapi_chatdify_db import Database, DatabaseSettings, InvalidSettings
+from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, InvalidSettings
+from tests.serving import free_socket
 
 SECRET = "s3cr3t"
 
 
 @pytest.fixture(autouse=True)
-def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_environment(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DATABASE_URL")
 
 
@@ -23,6 +28,8 @@ def test_defaults() -> None:
     assert (settings.db_pool_timeout, settings.db_pool_recycle) == (30, 1800)
     assert settings.db_pool_pre_ping is True
     assert (settings.db_echo, settings.db_pgbouncer) == (False, False)
+    assert (settings.db_statement_timeout, settings.db_idle_in_transaction_timeout) == (0, 0)
+    assert (settings.db_application_name, settings.db_startup_timeout) == ("fastapi_chatdify_db", 30)
     assert settings.url().render_as_string() == "postgresql://postgres@localhost:5432/postgres"
 
 
@@ -38,6 +45,24 @@ def test_variables_reach_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
         assert pool._max_overflow == 4  # type: ignore[attr-defined]
         assert pool._timeout == 1.5  # type: ignore[attr-defined]
         assert (pool._recycle, pool._pre_ping) == (60, False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("DB_ECHO", "1", True),
+        ("DB_STATEMENT_TIMEOUT", "1.5", 1.5),
+        ("DB_IDLE_IN_TRANSACTION_TIMEOUT", "60", 60.0),
+        ("DB_APPLICATION_NAME", "chat", "chat"),
+        ("DB_PGBOUNCER", "true", True),
+        ("DB_STARTUP_TIMEOUT", "5", 5.0),
+        ("db_startup_timeout", "5", 5.0),
+    ],
+)
+def test_variable_is_its_field(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: object) -> None:
+    """Each field is the environment variable of its name, in upper or lower case."""
+    monkeypatch.setenv(variable, value)
+    assert getattr(DatabaseSettings(), variable.lower()) == expected
 
 
 def test_url_from_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +95,11 @@ def test_database_url_comes_before_its_parts(monkeypatch: pytest.MonkeyPatch) ->
         ("DB_POOL_TIMEOUT", "-1"),
         ("DB_POOL_PRE_PING", "perhaps"),
         ("POSTGRES_PORT", "99999"),
+        ("DATABASE_URL", "garbage"),
+        ("DATABASE_URL", ""),
         ("DATABASE_URL", f"user:{SECRET}"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host:port/name"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@host:99999/name"),
         ("DATABASE_URL", f"mysql://user:{SECRET}@host/name"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host/name?channel_binding=require"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host/name?connect_timeout={SECRET}"),
@@ -81,6 +109,7 @@ def test_wrong_value_is_one_line_that_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     """The error is named, one line, and says which variable; the whole traceback shows no secret."""
+    monkeypatch.setenv("POSTGRES_PASSWORD", SECRET)
     monkeypatch.setenv(variable, value)
     with pytest.raises(InvalidSettings) as caught:
         Database().async_engine.pool  # noqa: B018
@@ -88,6 +117,7 @@ def test_wrong_value_is_one_line_that_names_the_variable(
     assert message.startswith(f"{variable}: ")
     assert "\n" not in message
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+    assert caught.value.__context__ is None
 
 
 def test_several_wrong_values_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +136,46 @@ def test_password_is_in_no_repr() -> None:
     database = Database(settings=settings)
     shown = [settings, database, database.async_engine, database.sync_engine, database.async_engine.url]
     assert SECRET not in "".join(f"{each!r} {each}" for each in shown)
+
+
+async def test_password_is_in_no_log_of_what_works(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even with every statement and every library's debugging logged, in either engine."""
+    caplog.set_level(logging.DEBUG)
+    url = make_url(database_url)
+    secretive = url if url.password else url.set(password=SECRET)
+    given = DatabaseSettings(database_url=secretive.render_as_string(hide_password=False), db_echo=True)
+    database = Database(settings=given, create_tables=False)
+
+    def ask() -> None:
+        with database.sync_transaction() as session:
+            session.execute(text("SELECT 'sync'"))
+
+    async with database.lifespan(None), database.transaction() as session:
+        await session.execute(text("SELECT 'async'"))
+        await asyncio.to_thread(ask)
+    assert "SELECT 'async'" in caplog.text
+    assert "SELECT 'sync'" in caplog.text
+    assert str(secretive.password) not in caplog.text
+
+
+async def test_password_is_in_no_trace_of_what_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither the lifespan's log and error nor either driver's traceback show it when nobody answers."""
+    caplog.set_level(logging.DEBUG)
+    with free_socket() as listener:
+        port = listener.getsockname()[1]
+    url = f"postgresql://user:{SECRET}@127.0.0.1:{port}/name"
+    database = Database(settings=DatabaseSettings(database_url=url, db_startup_timeout=0.2, db_echo=True))
+    with pytest.raises(DatabaseUnavailable) as unavailable:
+        async with database.lifespan(None):
+            pass
+    with pytest.raises(OSError, match=str(port)) as refused_async:
+        await database.async_engine.connect()
+    with pytest.raises(OperationalError, match=str(port)) as refused_sync:
+        database.sync_engine.connect()
+    assert "not ready" in caplog.text
+    for caught in (unavailable, refused_async, refused_sync):
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
+    assert SECRET not in caplog.text
 
 
 def test_settings_in_code_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

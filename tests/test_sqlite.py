@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI, HTTPException
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from fastapi_chatdify_db import Database, DatabaseSettings
@@ -74,20 +75,81 @@ async def test_savepoints_and_callbacks(notes: Database) -> None:
     assert await texts(notes) == ["kept"]
 
 
+async def test_def_endpoints(tmp_path: Path) -> None:
+    """``sync_session`` follows the same rule, in the file that the asynchronous session sees."""
+    notes = Database(settings=DatabaseSettings(database_url=f"sqlite:///{tmp_path}/notes.db"), base=NotesBase)
+    app = FastAPI()
+    notes.init_app(app)
+
+    @app.post("/{status}")
+    def handler(status: int) -> None:
+        notes.sync_session.add(Note(str(status)))
+        notes.sync_session.flush()
+        if status >= 400:
+            raise HTTPException(status)
+
+    async with serve(app) as client:
+        statuses = [(await client.post(f"/{status}")).status_code for status in (200, 409, 500)]
+    assert statuses == [200, 409, 500]
+    assert await texts(notes) == ["200"]
+    await notes.dispose()
+
+
+async def test_transaction_rolls_back_on_an_exception(notes: Database) -> None:
+    """What the block wrote, and the callbacks that it registered, are dropped; the exception goes on."""
+    await notes.create_tables()
+    ran: list[str] = []
+
+    async def fail() -> None:
+        async with notes.transaction() as session:
+            session.add(Note("dropped"))
+            await session.flush()
+            notes.on_commit(lambda: ran.append("dropped"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
+    assert (ran, await texts(notes)) == ([], [])
+
+
+async def test_tables_come_and_go(notes: Database) -> None:
+    """``create_tables`` may be called again and keeps the rows; ``drop_tables`` takes them."""
+    await notes.create_tables()
+    async with notes.transaction() as session:
+        session.add(Note("kept"))
+    await notes.create_tables()
+    assert await texts(notes) == ["kept"]
+    await notes.drop_tables()
+    with pytest.raises(OperationalError, match="no such table"):
+        await texts(notes)
+
+
 async def test_sync_sessions(tmp_path: Path) -> None:
     """The synchronous engine uses the same file, and the same savepoints."""
     notes = Database(settings=DatabaseSettings(database_url=f"sqlite:///{tmp_path}/notes.db"), base=NotesBase)
     await notes.create_tables()
 
+    ran: list[str] = []
+
     def work() -> None:
         with notes.sync_transaction() as session:
             session.add(Note("kept"))
+            notes.on_commit(lambda: ran.append("kept"))
             savepoint = session.begin_nested()
             session.add(Note("dropped"))
             session.flush()
+            notes.on_commit(lambda: ran.append("dropped"))
             savepoint.rollback()
 
+    def fail() -> None:
+        with notes.sync_transaction() as session:
+            session.add(Note("dropped"))
+            session.flush()
+            raise ZeroDivisionError
+
     await asyncio.to_thread(work)
-    assert await texts(notes) == ["kept"]
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.to_thread(fail)
+    assert (ran, await texts(notes)) == (["kept"], ["kept"])
     await notes.drop_tables()
     await notes.dispose()

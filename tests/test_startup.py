@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncpg
@@ -26,48 +26,64 @@ from tests.observing import Observer
 from tests.serving import free_socket, serve
 
 CREATE_IN_A_PROCESS = """
-import asyncio
+import asyncio, os
 from fastapi_chatdify_db import db
 import tests.models
 
 async def main():
     async with db.lifespan(None):
         async with db.transaction() as session:
-            session.add(tests.models.Item(str(id(session))))
+            session.add(tests.models.Item(str(os.getpid())))
 
 asyncio.run(main())
 """
 
 
-async def test_eight_processes_create_the_tables_at_once(database_url: str) -> None:
+@pytest.fixture
+async def empty_database(database_url: str) -> AsyncIterator[str]:
+    """The URL of a database that nobody has used yet."""
+    name = f"empty_{os.getpid()}"
+    administrator = await asyncpg.connect(database_url)
+    await administrator.execute(f"CREATE DATABASE {name}")
+    yield make_url(database_url).set(database=name).render_as_string(hide_password=False)
+    await administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await administrator.close()
+
+
+@pytest.mark.parametrize("turn", range(3))
+async def test_eight_processes_create_the_tables_at_once(empty_database: str, turn: int) -> None:
     """On an empty database all of them come up."""
-    for _ in range(3):
-        await db.drop_tables()
-        await db.dispose()
-        processes = [
-            await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", CREATE_IN_A_PROCESS), env={**os.environ, "DB_STATEMENT_TIMEOUT": "5"}
-            )
-            for _ in range(8)
-        ]
-        assert [await process.wait() for process in processes] == [0] * 8
-    await db.drop_tables()
-    await db.dispose()
+    environment = {**os.environ, "DATABASE_URL": empty_database, "DB_STATEMENT_TIMEOUT": "5"}
+    processes = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", CREATE_IN_A_PROCESS, env=environment)
+        for _ in range(8)
+    ]
+    assert [await process.wait() for process in processes] == [0] * 8
+    connection = await asyncpg.connect(empty_database)
+    assert await connection.fetchval("SELECT count(*) FROM item") == 8
+    await connection.close()
 
 
 class Forwarder:
     """A port that leads to the real database, once it is opened."""
 
-    def __init__(self, database_url: str) -> None:
+    def __init__(self, database_url: str, host: str = "127.0.0.1") -> None:
         self._target = make_url(database_url)
+        self._host = host
         with free_socket() as listener:
             self.port: int = listener.getsockname()[1]
-        self.url = self._target.set(host="127.0.0.1", port=self.port).render_as_string(hide_password=False)
+        url = self._target.difference_update_query(["host", "port"]).set(host=host, port=self.port)
+        self.url = url.render_as_string(hide_password=False)
+        self._forwarded: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        async with await asyncio.start_server(self._forward, "127.0.0.1", self.port):
+        async with await asyncio.start_server(self._accept, self._host, self.port):
             yield
+            await asyncio.gather(*self._forwarded)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._forwarded.append(asyncio.create_task(self._forward(reader, writer)))
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if directory := self._target.query.get("host"):
@@ -79,9 +95,11 @@ class Forwarder:
         await asyncio.gather(self._copy(reader, downstream), self._copy(upstream, writer))
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-        writer.close()
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+            writer.close()
+            await writer.wait_closed()
 
 
 class OpensAtTheThirdTry(logging.Handler):
@@ -135,6 +153,31 @@ async def test_waiting_ends_with_a_clear_error() -> None:
     assert "\n" not in str(caught.value)
 
 
+async def test_mute_server_is_not_waited_for_longer() -> None:
+    """A port that accepts the connection and then says nothing counts against DB_STARTUP_TIMEOUT too."""
+    with free_socket() as listener:
+        port = listener.getsockname()[1]
+        url = f"postgresql://user:secret@127.0.0.1:{port}/mute"
+        mute = Database(settings=DatabaseSettings(database_url=url, db_startup_timeout=0.5))
+        async with asyncio.timeout(10):  # the driver's own limit is a minute
+            with pytest.raises(DatabaseUnavailable, match=rf"127\.0\.0\.1:{port}/mute .*TimeoutError"):
+                async with mute.lifespan(None):
+                    pass
+
+
+async def test_database_that_is_still_to_be_created(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is waited for like a server; what the driver says about it stays one line, in the log and in the error."""
+    url = make_url(database_url).set(database="no_such_database")
+    settings = DatabaseSettings(database_url=url.render_as_string(hide_password=False), db_startup_timeout=0.3)
+    with pytest.raises(DatabaseUnavailable, match='"no_such_database" does not exist') as caught:
+        async with Database(settings=settings).lifespan(None):
+            pass
+    lines = [record.getMessage() for record in caplog.records if record.name == "fastapi_chatdify_db.startup"]
+    assert [f"(try {number})" in line for number, line in enumerate(lines, start=1)] == [True] * len(lines)
+    assert len(lines) >= 1
+    assert all("\n" not in line for line in (*lines, str(caught.value)))
+
+
 async def test_refusal_is_not_waited_for(
     observer: Observer, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -172,6 +215,34 @@ async def test_init_app_is_enough_and_keeps_the_apps_lifespan(tables: None, obse
     async with serve(app) as client:
         assert (await client.get("/")).json() == "hello"
     assert names == [0, 1]
+
+
+async def test_two_databases_on_one_app(tables: None, observer: Observer) -> None:
+    """Each ``init_app`` goes around the ones before: connected before the app's start-up, disposed after its end."""
+    databases = [Database(name, settings=DatabaseSettings(db_application_name=name)) for name in ("one", "two")]
+    seen: list[list[int]] = []
+
+    async def note() -> None:
+        seen.append([await observer.connections(database.name) for database in databases])
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await note()
+        yield
+        await note()
+
+    async def handler(request: Request) -> Response:
+        names = [await database.session.scalar(text("SHOW application_name")) for database in databases]
+        return JSONResponse(names)
+
+    app = Starlette(lifespan=lifespan, routes=[Route("/", handler)])
+    for database in databases:
+        database.init_app(app)
+    async with serve(app) as client:
+        assert (await client.get("/")).json() == ["one", "two"]
+    assert seen == [[1, 1], [1, 1]]
+    for database in databases:
+        await observer.until_connections(database.name, 0)
 
 
 async def test_lifespan_argument(tables: None) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
+import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.engine import URL
 
-from fastapi_chatdify_db import Database, DatabaseSettings
+from fastapi_chatdify_db import Database, DatabaseSettings, InvalidSettings
 from fastapi_chatdify_db.urls import async_target, sync_target
+from tests.serving import free_socket
+from tests.test_startup import Forwarder
 
 
 def settings(url: str, **values: Any) -> DatabaseSettings:
@@ -34,6 +39,9 @@ def test_scheme_does_not_matter(scheme: str) -> None:
     [
         ("postgresql://host/name?sslmode=require", {"sslmode": "require"}),
         ("postgresql+asyncpg://host/name?ssl=verify-full", {"sslmode": "verify-full"}),
+        ("postgresql://host/name?sslmode=verify-full", {"sslmode": "verify-full"}),
+        ("postgresql+asyncpg://host/name?ssl=true", {"sslmode": "require"}),
+        ("postgresql+asyncpg://host/name?ssl=false", {"sslmode": "disable"}),
         (
             "postgresql://host/name?sslmode=verify-ca&sslrootcert=/a%20b.pem",
             {"sslmode": "verify-ca", "sslrootcert": "/a b.pem"},
@@ -60,6 +68,22 @@ def test_what_only_one_driver_has_is_kept_from_the_other() -> None:
         "connect_timeout": "3",
         "application_name": "fastapi_chatdify_db",
     }
+
+
+@pytest.mark.parametrize("demand", ["channel_binding=require", "gssencmode=require", "requirepeer=postgres"])
+def test_what_asyncpg_cannot_insist_on_is_refused(demand: str) -> None:
+    """Leaving it out would be less safe than the URL says; psycopg2 insists on it."""
+    given = settings(f"postgresql://host/name?{demand}")
+    name, value = demand.split("=")
+    with pytest.raises(InvalidSettings, match=f"^DATABASE_URL: .*{name}"):
+        async_target(given)
+    assert sync_target(given).connect_args[name] == value
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1"])
+def test_no_limit_in_libpqs_spelling(seconds: str) -> None:
+    """A connect_timeout of zero or less is none, not a time that is over already."""
+    assert "timeout" not in async_target(settings(f"postgresql://host/name?connect_timeout={seconds}")).connect_args
 
 
 @pytest.mark.parametrize(
@@ -110,14 +134,28 @@ async def ask_both(database: Database, statement: str) -> set[Any]:
         ({"sslmode": "disable"}, {}, "SELECT 1", 1),
         ({"sslmode": "prefer"}, {}, "SELECT 1", 1),
         ({"ssl": "prefer"}, {}, "SELECT 1", 1),
-        ({"connect_timeout": "5", "keepalives": "1"}, {}, "SELECT 1", 1),
+        ({"connect_timeout": "5", "keepalives": "1", "keepalives_idle": "30"}, {}, "SELECT 1", 1),
+        ({"channel_binding": "prefer", "gssencmode": "disable", "sslsni": "0"}, {}, "SELECT 1", 1),
+        ({"fallback_application_name": "fallback"}, {}, "SHOW application_name", "fastapi_chatdify_db"),
         ({"target_session_attrs": "read-write"}, {}, "SELECT 1", 1),
         ({"options": "-c search_path=elsewhere"}, {}, "SHOW search_path", "elsewhere"),
+        (
+            {"options": "-c search_path=elsewhere"},
+            {"db_statement_timeout": 1.5},
+            "SELECT current_setting('search_path') || ' ' || current_setting('statement_timeout')",
+            "elsewhere 1500ms",
+        ),
         ({"application_name": "theirs"}, {}, "SHOW application_name", "theirs"),
         ({"application_name": "theirs"}, {"db_application_name": "ours"}, "SHOW application_name", "ours"),
         ({}, {"db_statement_timeout": 1.5}, "SHOW statement_timeout", "1500ms"),
         ({}, {"db_idle_in_transaction_timeout": 2}, "SHOW idle_in_transaction_session_timeout", "2s"),
         ({}, {"db_statement_timeout": 1.5, "db_pgbouncer": True}, "SHOW statement_timeout", "1500ms"),
+        (
+            {},
+            {"db_idle_in_transaction_timeout": 2, "db_pgbouncer": True},
+            "SHOW idle_in_transaction_session_timeout",
+            "2s",
+        ),
     ],
 )
 async def test_both_drivers_connect(
@@ -126,6 +164,27 @@ async def test_both_drivers_connect(
     """PostgreSQL sees the same parameters from both."""
     database = Database(settings=settings(with_query(make_url(database_url), **query), **values))
     assert await ask_both(database, statement) == {expected}
+
+
+@pytest.mark.parametrize(
+    "scheme", ["postgres", "postgresql", "postgresql+psycopg2", "postgresql+asyncpg", "postgresql+psycopg"]
+)
+async def test_both_drivers_connect_whatever_the_scheme(database_url: str, scheme: str) -> None:
+    """Every scheme leads both to the same database."""
+    url = make_url(database_url)
+    given = settings(url.set(drivername=scheme).render_as_string(hide_password=False))
+    assert await ask_both(Database(settings=given), "SELECT current_database()") == {url.database}
+
+
+async def test_both_drivers_connect_over_ipv6(database_url: str) -> None:
+    """A bracketed address is where both connect to."""
+    forwarder = Forwarder(database_url, host="::1")
+    try:
+        async with forwarder.opened():
+            assert "@[::1]:" in forwarder.url
+            assert await ask_both(Database(settings=settings(forwarder.url)), "SELECT 1") == {1}
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
 
 
 async def test_both_drivers_connect_through_a_unix_socket(database_url: str) -> None:
@@ -159,3 +218,90 @@ async def test_pgbouncer_mode_keeps_no_prepared_statement(database_url: str) -> 
         await session.execute(text("SELECT 42"))
         assert await session.scalar(prepared) == 1
     await plain.dispose()
+
+
+@pytest.fixture
+async def pgbouncer(database_url: str, tmp_path: Path) -> AsyncIterator[str]:
+    """The URL of a PgBouncer in transaction mode with two connections to the database."""
+    program = shutil.which("pgbouncer")
+    if program is None:
+        pytest.skip("pgbouncer is not on the PATH: apt-get install pgbouncer")
+    url = make_url(database_url)
+    with free_socket() as listener:
+        port = listener.getsockname()[1]
+    places = {
+        "host": url.host or url.query.get("host"),
+        "port": url.port or url.query.get("port"),
+        "user": url.username,
+    }
+    places |= {"dbname": url.database, "password": url.password}
+    target = " ".join(f"{name}={value}" for name, value in places.items() if value)
+    configuration = tmp_path / "pgbouncer.ini"
+    configuration.write_text(
+        f"""
+[databases]
+bounced = {target}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 2
+log_connections = 0
+log_disconnections = 0
+{"user = nobody" if getpass.getuser() == "root" else ""}
+"""
+    )
+    process = await asyncio.create_subprocess_exec(program, configuration, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        log = ""
+        while "process up" not in log:
+            line = await process.stderr.readline()
+            assert line, f"PgBouncer did not start: {log}"
+            log += line.decode()
+        yield f"postgresql://anyone@127.0.0.1:{port}/bounced"
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.communicate()
+
+
+async def test_many_clients_share_two_connections_of_pgbouncer(pgbouncer: str) -> None:
+    """In transaction mode statements of 20 clients do not meet, and none stays prepared on the server."""
+    given = settings(pgbouncer, db_pgbouncer=True, db_pool_size=20, db_statement_timeout=5)
+    database = Database(settings=given)
+    own = text("SELECT CAST(:number AS int), pg_backend_pid()")
+    backends: set[int] = set()
+
+    async def client(number: int) -> None:
+        for turn in range(number, 500, 20):
+            async with database.transaction() as session:
+                for _ in range(2):
+                    answer, backend = (await session.execute(own, {"number": turn})).one()
+                    assert answer == turn
+                    backends.add(backend)
+
+    async def client_without_transactions(number: int) -> None:
+        async with database.async_engine.connect() as plain:
+            connection = await plain.execution_options(isolation_level="AUTOCOMMIT")
+            for turn in range(number, 100, 4):
+                assert await connection.scalar(own, {"number": turn}) == turn
+
+    def sync_client(number: int) -> None:
+        for turn in range(number, 100, 4):
+            with database.sync_transaction() as session:
+                assert session.scalar(own, {"number": turn}) == turn
+                assert session.scalar(text("SHOW statement_timeout")) == "5s"
+
+    await asyncio.gather(
+        *(client(number) for number in range(20)),
+        *(client_without_transactions(number) for number in range(4)),
+        *(asyncio.to_thread(sync_client, number) for number in range(4)),
+    )
+    assert len(backends) == 2
+    left = text("SELECT pg_backend_pid(), count(*) FROM pg_prepared_statements")
+    async with database.transaction() as one, database.transaction() as other:
+        assert {tuple((await session.execute(left)).one()) for session in (one, other)} == {(b, 0) for b in backends}
+    await database.dispose()

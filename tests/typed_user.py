@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import Annotated, assert_type
 
 from fastapi import Depends, FastAPI
@@ -20,6 +21,7 @@ from fastapi_chatdify_db import (
     create_db_tables,
     create_health_router,
     db,
+    drop_db_tables,
     get_async_session,
     get_session,
     get_sync_session,
@@ -37,6 +39,7 @@ class Thing(Base):
 
 assert_type(async_engine, AsyncEngine)
 assert_type(sync_engine, Engine)
+assert_type(get_session(), AsyncGenerator[AsyncSession])
 
 reports = Database("reports", settings=DatabaseSettings(database_url="sqlite://", db_pool_size=3), base=Base)
 starlette = Starlette(middleware=[Middleware(DBSessionMiddleware, commit_on=lambda status: status < 500, retries=3)])
@@ -44,6 +47,9 @@ app = FastAPI(lifespan=db.lifespan)
 app.add_middleware(DBSessionMiddleware, retries=2)
 reports.init_app(starlette)
 db.init_app(app, middleware=False)
+assert_type(reports.async_engine, AsyncEngine)
+assert_type(reports.sync_engine, Engine)
+assert_type(reports.settings, DatabaseSettings)
 app.include_router(health_router)
 app.include_router(create_health_router(db, reports))
 
@@ -58,6 +64,8 @@ async def handler(session: Annotated[AsyncSession, Depends(get_session)]) -> lis
     db.on_commit(notify)
     db.rollback_only()
     assert_type(await db.release(), None)
+    rows = (await db.session.execute(select(Thing.id, Thing.name))).all()
+    assert_type(rows[0][1], str)
     return list(await session.scalars(select(Thing.name)))
 
 
@@ -73,12 +81,17 @@ async def notify() -> int:
 
 async def script() -> None:
     await create_db_tables()
+    await drop_db_tables()
+    async with reports.transaction() as session:
+        assert_type((await session.scalars(select(Thing.name))).one(), str)
     async with db.transaction() as session, get_async_session() as other:
         assert_type(session, AsyncSession)
         assert_type(other, AsyncSession)
 
 
 def sync_script() -> None:
+    with reports.sync_transaction() as session:
+        assert_type(session.get(Thing, 1), Thing | None)
     with db.sync_transaction() as session, get_sync_session() as other:
         assert_type(session, Session)
         assert_type(other, Session)
