@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=Path(__file__).stem, description=__doc__)
     parser.add_argument("port", type=int)
     parser.add_argument("path")
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--clients", type=int, default=8)  # fewer than a pool keeps open, so that none is opened anew
     parser.add_argument("--slow", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=2.0)
     print(asyncio.run(run(parser.parse_args())))

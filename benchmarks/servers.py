@@ -23,27 +23,18 @@ class Contender:
 
     name: str
     module: str
+    environment: str
     requirements: tuple[str, ...]
 
     def python(self) -> str:
         """The interpreter of its virtual environment, which is made when it is missing."""
-        directory = HERE / ".venvs" / self.requirements[0].partition("[")[0].replace("/", "_").strip("._")
+        directory = HERE / ".venvs" / self.environment
         interpreter = directory / "bin" / "python"
         if not (directory / "complete").exists():
             print(f"making the environment of {self.name}", flush=True)
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
-            pip = [
-                interpreter,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "fastapi",
-                "uvicorn[standard]",
-                "asyncpg",
-                "greenlet",
-            ]
-            subprocess.run([*pip, *self.requirements], check=True, cwd=HERE.parent)
+            wanted = ("fastapi", "uvicorn[standard]", "asyncpg", "greenlet", *self.requirements)
+            subprocess.run([interpreter, "-m", "pip", "install", "--quiet", *wanted], check=True, cwd=HERE.parent)
             (directory / "complete").touch()
         return str(interpreter)
 
@@ -59,15 +50,26 @@ for name in {packages!r}:
         return subprocess.run([self.python(), "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-OURS = Contender("ours", "ours", (".[fastapi]",))
-BARE = Contender("no middleware", "bare", (".[fastapi]",))
-SIX_LINE = Contender("six-line dependency", "six_line", (".[fastapi]",))
+THIS_CHECKOUT = ("--editable", ".[fastapi]")
+OURS = Contender("ours", "ours", "ours", THIS_CHECKOUT)
+BARE = Contender("no middleware", "bare", "ours", THIS_CHECKOUT)
+SIX_LINE = Contender("six-line dependency", "six_line", "ours", THIS_CHECKOUT)
 PEERS = (
-    Contender("fastapi-async-sqlalchemy", "fastapi_async_sqlalchemy_app", ("fastapi-async-sqlalchemy",)),
-    Contender("context-async-sqlalchemy", "context_async_sqlalchemy_app", ("context-async-sqlalchemy",)),
+    Contender(
+        "fastapi-async-sqlalchemy",
+        "fastapi_async_sqlalchemy_app",
+        "fastapi-async-sqlalchemy",
+        ("fastapi-async-sqlalchemy",),
+    ),
+    Contender(
+        "context-async-sqlalchemy",
+        "context_async_sqlalchemy_app",
+        "context-async-sqlalchemy",
+        ("context-async-sqlalchemy",),
+    ),
     # 4.0.1 calls add_event_handler, which Starlette 1.0 removed
-    Contender("fastapi-sqla", "fastapi_sqla_app", ("fastapi-sqla[asyncpg]", "starlette<1")),
-    Contender("advanced-alchemy", "advanced_alchemy_app", ("advanced-alchemy[fastapi]",)),
+    Contender("fastapi-sqla", "fastapi_sqla_app", "fastapi-sqla", ("fastapi-sqla[asyncpg]", "starlette<1")),
+    Contender("advanced-alchemy", "advanced_alchemy_app", "advanced-alchemy", ("advanced-alchemy[fastapi]",)),
 )
 
 

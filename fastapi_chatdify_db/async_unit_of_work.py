@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -49,7 +50,7 @@ class AsyncUnitOfWork(UnitOfWork):
         Raises:
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
-        if self._async_sessions or self._sync_sessions or self.callbacks:
+        if self.callbacks or any(session.in_transaction() for session in self._every_session()):
             await _run_to_completion(self._finish_async(commit=commit))
 
     async def __aenter__(self) -> Self:
@@ -125,15 +126,26 @@ async def _in_thread(function: Callable[[], T]) -> T:
 async def _run_to_completion(work: Coroutine[Any, Any, None]) -> None:
     """Await ``work``; a cancellation that arrives meanwhile is raised when it is done."""
     task = asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    with CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError as cancellation:
-                cancelled = cancellation
-    if cancelled is None:
-        return task.result()
-    if (error := task.exception()) is not None:
-        logger.error("the end of a cancelled unit of work failed", exc_info=error)
-    raise cancelled
+    try:
+        await _done(task)
+    except asyncio.CancelledError:
+        with CancelScope(shield=True):  # or anyio would cancel again in every turn of the loop
+            while not task.done():
+                with suppress(asyncio.CancelledError):
+                    await _done(task)
+        if (error := task.exception()) is not None:
+            logger.error("the end of a cancelled unit of work failed", exc_info=error)
+        raise
+    task.result()
+
+
+async def _done(task: asyncio.Task[None]) -> None:
+    """Wait for the task; unlike ``await task``, a cancellation does not reach it."""
+    done = asyncio.get_running_loop().create_future()
+
+    def wake(_: asyncio.Task[None]) -> None:
+        if not done.done():
+            done.set_result(None)
+
+    task.add_done_callback(wake)
+    await done

@@ -83,10 +83,11 @@ class HTTPExchange:
             if not commit and self._wants_retry():
                 raise TryAgain
             await self._unit.finish_async(commit=commit)
-            self._unit.rollback_only = False
         except Exception as error:
             self._failure = error
             raise
+        self._failure = None
+        self._unit.rollback_only = False
 
     def _wants_retry(self) -> bool:
         return self._may_retry and self._unit.asked_to_retry and not self._started

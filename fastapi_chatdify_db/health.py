@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Final, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
 from fastapi_chatdify_db.database import Database, db
+
+logger: Final = logging.getLogger(__name__)
 
 TIME_LIMIT: Final = 2.0
 """Seconds within which a database has to answer to count as ready."""
@@ -80,7 +82,8 @@ async def _check(database: Database) -> DatabaseReadiness:
         reason = "no free connection"
     except TimeoutError:
         reason = "no answer in time"
-    except (SQLAlchemyError, OSError):
+    except Exception:  # whatever it is, the answer is that the database does not
+        logger.warning("database %s is not ready", database.name, exc_info=True)
         reason = "unavailable"
     status: Literal["ok", "unavailable"] = "ok" if reason is None else "unavailable"
     return DatabaseReadiness(status=status, reason=reason, pool=_pool_figures(database))

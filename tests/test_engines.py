@@ -121,7 +121,8 @@ async def test_dispose_closes_the_connections(named: Database, observer: Observe
             await session.execute(text("SELECT 1"))
         await asyncio.to_thread(use)
         assert await observer.connections("named") == 2
-    await observer.until_connections("named", 0)
+    async with asyncio.timeout(10):
+        await observer.until_connections("named", 0)
     await asyncio.to_thread(use)
     assert await observer.connections("named") == 1
 

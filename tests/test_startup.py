@@ -130,7 +130,9 @@ async def test_database_may_come_up_after_the_app(observer: Observer, database_u
 
     try:
         used = asyncio.create_task(use())
-        await door.wait()
+        opening = asyncio.create_task(door.wait())
+        await asyncio.wait([used, opening], return_when=asyncio.FIRST_COMPLETED)
+        opening.cancel()
         async with forwarder.opened():
             assert await used == 1
     finally:
@@ -241,8 +243,9 @@ async def test_two_databases_on_one_app(tables: None, observer: Observer) -> Non
     async with serve(app) as client:
         assert (await client.get("/")).json() == ["one", "two"]
     assert seen == [[1, 1], [1, 1]]
-    for database in databases:
-        await observer.until_connections(database.name, 0)
+    async with asyncio.timeout(10):
+        for database in databases:
+            await observer.until_connections(database.name, 0)
 
 
 async def test_lifespan_argument(tables: None) -> None:
