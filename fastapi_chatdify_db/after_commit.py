@@ -28,9 +28,6 @@ class CallbackQueue:
         self._due: deque[AfterCommit] = deque()
         self._watched: set[Session] = set()
 
-    def __bool__(self) -> bool:
-        return bool(self._pending or self._due)
-
     def add(self, callback: AfterCommit, session: Session | None) -> None:
         """Register a callback, bound to the innermost transaction or savepoint of ``session`` if there is one."""
         transaction = None

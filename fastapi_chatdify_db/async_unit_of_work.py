@@ -32,6 +32,11 @@ class AsyncUnitOfWork(UnitOfWork):
         super().__init__(only)
         self._async_sessions: dict[Engines, AsyncSession] = {}
 
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
+        return not self._async_sessions and super().untouched
+
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database."""
         session = self._async_sessions.get(engines)
@@ -42,7 +47,7 @@ class AsyncUnitOfWork(UnitOfWork):
     def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
         """Run ``callback``, a plain or a coroutine function, once what the unit did so far is committed."""
         session = self._async_sessions.get(engines)
-        self.callbacks.add(callback, session.sync_session if session is not None else self._sync_sessions.get(engines))
+        self._add_callback(callback, session.sync_session if session is not None else self._sync_sessions.get(engines))
 
     async def finish_async(self, *, commit: bool) -> None:
         """The twin of ``finish`` on an event loop; raises the same.
@@ -50,7 +55,7 @@ class AsyncUnitOfWork(UnitOfWork):
         Raises:
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
-        if self.callbacks or any(session.in_transaction() for session in self._every_session()):
+        if self._callbacks or any(session.in_transaction() for session in self._every_session()):
             await _run_to_completion(self._finish_async(commit=commit))
 
     async def __aenter__(self) -> Self:
@@ -93,7 +98,7 @@ class AsyncUnitOfWork(UnitOfWork):
         except BaseException:
             await self._rollback_async()
             raise
-        self.callbacks.settle(committed=True)
+        self._settle_callbacks(committed=True)
 
     async def _rollback_async(self) -> None:
         for async_session in self._async_sessions.values():
@@ -102,10 +107,10 @@ class AsyncUnitOfWork(UnitOfWork):
         for sync_session in self._sync_sessions.values():
             if sync_session.in_transaction():
                 await _in_thread(partial(roll_back_or_discard, sync_session))
-        self.callbacks.settle(committed=False)
+        self._settle_callbacks(committed=False)
 
     async def _run_due_callbacks_async(self) -> None:
-        while callback := self.callbacks.pop_due():
+        while callback := self._next_callback():
             try:
                 if inspect.iscoroutinefunction(callback):
                     await callback()

@@ -21,6 +21,9 @@ CommitOn = Callable[[int], bool]
 _NORMAL_CLOSURES: Final = (1000, 1001)  # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 
 
+_ENDS: Final = ("http.response.body", "http.response.pathsend")
+
+
 class TryAgain(Exception):
     """PostgreSQL asked for the transaction to be run again, and the client was told nothing yet."""
 
@@ -61,8 +64,9 @@ class HTTPExchange:
             if failure is not None:
                 await self._unit.finish_async(commit=False)
                 await self._answer(failure, scope)
-            # A body that was cut short is a client that left: what was written meanwhile is not its to keep.
-            await self._unit.finish_async(commit=self._complete)
+            if not self._unit.untouched:
+                # A body that was cut short is a client that left: what was written meanwhile is not its to keep.
+                await self._unit.finish_async(commit=self._complete)
         except BaseException:
             await self._unit.finish_async(commit=False)
             raise
@@ -70,11 +74,14 @@ class HTTPExchange:
             self._unit.close()
 
     async def _send_settled(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            await self._settle(commit=self._commit_on(message["status"]))
+        kind = message["type"]
+        if kind == "http.response.start":
+            if not self._unit.untouched:
+                await self._settle(commit=self._commit_on(message["status"]))
             self._started = True
-        elif message["type"] in ("http.response.body", "http.response.pathsend") and not message.get("more_body"):
-            await self._settle(commit=True)
+        elif kind in _ENDS and not message.get("more_body"):
+            if not self._unit.untouched:
+                await self._settle(commit=True)
             self._complete = True
         await self._send(message)
 

@@ -56,8 +56,13 @@ class UnitOfWork:
         self.closed = False
         self.rollback_only = False
         self.asked_to_retry = False
-        self.callbacks = CallbackQueue()
+        self._callbacks: CallbackQueue | None = None
         self._sync_sessions: dict[Engines, Session] = {}
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
+        return not (self._sync_sessions or self._callbacks or self.rollback_only or self.asked_to_retry)
 
     def sync_session(self, engines: Engines) -> Session:
         """The unit's session on one database."""
@@ -74,7 +79,7 @@ class UnitOfWork:
         """
         if inspect.iscoroutinefunction(callback):
             raise NotInSyncUnit("on_commit() in synchronous code takes a plain function, not a coroutine function")
-        self.callbacks.add(callback, self._sync_sessions.get(engines))
+        self._add_callback(callback, self._sync_sessions.get(engines))
 
     def open(self) -> None:
         """Make this the current unit of the running task or thread."""
@@ -84,11 +89,12 @@ class UnitOfWork:
     def close(self) -> None:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
         self.closed = True
-        for session in self._every_session():
-            try:
-                session.close()
-            except IllegalStateChangeError:
-                logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
+        if not self.untouched:
+            for session in self._every_session():
+                try:
+                    session.close()
+                except IllegalStateChangeError:
+                    logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
         # Not a token's reset: a generator that is finalized late runs in another context than it began in.
         if _current.get() is self:
             _current.set(self.outer)
@@ -119,6 +125,18 @@ class UnitOfWork:
         finally:
             self.close()
 
+    def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
+        if self._callbacks is None:
+            self._callbacks = CallbackQueue()
+        self._callbacks.add(callback, session)
+
+    def _settle_callbacks(self, *, committed: bool) -> None:
+        if self._callbacks is not None:
+            self._callbacks.settle(committed=committed)
+
+    def _next_callback(self) -> AfterCommit | None:
+        return None if self._callbacks is None else self._callbacks.pop_due()
+
     def _every_session(self) -> list[Session]:
         return list(self._sync_sessions.values())
 
@@ -133,16 +151,16 @@ class UnitOfWork:
         except BaseException:
             self._rollback()
             raise
-        self.callbacks.settle(committed=True)
+        self._settle_callbacks(committed=True)
 
     def _rollback(self) -> None:
         for session in self._sync_sessions.values():
             if session.in_transaction():
                 roll_back_or_discard(session)
-        self.callbacks.settle(committed=False)
+        self._settle_callbacks(committed=False)
 
     def _run_due_callbacks(self) -> None:
-        while callback := self.callbacks.pop_due():
+        while callback := self._next_callback():
             try:
                 callback()
                 self._commit()

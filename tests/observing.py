@@ -31,11 +31,6 @@ class Observer:
         while await self.connections(application_name) != number:
             await self.connection.execute("SELECT pg_sleep(0.01)")
 
-    async def until_nobody_is_in_transaction(self) -> None:
-        """Return when no other session is idle in a transaction."""
-        while await self.in_transaction():
-            await self.connection.execute("SELECT pg_sleep(0.01)")
-
     async def until_somebody_waits_for_a_lock(self) -> None:
         """Return when a statement of another session is held up by a lock."""
         query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
