@@ -8,10 +8,8 @@ from typing import Any, Final
 
 from celery.app.task import Context
 
-try:
-    from asgi_correlation_id.context import correlation_id
-except ImportError:  # optional
-    correlation_id = None  # type: ignore[assignment]
+from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
+
 try:
     from opentelemetry import context as otel
     from opentelemetry import propagate
@@ -24,7 +22,7 @@ _REQUEST_ID: Final = "CORRELATION_ID"
 
 def inject(headers: dict[str, Any]) -> None:
     """Write the current context into a message's headers, unless somebody else has."""
-    if correlation_id is not None and (request_id := correlation_id.get()) is not None:
+    if (request_id := current_request_id()) is not None:
         headers.setdefault(_REQUEST_ID, request_id)
     if propagate is not None:
         carrier: dict[str, str] = {}
@@ -36,8 +34,8 @@ def inject(headers: dict[str, Any]) -> None:
 def restore(request: Context) -> Callable[[], None]:
     """Make the sender's context the current one; returns what ends that."""
     stack = ExitStack()
-    if correlation_id is not None and (request_id := request.get(_REQUEST_ID)) is not None:
-        stack.callback(correlation_id.reset, correlation_id.set(request_id))
+    if (request_id := request.get(_REQUEST_ID)) is not None:
+        stack.enter_context(carried_request_id(request_id))
     if propagate is not None and otel is not None:
         carrier = {name: value for name in propagate.get_global_textmap().fields if (value := request.get(name))}
         if carrier:

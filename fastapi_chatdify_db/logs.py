@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from fastapi_chatdify_db.request_id import current_request_id
 from fastapi_chatdify_db.unit_of_work import innermost_unit
-
-try:
-    from asgi_correlation_id.context import correlation_id
-except ImportError:  # optional: without it requests have no id of their own
-    correlation_id = None  # type: ignore[assignment]
 
 
 class UnitOfWorkFilter(logging.Filter):
@@ -28,5 +24,5 @@ class UnitOfWorkFilter(logging.Filter):
         unit = innermost_unit()
         record.unit_id = None if unit is None else unit.id
         record.task_id = None if unit is None else unit.task_id
-        record.request_id = None if correlation_id is None else correlation_id.get()
+        record.request_id = current_request_id()
         return True

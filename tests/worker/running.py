@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition, Thread
+from typing import Any
 from uuid import uuid4
 
 from celery import Celery
@@ -46,6 +47,11 @@ def urls(broker: str) -> tuple[str, str]:
     }[broker], results
 
 
+def task(app: Celery[Any], name: str) -> celery_ext.Task:
+    """One of the tests' tasks, of an application."""
+    return app.tasks[f"tests.worker.tasks.{name}"]  # type: ignore[return-value]  # task_cls is ours
+
+
 class Worker:
     """A worker process and what it logs."""
 
@@ -75,7 +81,7 @@ class Worker:
 
     def task(self, name: str) -> celery_ext.Task:
         """One of the tests' tasks, to be sent to this worker."""
-        return self.app.tasks[f"tests.worker.tasks.{name}"]  # type: ignore[return-value]  # task_cls is ours
+        return task(self.app, name)
 
     def close(self) -> None:
         """Read the log to its end; the process has ended."""

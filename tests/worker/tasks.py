@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import celery
-from asgi_correlation_id.context import correlation_id
 from celery import shared_task
 from celery.exceptions import Ignore, Reject
+from opentelemetry.trace import get_current_span
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from celery_ext import Task
 from fastapi_chatdify_db import UnitOfWorkFilter, db, get_sync_session
+from fastapi_chatdify_db.request_id import current_request_id
 from tests.models import Counter, Item
 
 
@@ -200,13 +201,15 @@ async def unique_at_second_try_async(self: Task, name: str) -> int:
     return self.request.retries
 
 
+_met: set[int] = set()
+
+
 @shared_task
-async def loop_id(together: int) -> int:
-    """Which loop runs this; waits until ``together`` such tasks are running on it."""
-    running = {task for task in asyncio.all_tasks() if "loop_id" in repr(task)}
-    while len(running) < together:
+async def loop_id(number: int, together: int) -> int:
+    """Which loop runs this; waits until ``together`` such tasks are running in this process."""
+    _met.add(number)
+    while len(_met) < together:
         await asyncio.sleep(0.01)
-        running |= {task for task in asyncio.all_tasks() if "loop_id" in repr(task)}
     await db.session.execute(text("SELECT 1"))
     return id(asyncio.get_running_loop())
 
@@ -226,11 +229,10 @@ def seen_context() -> dict[str, object]:
     """What the task inherited, and what its log records carry."""
     record = logging.makeLogRecord({})
     UnitOfWorkFilter().filter(record)
-    header = correlation_id.get()
     return {
-        "request_id": header,
+        "request_id": current_request_id(),
         "logged": {name: getattr(record, name) for name in ("request_id", "task_id", "unit_id")},
-        "traceparent": seen_context.request.get("traceparent"),
+        "trace": f"{get_current_span().get_span_context().trace_id:032x}",
     }
 
 

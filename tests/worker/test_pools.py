@@ -75,7 +75,7 @@ async def test_async_tasks(pooled: Worker, empty_tables: Observer) -> None:
 async def test_threads_share_one_loop(empty_tables: Observer) -> None:
     """``async def`` tasks in a pool of threads meet on the process's one loop."""
     with worker(BROKER, "-c", "4", pool="threads") as running:
-        results = [running.task("loop_id").delay(4) for _ in range(4)]
+        results = [running.task("loop_id").delay(number, 4) for number in range(4)]
         loops = {await asyncio.to_thread(result.get, timeout=20) for result in results}
     assert len(loops) == 1
 

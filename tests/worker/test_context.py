@@ -1,0 +1,66 @@
+"""What travels with a task: the request's id, the trace, and the names of its log records."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from asgi_correlation_id import CorrelationIdMiddleware
+from fastapi import FastAPI
+
+from fastapi_chatdify_db import DBSessionMiddleware, UnitOfWorkFilter, db
+from tests.observing import Observer
+from tests.serving import serve
+from tests.worker.running import Worker
+
+REQUEST_ID = "6f1c7c52-3c1d-4f0a-9d55-2f1f1d2e3a4b"
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+async def test_request_id_reaches_the_task(prefork: Worker, empty_tables: Observer) -> None:
+    """A task sent on commit, or by plain ``delay``, has the id of the request that sent it; the next task has none."""
+    task = prefork.task("seen_context")
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(CorrelationIdMiddleware)
+
+    @app.post("/")
+    async def send() -> list[str]:
+        return [task.delay_on_commit(), str(task.delay().id)]
+
+    async with serve(app) as client:
+        response = await client.post("/", headers={"X-Request-ID": REQUEST_ID})
+    for task_id in response.json():
+        seen = await asyncio.to_thread(task.AsyncResult(task_id).get, timeout=20)
+        assert seen["request_id"] == REQUEST_ID
+        assert seen["logged"]["request_id"] == REQUEST_ID
+        assert seen["logged"]["task_id"] == task_id
+        assert isinstance(seen["logged"]["unit_id"], int)
+    assert (await asyncio.to_thread(task.delay().get, timeout=20))["request_id"] is None
+
+
+async def test_trace_reaches_the_task(prefork: Worker, empty_tables: Observer) -> None:
+    """OpenTelemetry's context goes with the message and is the current one while the task runs."""
+    from opentelemetry import context, propagate
+
+    token = context.attach(propagate.extract({"traceparent": TRACE}))
+    result = prefork.task("seen_context").delay()
+    context.detach(token)
+    assert (await asyncio.to_thread(result.get, timeout=20))["trace"] == TRACE.split("-")[1]
+
+
+async def test_log_records_name_their_unit() -> None:
+    """Records within one unit share an id, those of another have another, and outside there is none."""
+
+    def unit_id() -> object:
+        record = logging.makeLogRecord({})
+        UnitOfWorkFilter().filter(record)
+        return record.__dict__["unit_id"]
+
+    async with db.transaction():
+        first = unit_id()
+        assert first == unit_id() is not None
+        async with db.transaction():
+            assert unit_id() not in (first, None)
+        assert unit_id() == first
+    assert unit_id() is None

@@ -1,0 +1,142 @@
+"""A task is sent once what it needs is committed, and never after a rollback."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import JSONResponse
+from starlette.requests import Request
+
+import celery_ext
+from celery_ext import DispatchFailed
+from fastapi_chatdify_db import DBSessionMiddleware, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import free_socket, serve
+from tests.worker.application import create_app
+from tests.worker.running import Worker, task, urls
+
+REQUESTS = 500
+
+
+async def test_no_task_misses_its_row(prefork: Worker, empty_tables: Observer) -> None:
+    """Of 500 requests, each task finds the row that its request inserted."""
+    read = prefork.task("read_item")
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/items/{name}")
+    async def add(name: str) -> str:
+        db.session.add(Item(name))
+        return read.delay_on_commit(name)
+
+    async with serve(app) as client:
+        responses = await asyncio.gather(*(client.post(f"/items/{n}") for n in range(REQUESTS)))
+    ids = [response.json() for response in responses]
+    assert len(set(ids)) == REQUESTS
+    for task_id in ids:
+        assert await asyncio.to_thread(read.AsyncResult(task_id).get, timeout=30) is True
+    assert await empty_tables.in_transaction() == 0
+
+
+async def test_nothing_is_sent_after_a_rollback(prefork: Worker, empty_tables: Observer) -> None:
+    """A rolled back request, block, savepoint or task sends nothing; what is around a savepoint does."""
+    record, started = prefork.task("record"), len(prefork.log)
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/refused")
+    async def refused() -> None:
+        record.delay_on_commit("refused")
+        raise HTTPException(422)
+
+    @app.post("/def")
+    def synchronous() -> None:
+        record.delay_on_commit("def")
+
+    async with serve(app) as client:
+        assert (await client.post("/refused")).status_code == 422
+        assert (await client.post("/def")).status_code == 200
+    async with db.transaction():
+        record.delay_on_commit("block")
+        db.rollback_only()
+    async with db.transaction() as session:
+        savepoint = await session.begin_nested()
+        record.delay_on_commit("savepoint")
+        await savepoint.rollback()
+        record.delay_on_commit("outer")
+    failed = prefork.task("insert_and_send").delay("failing task", "raise")
+    await asyncio.to_thread(failed.get, timeout=20, propagate=False)
+    last = record.delay_on_commit("last")  # outside any unit: at once
+    await asyncio.to_thread(record.AsyncResult(last).get, timeout=20)
+    while len(await empty_tables.names()) < 3:
+        await empty_tables.connection.execute("SELECT pg_sleep(0.01)")
+    assert await empty_tables.names() == ["linked def", "linked last", "linked outer"]
+    assert "read_item" not in prefork.log[started:]
+
+
+async def test_a_task_sends_another(prefork: Worker, empty_tables: Observer) -> None:
+    """In a task it is sent when the body's commit is done, with the task as its parent."""
+    result = prefork.task("insert_and_send").delay("x")
+    child = await asyncio.to_thread(result.get, timeout=20)
+    assert await asyncio.to_thread(prefork.task("read_item").AsyncResult(child).get, timeout=20) is True
+
+
+@pytest.fixture(params=["refused", "mute"])
+def broken(request: pytest.FixtureRequest) -> Iterator[Celery[celery_ext.Task]]:
+    """An application whose broker is down, or accepts the connection and then says nothing."""
+    listener = free_socket() if request.param == "mute" else socket.socket()
+    if request.param == "refused":
+        listener.bind(("127.0.0.1", 0))
+    app = create_app(f"amqp://guest:secret@127.0.0.1:{listener.getsockname()[1]}//", urls("rabbitmq")[1], "nowhere")
+    app.conf.broker_connection_timeout = 0.5
+    app.finalize()
+    yield app
+    listener.close()
+
+
+def failing(app: FastAPI, task: celery_ext.Task) -> None:
+    """Routes that send a task under either policy."""
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.exception_handler(DispatchFailed)
+    async def not_sent(request: Request, error: DispatchFailed) -> JSONResponse:
+        return JSONResponse({"detail": "stored, not sent"}, status_code=503)
+
+    @app.post("/log")
+    async def log() -> None:
+        db.session.add(Item("log"))
+        task.delay_on_commit("log")
+
+    @app.post("/raise")
+    async def raise_() -> None:
+        db.session.add(Item("raise"))
+        task.apply_async_on_commit(("raise",), on_error="raise")
+
+
+async def test_broker_that_is_down(
+    broken: Celery[Any], empty_tables: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The request is answered in bounded time, as its caller chose; the rows are committed, the log names the task."""
+    app = FastAPI()
+    failing(app, task(broken, "read_item"))
+    with caplog.at_level(logging.ERROR, "celery_ext"):
+        async with serve(app) as client:
+            assert (await client.post("/log", timeout=10)).status_code == 200
+            assert "task tests.worker.tasks.read_item[" in caplog.text
+            assert (await client.post("/raise", timeout=10)).status_code == 503
+    assert await empty_tables.names() == ["log", "raise"]
+    assert "secret" not in caplog.text
+
+
+async def test_failed_dispatch_is_raised_outside_a_unit_too(broken: Celery[Any]) -> None:
+    """Where there is nothing to commit, the call itself raises."""
+    with pytest.raises(DispatchFailed, match="was not sent"):
+        task(broken, "read_item").apply_async_on_commit(("x",), on_error="raise")

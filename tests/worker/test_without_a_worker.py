@@ -1,0 +1,130 @@
+"""Tasks run eagerly, or called as functions, in any process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+from fastapi import FastAPI
+
+import celery_ext
+from celery_ext import StatementFailed
+from fastapi_chatdify_db import DBSessionMiddleware, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+from tests.worker.application import create_app
+
+
+@pytest.fixture
+def eager() -> Iterator[dict[str, Any]]:
+    """The tasks, run at once where they are sent."""
+    app = create_app("memory://", "cache+memory://", "eager")
+    app.conf.task_always_eager = True
+    yield {name.rpartition(".")[2]: task for name, task in app.tasks.items()}
+    app.close()
+
+
+async def test_eager_tasks_have_their_own_unit(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """An eager task commits, fails at COMMIT, retries and calls back like one in a worker."""
+    add = eager["add_item"]
+    assert add.apply_async(("ok",), link=eager["record"].s()).get() == "ok"
+    with pytest.raises(StatementFailed, match="uq_item_name"):
+        add.apply_async(("lost", "duplicate"), link_error=eager["errback"].s("lost")).get()
+    assert eager["unique_at_second_try"].delay("retried").get() == 1
+    assert eager["add_item_async"].delay("async").get() is not None
+    assert eager["unique_at_second_try_async"].delay("async retried").get() == 1
+    assert await empty_tables.names() == ["async", "async retried", "errback lost", "linked ok", "ok", "retried"]
+
+
+async def test_eager_dispatch_waits_for_the_commit(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """In tests with ``task_always_eager`` a task on commit sees the row as well."""
+    async with db.transaction() as session:
+        session.add(Item("row"))
+        task_id = eager["read_item"].delay_on_commit("row")
+    assert isinstance(task_id, str)
+
+
+async def test_called_functions(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """Called as a function, a task joins the unit around it and elsewhere opens one, with SQLAlchemy's errors."""
+    add, add_async = eager["add_item"], eager["add_item_async"]
+    assert add("alone") == "alone"
+    await add_async("alone async")
+    with pytest.raises(Exception, match="uq_item_name"):
+        add("lost", "duplicate")
+    with db.sync_transaction():
+        add("joined")
+        db.rollback_only()
+    async with db.transaction():
+        await add_async("joined async")
+        db.rollback_only()
+    assert await empty_tables.names() == ["alone", "alone async"]
+
+
+async def test_task_in_a_request(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """A ``def`` endpoint that calls a task as a function shares its unit."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/{outcome}")
+    def call(outcome: str) -> None:
+        eager["add_item"](outcome)
+        if outcome == "refused":
+            raise ValueError(outcome)
+
+    async with serve(app) as client:
+        assert (await client.post("/kept")).status_code == 200
+        assert (await client.post("/refused")).status_code == 500
+    assert await empty_tables.names() == ["kept"]
+
+
+async def test_own_call_that_skips_ours_is_reported(empty_tables: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """A class whose ``__call__`` bypasses the commit loses its rows loudly."""
+    app: Celery[Any] = Celery("bypass", broker="memory://", backend="cache+memory://")
+    celery_ext.init_app(app)
+
+    class Bypass(app.Task):  # type: ignore[name-defined,misc]
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            return self.run(*args, **kwargs)
+
+    @app.task(base=Bypass)
+    def bypassing() -> None:
+        db.sync_session.add(Item("lost"))
+        db.sync_session.flush()
+
+    assert bypassing.apply().state == "SUCCESS"
+    assert "let its own __call__ call super().__call__()" in caplog.text
+    assert await empty_tables.names() == []
+    assert await empty_tables.in_transaction() == 0
+
+
+def test_tasks_of_an_application_without_us_are_left_alone() -> None:
+    """Another Celery application in the same process keeps its plain tasks."""
+    other: Celery[Any] = Celery("other", broker="memory://", backend="cache+memory://")
+
+    @other.task
+    def plain() -> str:
+        return "plain"
+
+    assert plain.apply().get() == "plain"
+    assert not isinstance(plain, celery_ext.Task)
+
+
+def test_worker_imports_no_web_framework() -> None:
+    """Neither ``celery_ext`` nor a module of tasks brings FastAPI or Starlette along."""
+    code = """
+import sys, celery_ext
+from celery import Celery
+from fastapi_chatdify_db import Base, db, get_sync_session
+app = Celery("worker", task_cls=celery_ext.Task)
+celery_ext.init_app(app)
+@app.task
+def task() -> None: db.sync_session
+app.finalize()
+assert not {"fastapi", "starlette"} & set(sys.modules), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
