@@ -28,9 +28,10 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
     return run
 
 
-def test_users_file_is_strictly_typed(check: Check) -> None:
+@pytest.mark.parametrize("file", ["typed_user.py", "typed_tasks.py"])
+def test_users_file_is_strictly_typed(check: Check, file: str) -> None:
     """A file that uses every public name passes ``mypy --strict``; no ``Any`` leaks out of a session."""
-    result = check(HERE / "typed_user.py")
+    result = check(HERE / file)
     assert result.returncode == 0, result.stdout
 
 
