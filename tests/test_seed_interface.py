@@ -187,7 +187,7 @@ async def test_legacy_dependencies(observer: Observer) -> None:
 
 @pytest.mark.parametrize("end", [Session.commit, Session.flush], ids=["own commit", "left to the block"])
 async def test_legacy_session_local(observer: Observer, end: Callable[[Session], Any]) -> None:
-    """``SessionLocal`` works with and without a commit of one's own, and warns at the caller's line."""
+    """``with SessionLocal()`` works with and without a commit of one's own, and warns at the caller's line."""
 
     def work() -> None:
         with legacy.SessionLocal() as session:
@@ -198,3 +198,30 @@ async def test_legacy_session_local(observer: Observer, end: Callable[[Session],
         await asyncio.to_thread(work)
     assert warned[0].filename == __file__
     assert await observer.names() == ["a"]
+
+
+async def test_legacy_session_local_that_is_closed_by_hand(observer: Observer) -> None:
+    """``SessionLocal()`` is a session: what was committed is kept, and ``close()`` rolls back the rest."""
+
+    def work() -> None:
+        session = legacy.SessionLocal()
+        try:
+            session.add(Item("kept"))
+            session.commit()
+            session.add(Item("lost"))
+            session.flush()
+        finally:
+            session.close()
+
+    def fail() -> None:
+        with legacy.SessionLocal() as session:
+            session.add(Item("lost"))
+            session.flush()
+            raise ZeroDivisionError
+
+    with pytest.warns(DeprecationWarning, match="SessionLocal"):
+        await asyncio.to_thread(work)
+    with pytest.warns(DeprecationWarning, match="SessionLocal"), pytest.raises(ZeroDivisionError):
+        await asyncio.to_thread(fail)
+    assert await observer.names() == ["kept"]
+    assert await observer.in_transaction() == 0
