@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -22,7 +23,7 @@ def get_db() -> Iterator[Session]:
 async def get_session() -> AsyncGenerator[AsyncSession]:
     """Deprecated spelling of ``session.get_session``."""
     _deprecated("get_session", "get_session", stacklevel=3)
-    async with _session.get_async_session() as session:
+    async with asynccontextmanager(_session.get_session)() as session:
         yield session
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any
 
 import pytest
@@ -39,6 +39,34 @@ async def test_async_session_pattern(observer: Observer) -> None:
         while "Current Checked out connections: 0" not in db.async_engine.pool.status():
             await asyncio.sleep(0)  # the loop closes the generator in a task of its own
     assert await observer.in_transaction() == 0
+
+
+@pytest.mark.parametrize("get_session", [get_session, legacy.get_session], ids=["session", "legacy"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+async def test_what_follows_a_loop_left_by_break_stands_alone(
+    observer: Observer, get_session: Callable[[], AsyncGenerator[AsyncSession]]
+) -> None:
+    """The next session is another one, although the event loop has not come round to ending the first."""
+
+    async def look_and_break() -> AsyncSession:
+        async for session in get_session():
+            session.add(Item("left"))
+            await session.flush()
+            break
+        return session
+
+    left = await look_and_break()
+    with get_sync_session() as sync_session:
+        sync_session.add(Item("sync"))
+    left = await look_and_break()
+    async with get_async_session() as session:
+        assert session is not left
+        session.add(Item("async"))
+    left = await look_and_break()
+    async for session in get_session():
+        assert session is not left
+        session.add(Item("loop"))
+    assert await observer.names() == ["async", "loop", "sync"]
 
 
 def test_sync_session_pattern(database_url: str) -> None:
