@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import session as _session
+from fastapi_chatdify_db.database import db
 
 
 def get_db() -> Iterator[Session]:
@@ -22,16 +23,26 @@ def get_db() -> Iterator[Session]:
 async def get_session() -> AsyncGenerator[AsyncSession]:
     """Deprecated spelling of ``session.get_session``."""
     _deprecated("get_session", "get_session", stacklevel=3)
-    async with _session.get_async_session() as session:
+    async with asynccontextmanager(_session.get_session)() as session:
         yield session
 
 
-@contextmanager
-def SessionLocal() -> Iterator[Session]:  # noqa: N802  # the name is what this module is for
-    """Deprecated spelling of ``session.get_sync_session``; calling ``commit()`` oneself still works."""
-    _deprecated("SessionLocal", "get_sync_session", stacklevel=4)  # past contextlib's __enter__
-    with _session.get_sync_session() as session:
-        yield session
+def SessionLocal() -> Session:  # noqa: N802  # the name is what this module is for
+    """Deprecated: a synchronous session of its own, for code that calls ``commit()`` and ``close()`` itself.
+
+    ``with SessionLocal() as session`` commits at its end what was not committed yet, as ``get_sync_session`` does.
+    """
+    _deprecated("SessionLocal", "get_sync_session", stacklevel=3)
+    return _SelfCommittingSession(db.sync_engine, expire_on_commit=False)
+
+
+class _SelfCommittingSession(Session):
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.close()
 
 
 def _deprecated(old: str, new: str, stacklevel: int) -> None:

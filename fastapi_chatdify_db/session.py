@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.database import db
-from fastapi_chatdify_db.exceptions import OutsideUnitOfWork
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -33,8 +34,11 @@ async def get_session() -> AsyncGenerator[AsyncSession]:
     Raises:
         sqlalchemy.exc.SQLAlchemyError: The commit failed, without the middleware.
     """
-    async with get_async_session() as session:
-        yield session
+    if (joined := _joined_session()) is not None:
+        yield joined
+    else:
+        async with _GeneratorUnit(db._engines) as unit:
+            yield unit.async_session(db._engines)
 
 
 @asynccontextmanager
@@ -44,13 +48,11 @@ async def get_async_session() -> AsyncIterator[AsyncSession]:
     Raises:
         sqlalchemy.exc.SQLAlchemyError: The commit of the new unit failed.
     """
-    try:
-        joined = db.session
-    except OutsideUnitOfWork:
+    if (joined := _joined_session()) is not None:
+        yield joined
+    else:
         async with db.transaction() as session:
             yield session
-    else:
-        yield joined
 
 
 @contextmanager
@@ -60,13 +62,29 @@ def get_sync_session() -> Iterator[Session]:
     Raises:
         sqlalchemy.exc.SQLAlchemyError: The commit of the new unit failed.
     """
-    try:
-        joined = db.sync_session
-    except OutsideUnitOfWork:
+    if (unit := _unit_to_join()) is not None:
+        yield unit.sync_session(db._engines)
+    else:
         with db.sync_transaction() as session:
             yield session
-    else:
-        yield joined
+
+
+class _GeneratorUnit(AsyncUnitOfWork):
+    """The unit of a ``get_session()`` that has none around it; nobody joins it.
+
+    Whoever leaves ``async for session in get_session()`` by ``break`` goes on at once, and the event loop rolls the
+    unit back some time later: until then it looks open, but what is written to it is lost.
+    """
+
+
+def _unit_to_join() -> UnitOfWork | None:
+    unit = current_unit(db._engines)
+    return None if isinstance(unit, _GeneratorUnit) else unit
+
+
+def _joined_session() -> AsyncSession | None:
+    unit = _unit_to_join()
+    return unit.async_session(db._engines) if isinstance(unit, AsyncUnitOfWork) else None
 
 
 def __getattr__(name: str) -> object:

@@ -88,7 +88,16 @@ class DatabaseSettings(BaseSettings):
                 database=self.postgres_db,
             )
         try:
-            return make_url(self.database_url)
+            return _without_open_password(make_url(self.database_url))
         except (ArgumentError, ValueError):
             pass  # SQLAlchemy's message repeats the URL, password and all; so would the exception's context.
         raise InvalidSettings("DATABASE_URL: not a URL; write e.g. postgresql://user:password@localhost:5432/name")
+
+
+def _without_open_password(url: URL) -> URL:
+    """libpq takes a password in the query too, where a repr shows it; it means the same in its own place."""
+    password = url.query.get("password")
+    if password is None:
+        return url
+    last = password if isinstance(password, str) else password[-1]
+    return url.set(password=last).difference_update_query(["password"])

@@ -20,12 +20,17 @@ from tests.observing import Observer
 
 _resources = ExitStack()
 _server: URL
+_origin: str
 _database = f"chatdify_test_{os.getpid()}"
+# What a developer exports for an application of theirs is not to change the tests' outcome.
+_OF_THE_SETTINGS = {name.upper() for name in DatabaseSettings.model_fields}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    global _server
-    _server = _find_server()
+    global _server, _origin
+    _server, _origin = _find_server()
+    for name in set(os.environ) & _OF_THE_SETTINGS:
+        del os.environ[name]
     _administer(f"CREATE DATABASE {_database}")
     _resources.callback(_administer, f"DROP DATABASE {_database} WITH (FORCE)")
     os.environ["DATABASE_URL"] = _server.set(database=_database).render_as_string(hide_password=False)
@@ -36,19 +41,32 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"PostgreSQL: {_server!r}"
+    return f"PostgreSQL: {_origin}, {_server!r}"
 
 
-def _find_server() -> URL:
+def _find_server() -> tuple[URL, str]:
     if given := os.environ.get("DATABASE_URL"):
-        return make_url(given).set(drivername="postgresql")
+        url = make_url(given)
+        if url.get_backend_name() not in ("postgresql", "postgres"):
+            raise pytest.UsageError("the tests need PostgreSQL: set DATABASE_URL to one, or unset it")
+        url = url.set(drivername="postgresql")
+        if problem := _problem_with(url):
+            raise pytest.UsageError(f"the PostgreSQL at DATABASE_URL cannot be used; unset it or start it: {problem}")
+        return url, "at DATABASE_URL"
     local = URL.create("postgresql", "postgres", host="localhost", database="postgres")
-    try:
-        psycopg2.connect(local.render_as_string(hide_password=False), connect_timeout=3).close()
-    except psycopg2.OperationalError:
+    if _problem_with(local):
         directory = _resources.enter_context(tempfile.TemporaryDirectory())
-        return make_url(_resources.enter_context(embedded_postgres(Path(directory) / "data")))
-    return local
+        url = make_url(_resources.enter_context(embedded_postgres(Path(directory) / "data")))
+        return url, "embedded, since none on localhost lets the role postgres in"
+    return local, "on localhost"
+
+
+def _problem_with(server: URL) -> str | None:
+    try:
+        psycopg2.connect(server.render_as_string(hide_password=False), connect_timeout=3).close()
+    except psycopg2.OperationalError as error:
+        return str(error).strip()
+    return None
 
 
 def _administer(statement: str) -> None:

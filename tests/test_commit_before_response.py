@@ -8,12 +8,13 @@ from typing import Annotated
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
 from fastapi_chatdify_db import DBSessionMiddleware, db, get_session
 from tests.models import Item
@@ -97,6 +98,31 @@ async def test_failed_commit_without_a_handler_is_500(app: FastAPI, observer: Ob
         response = await post_and_end(app, client, path, "a")
     assert (response.status_code, response.text) == (500, "Internal Server Error")
     assert await observer.names() == ["a"]
+
+
+class Passing(BaseHTTPMiddleware):
+    """Middleware of the kind that runs the response in a task of its own."""
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = await call_next(request)
+        response.headers["x-passed"] = "yes"
+        return response
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_base_http_middleware_outside_changes_nothing(app: FastAPI, observer: Observer, path: str) -> None:
+    """With Starlette's BaseHTTPMiddleware added later, rows precede the status line and a failed commit is an error."""
+    app.add_middleware(Passing)
+    async with serve(app) as client:
+        async with client.stream("POST", path, params={"name": "a"}) as response:
+            assert (response.status_code, response.headers["x-passed"]) == (200, "yes")
+            assert await observer.names() == ["a"]
+            if path == "/streaming":
+                app.state.may_end.set()
+            await response.aread()
+        assert (await post_and_end(app, client, path, "a")).status_code == 500
+    assert await observer.names() == ["a"]
+    assert await observer.in_transaction() == 0
 
 
 async def test_most_specific_handler_answers(app: FastAPI, observer: Observer) -> None:

@@ -28,7 +28,8 @@ async def test_demo_serves_what_it_prints() -> None:
     """On an embedded PostgreSQL: each printed curl line gets the answer printed beside it; Ctrl-C ends it."""
     with free_socket() as listener:
         port = str(listener.getsockname()[1])
-    environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    theirs = ("DATABASE_URL", "XDG_RUNTIME_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in theirs}
     demo = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-u", "-m", "example_app", "--port", port),
@@ -38,6 +39,7 @@ async def test_demo_serves_what_it_prints() -> None:
     )
     assert demo.stdout is not None
     printed = (await asyncio.wait_for(demo.stdout.readuntil(b"Ctrl-C"), 60)).decode()
+    assert "Warning" not in printed
     lines = re.findall(r"^\s*curl -i (.+?)\s*# (\d+)?", printed, re.MULTILINE)
     assert len(lines) == 5
     async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=8)) as client:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any
 
 import pytest
@@ -39,6 +39,34 @@ async def test_async_session_pattern(observer: Observer) -> None:
         while "Current Checked out connections: 0" not in db.async_engine.pool.status():
             await asyncio.sleep(0)  # the loop closes the generator in a task of its own
     assert await observer.in_transaction() == 0
+
+
+@pytest.mark.parametrize("get_session", [get_session, legacy.get_session], ids=["session", "legacy"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+async def test_what_follows_a_loop_left_by_break_stands_alone(
+    observer: Observer, get_session: Callable[[], AsyncGenerator[AsyncSession]]
+) -> None:
+    """The next session is another one, although the event loop has not come round to ending the first."""
+
+    async def look_and_break() -> AsyncSession:
+        async for session in get_session():
+            session.add(Item("left"))
+            await session.flush()
+            break
+        return session
+
+    left = await look_and_break()
+    with get_sync_session() as sync_session:
+        sync_session.add(Item("sync"))
+    left = await look_and_break()
+    async with get_async_session() as session:
+        assert session is not left
+        session.add(Item("async"))
+    left = await look_and_break()
+    async for session in get_session():
+        assert session is not left
+        session.add(Item("loop"))
+    assert await observer.names() == ["async", "loop", "sync"]
 
 
 def test_sync_session_pattern(database_url: str) -> None:
@@ -187,7 +215,7 @@ async def test_legacy_dependencies(observer: Observer) -> None:
 
 @pytest.mark.parametrize("end", [Session.commit, Session.flush], ids=["own commit", "left to the block"])
 async def test_legacy_session_local(observer: Observer, end: Callable[[Session], Any]) -> None:
-    """``SessionLocal`` works with and without a commit of one's own, and warns at the caller's line."""
+    """``with SessionLocal()`` works with and without a commit of one's own, and warns at the caller's line."""
 
     def work() -> None:
         with legacy.SessionLocal() as session:
@@ -198,3 +226,30 @@ async def test_legacy_session_local(observer: Observer, end: Callable[[Session],
         await asyncio.to_thread(work)
     assert warned[0].filename == __file__
     assert await observer.names() == ["a"]
+
+
+async def test_legacy_session_local_that_is_closed_by_hand(observer: Observer) -> None:
+    """``SessionLocal()`` is a session: what was committed is kept, and ``close()`` rolls back the rest."""
+
+    def work() -> None:
+        session = legacy.SessionLocal()
+        try:
+            session.add(Item("kept"))
+            session.commit()
+            session.add(Item("lost"))
+            session.flush()
+        finally:
+            session.close()
+
+    def fail() -> None:
+        with legacy.SessionLocal() as session:
+            session.add(Item("lost"))
+            session.flush()
+            raise ZeroDivisionError
+
+    with pytest.warns(DeprecationWarning, match="SessionLocal"):
+        await asyncio.to_thread(work)
+    with pytest.warns(DeprecationWarning, match="SessionLocal"), pytest.raises(ZeroDivisionError):
+        await asyncio.to_thread(fail)
+    assert await observer.names() == ["kept"]
+    assert await observer.in_transaction() == 0

@@ -193,7 +193,10 @@ async def test_refusal_is_not_waited_for(
     assert caplog.records == []
 
 
-async def test_init_app_is_enough_and_keeps_the_apps_lifespan(tables: None, observer: Observer) -> None:
+@pytest.mark.parametrize("framework", [Starlette, FastAPI])
+async def test_init_app_is_enough_and_keeps_the_apps_lifespan(
+    tables: None, observer: Observer, framework: type[Starlette]
+) -> None:
     """The database is there before the app's own start-up and after its shutdown, and its state reaches requests."""
     await db.drop_tables()
     names: list[object] = []
@@ -212,7 +215,7 @@ async def test_init_app_is_enough_and_keeps_the_apps_lifespan(tables: None, obse
         db.session.add(Item("a"))
         return JSONResponse(request.state.greeting)
 
-    app = Starlette(lifespan=lifespan, routes=[Route("/", handler)])
+    app = framework(lifespan=lifespan, routes=[Route("/", handler)])
     db.init_app(app)
     async with serve(app) as client:
         assert (await client.get("/")).json() == "hello"

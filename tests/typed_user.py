@@ -64,8 +64,7 @@ async def handler(session: Annotated[AsyncSession, Depends(get_session)]) -> lis
     db.on_commit(notify)
     db.rollback_only()
     assert_type(await db.release(), None)
-    rows = (await db.session.execute(select(Thing.id, Thing.name))).all()
-    assert_type(rows[0][1], str)
+    assert_type((await db.session.execute(select(Thing.name))).scalar_one(), str)
     return list(await session.scalars(select(Thing.name)))
 
 
