@@ -37,8 +37,8 @@ async def get_session() -> AsyncGenerator[AsyncSession]:
     if (joined := _joined_session()) is not None:
         yield joined
     else:
-        async with _GeneratorUnit(db._engines) as unit:
-            yield unit.async_session(db._engines)
+        async with _GeneratorUnit(db.engines) as unit:
+            yield unit.async_session(db.engines)
 
 
 @asynccontextmanager
@@ -63,7 +63,7 @@ def get_sync_session() -> Iterator[Session]:
         sqlalchemy.exc.SQLAlchemyError: The commit of the new unit failed.
     """
     if (unit := _unit_to_join()) is not None:
-        yield unit.sync_session(db._engines)
+        yield unit.sync_session(db.engines)
     else:
         with db.sync_transaction() as session:
             yield session
@@ -78,13 +78,13 @@ class _GeneratorUnit(AsyncUnitOfWork):
 
 
 def _unit_to_join() -> UnitOfWork | None:
-    unit = current_unit(db._engines)
+    unit = current_unit(db.engines)
     return None if isinstance(unit, _GeneratorUnit) else unit
 
 
 def _joined_session() -> AsyncSession | None:
     unit = _unit_to_join()
-    return unit.async_session(db._engines) if isinstance(unit, AsyncUnitOfWork) else None
+    return unit.async_session(db.engines) if isinstance(unit, AsyncUnitOfWork) else None
 
 
 def __getattr__(name: str) -> object:
