@@ -12,6 +12,8 @@ import psycopg2.extras
 from celery import Celery, signals
 
 from celery_ext import context, event_loop
+from celery_ext.durable.relay import relaying
+from celery_ext.durable.table import metadata
 from celery_ext.execution import Execution
 from celery_ext.task import Task
 from fastapi_chatdify_db.database import Database
@@ -20,18 +22,29 @@ from fastapi_chatdify_db.database import db as default_database
 _databases: Final[WeakKeyDictionary[Celery[Any], Database]] = WeakKeyDictionary()
 
 
-def init_app(app: Celery[Any], *, db: Database = default_database) -> None:
+def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool = False) -> None:
     """Give every task of ``app`` a unit of work, whenever and however it is defined.
 
     Parameters:
         app: The Celery application, before its worker starts.
-        db: The database whose savepoints decide about ``delay_on_commit``; a task's unit serves every database.
+        db: The database whose savepoints decide about ``delay_on_commit``, and which keeps the durable tasks; a
+            task's unit serves every database.
+        relay: Whether a web application relays durable tasks itself, within the database's lifespan.
     """
     _databases[app] = db
+    if metadata not in db.metadatas:
+        db.metadatas.append(metadata)
+    if relay:
+        db.services.append(lambda: relaying(app, db))
     _rebase(app.Task)
     app.on_after_finalize.connect(_rebase_all, weak=False)
     if app.finalized:  # type: ignore[attr-defined]  # missing in the stubs
         _rebase_all(app)
+
+
+def database_of(app: Celery[Any]) -> Database:
+    """The database that ``init_app`` was given."""
+    return _databases[app]
 
 
 def _rebase_all(sender: Celery[Any], **_: object) -> None:

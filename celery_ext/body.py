@@ -15,6 +15,7 @@ from celery.utils.time import get_exponential_backoff_interval
 from sqlalchemy.exc import DBAPIError
 
 from celery_ext import event_loop
+from celery_ext.durable.delivery import Delivery
 from celery_ext.execution import Execution, joinable_unit
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, asks_to_retry
@@ -66,9 +67,14 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             return body(*args, **kwargs)
     if (unit := execution.begin()) is None:
         return body(*args, **kwargs)
+    delivery = execution.delivery
     try:
         try:
+            if delivery is not None:
+                delivery.begin(unit.sync_session(task.database.engines))
             result = body(*args, **kwargs)
+            if delivery is not None:
+                delivery.finish(unit.sync_session(task.database.engines))
         except BaseException:
             unit.finish(commit=False)
             raise
@@ -88,7 +94,7 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
         return event_loop.run(call)
     assert isinstance(unit, AsyncUnitOfWork)
     try:
-        return event_loop.run(_finished(unit, call))
+        return event_loop.run(_finished(unit, task, execution.delivery, call))
     finally:
         execution.body_ended()
 
@@ -101,9 +107,15 @@ def _in_a_loop() -> bool:
     return True
 
 
-async def _finished(unit: AsyncUnitOfWork, call: Coroutine[Any, Any, Any]) -> Any:
+async def _finished(
+    unit: AsyncUnitOfWork, task: Task, delivery: Delivery | None, call: Coroutine[Any, Any, Any]
+) -> Any:
     try:
+        if delivery is not None:
+            await unit.async_session(task.database.engines).run_sync(delivery.begin)
         result = await call
+        if delivery is not None:
+            await unit.async_session(task.database.engines).run_sync(delivery.finish)
     except BaseException:
         await unit.finish_async(commit=False)
         raise

@@ -32,7 +32,7 @@ def send_on_commit(
     Raises:
         DispatchFailed: It could not be sent at once, and ``on_error`` is ``"raise"``.
     """
-    options = {"task_id": uuid(), **_lineage(), **options}
+    options = {"task_id": uuid(), **lineage(), **options}
     send = partial(copy_context().run, partial(task.apply_async, tuple(args), dict(kwargs), **options))
     publish = partial(_publish, task, str(options["task_id"]), send, on_error)
     unit = innermost_unit()
@@ -43,7 +43,7 @@ def send_on_commit(
     return str(options["task_id"])
 
 
-def _lineage() -> dict[str, Any]:
+def lineage() -> dict[str, Any]:
     """Which task sends; the thread that publishes would not know."""
     request = current_task.request if current_task else None
     if request is None or request.id is None:

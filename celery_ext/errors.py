@@ -17,6 +17,14 @@ class AsyncTaskNotSupported(ChatdifyDBError):
     """An ``async def`` task was started in a pool that has no place for an event loop."""
 
 
+class ArgumentsNotSerializable(ChatdifyDBError, TypeError):
+    """A durable task's arguments cannot be stored."""
+
+
+class DurableDispatchUnsupported(ChatdifyDBError):
+    """The task's database is not PostgreSQL, which durable dispatch is built on."""
+
+
 class AsyncTaskCancelled(ChatdifyDBError):
     """An ``async def`` task was cancelled by something inside it; its unit was rolled back."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import celery
 
 from celery_ext import context
+from celery_ext.durable.delivery import Delivery
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, innermost_unit
 
@@ -42,6 +43,7 @@ class Execution:
         self._begun = False
         self._unit: UnitOfWork | None = None
         self._leave_context = context.restore(task.request)
+        self.delivery = Delivery.of(task, task_id)
         if task.db_session:
             self._open(AsyncUnitOfWork() if task.is_async else UnitOfWork())
         _current.set(self)
@@ -80,6 +82,8 @@ class Execution:
         except Exception:
             logger.exception("what the handlers of task %s[%s] wrote is lost", self.task.name, self._task_id)
         finally:
+            if self.delivery is not None:
+                self.delivery.close()
             self._leave_context()
 
     def _open(self, unit: UnitOfWork) -> None:

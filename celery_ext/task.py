@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import celery
+from celery.result import AsyncResult
 
 from celery_ext.body import put_in_unit
 from celery_ext.dispatch import OnError, send_on_commit
+from celery_ext.durable.dispatch import store
 from celery_ext.errors import portable
 from celery_ext.execution import Execution
 from fastapi_chatdify_db.database import Database
@@ -47,11 +50,14 @@ class Task(_CeleryTask):
             StatementFailed: A statement or the commit failed, in a task that a worker runs.
         """
         put_in_unit(self)
-        if Execution.beginning(self) is None:
+        execution = Execution.beginning(self)
+        if execution is None:
             return super().__call__(*args, **kwargs)
         try:
             return self.run(*args, **kwargs)
         except Exception as error:
+            if execution.delivery is not None:
+                error = execution.delivery.ended_by(error)
             raise portable(error)  # noqa: B904  # it has its cause, or hides it
 
     @cached_property
@@ -93,3 +99,71 @@ class Task(_CeleryTask):
             DispatchFailed: With ``on_error="raise"``, where the unit ends; outside any unit, here.
         """
         return send_on_commit(self, args, kwargs or {}, on_error, options)
+
+    def delay_durably(self, *args: object, **kwargs: object) -> str:
+        """Store the task as a row of the transaction around the call, for a relay to send; nothing loses it.
+
+        Returns:
+            The id that the task will have.
+
+        Raises:
+            OutsideUnitOfWork: There is no transaction here.
+            ArgumentsNotSerializable: The arguments are no JSON.
+            DurableDispatchUnsupported: The database is not PostgreSQL.
+        """
+        return store(self, args, kwargs)
+
+    def apply_durably(
+        self,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+        *,
+        countdown: float = 0,
+        eta: datetime | None = None,
+        expires: float | datetime | None = None,
+        ordering_key: str | None = None,
+        idempotency_key: str | None = None,
+        **options: Any,  # as Celery's apply_async has them
+    ) -> str:
+        """``delay_durably`` with options.
+
+        Parameters:
+            args: The task's positional arguments.
+            kwargs: Its keyword arguments.
+            countdown: Seconds until it may start.
+            eta: The moment from which it may start, instead.
+            expires: Seconds, or the moment, after which it is not started any more.
+            ordering_key: Tasks of one key run one at a time, in the order in which their transactions committed.
+            idempotency_key: The same key a second time stores nothing, and returns the first one's id.
+            options: Celery's: ``queue``, ``priority``, ``link``, ``time_limit``, ...
+
+        Returns:
+            The id that the task will have.
+
+        Raises:
+            OutsideUnitOfWork: There is no transaction here.
+            ArgumentsNotSerializable: The arguments are no JSON.
+            DurableDispatchUnsupported: The database is not PostgreSQL.
+        """
+        return store(
+            self,
+            args,
+            kwargs or {},
+            countdown=countdown,
+            eta=eta,
+            expires=expires,
+            ordering_key=ordering_key,
+            idempotency_key=idempotency_key,
+            options=options,
+        )
+
+    def apply_async(
+        self, args: Any = None, kwargs: Any = None, task_id: str | None = None, *rest: Any, **options: Any
+    ) -> AsyncResult[Any]:
+        """Celery's; but the next attempt of a durable task, which ``retry`` sends here, is a matter of its row."""
+        execution = Execution.current()
+        delivery = None if execution is None else execution.delivery
+        if delivery is not None and task_id == delivery.task_id:
+            delivery.retry_later(args or (), kwargs or {}, options)
+            return self.AsyncResult(task_id)
+        return super().apply_async(args, kwargs, task_id, *rest, **options)

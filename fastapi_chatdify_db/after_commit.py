@@ -57,15 +57,16 @@ class CallbackQueue:
         if session.in_nested_transaction():
             return  # a savepoint was released; the transaction around it still decides
         root = session.get_transaction()
-        kept = [entry for entry in self._pending if root in _self_and_parents(entry.transaction)]
+        kept = [entry for entry in self._pending if root in self_and_parents(entry.transaction)]
         self._pending = [entry for entry in self._pending if entry not in kept]
         self._due.extend(entry.callback for entry in kept)
 
     def _after_rollback(self, _: Session, ended: SessionTransaction) -> None:
-        self._pending = [entry for entry in self._pending if ended not in _self_and_parents(entry.transaction)]
+        self._pending = [entry for entry in self._pending if ended not in self_and_parents(entry.transaction)]
 
 
-def _self_and_parents(transaction: SessionTransaction | None) -> list[SessionTransaction]:
+def self_and_parents(transaction: SessionTransaction | None) -> list[SessionTransaction]:
+    """A savepoint with those around it, out to the transaction itself."""
     chain = []
     while transaction is not None:
         chain.append(transaction)

@@ -45,6 +45,12 @@ class AsyncUnitOfWork(UnitOfWork):
             session = self._async_sessions[engines] = engines.new_async_session(self.isolation_level)
         return session
 
+    def session_of_writes(self, engines: Engines) -> Session:
+        """Of the unit's two sessions the one in use; at first the async one, except in a thread."""
+        if engines in self._async_sessions or (engines not in self._sync_sessions and _in_a_loop()):
+            return self.async_session(engines).sync_session
+        return self.sync_session(engines)
+
     def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
         """Run ``callback``, a plain or a coroutine function, once what the unit did so far is committed."""
         session = self._async_sessions.get(engines)
@@ -127,6 +133,14 @@ class AsyncUnitOfWork(UnitOfWork):
                 log_failed_callback(callback, error)
         if told is not None:
             raise told
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

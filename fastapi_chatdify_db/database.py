@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Session
 
@@ -46,6 +46,10 @@ class Database:
         self.base = base
         self._given_settings = settings
         self._creates_tables = create_tables
+        self.metadatas: list[MetaData] = [base.metadata]
+        """Whose tables are created; extensions add their own. One for a single dialect says so in its ``info``."""
+        self.services: list[Callable[[], AbstractContextManager[object]]] = []
+        """What runs beside the application, within its lifespan; entered in a thread."""
         self.engines: Final = Engines(lambda: self.settings, on_error=note_error)
 
     def __repr__(self) -> str:
@@ -154,11 +158,11 @@ class Database:
 
     async def create_tables(self) -> None:
         """Create the tables of ``base`` that do not exist; safe in any number of processes at once."""
-        await startup.create_tables(self.async_engine, self.base.metadata)
+        await startup.create_tables(self.async_engine, self.metadatas)
 
     async def drop_tables(self) -> None:
         """Drop the tables of ``base``, with their rows."""
-        await startup.drop_tables(self.async_engine, self.base.metadata)
+        await startup.drop_tables(self.async_engine, self.metadatas)
 
     async def dispose(self) -> None:
         """Close the connections that are not in use; a later use opens new ones."""
@@ -177,7 +181,8 @@ class Database:
             await startup.wait_for_database(self.async_engine, self.settings.db_startup_timeout)
             if self._creates_tables:
                 await self.create_tables()
-            yield
+            async with startup.services(self.services):
+                yield
         finally:
             await self.dispose()
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from typing import Final
 from zlib import crc32
 
+from anyio import to_thread
 from sqlalchemy import Connection, MetaData, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -49,18 +52,36 @@ async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
     await retrying(_connect, engine, time.monotonic() + timeout)
 
 
-async def create_tables(engine: AsyncEngine, metadata: MetaData) -> None:
+async def create_tables(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> None:
     """Create the tables that do not exist; safe in any number of processes at once."""
     async with engine.begin() as connection:
         await connection.run_sync(_locked)
-        await connection.run_sync(metadata.create_all)
+        for metadata in _of_dialect(engine, metadatas):
+            await connection.run_sync(metadata.create_all)
 
 
-async def drop_tables(engine: AsyncEngine, metadata: MetaData) -> None:
+async def drop_tables(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> None:
     """Drop the tables that exist; safe beside processes that create them."""
     async with engine.begin() as connection:
         await connection.run_sync(_locked)
-        await connection.run_sync(metadata.drop_all)
+        for metadata in _of_dialect(engine, metadatas):
+            await connection.run_sync(metadata.drop_all)
+
+
+@asynccontextmanager
+async def services(enter: Iterable[Callable[[], AbstractContextManager[object]]]) -> AsyncIterator[None]:
+    """Run what is entered for the time of the block; entered and left in threads, where waiting is free."""
+    with ExitStack() as running:
+        try:
+            for service in enter:
+                await to_thread.run_sync(running.enter_context, service())
+            yield
+        finally:
+            await to_thread.run_sync(running.close)
+
+
+def _of_dialect(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> list[MetaData]:
+    return [each for each in metadatas if each.info.get("dialect") in (None, engine.dialect.name)]
 
 
 def _locked(connection: Connection) -> None:

@@ -95,6 +95,10 @@ class UnitOfWork:
             session = self._sync_sessions[engines] = engines.new_sync_session(self.isolation_level)
         return session
 
+    def session_of_writes(self, engines: Engines) -> Session:
+        """The session whose transaction code that cannot await adds to."""
+        return self.sync_session(engines)
+
     def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
         """Run ``callback`` once what the unit did on one database so far is committed.
 

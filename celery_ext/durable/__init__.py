@@ -1,0 +1,1 @@
+"""Durable dispatch: a task is a row in the transaction that wants it, and the broker only a doorbell."""

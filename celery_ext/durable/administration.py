@@ -1,0 +1,57 @@
+"""What an operator asks of the durable tasks, and does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sqlalchemy import Row
+
+from celery_ext.durable import statements
+from fastapi_chatdify_db.database import Database
+
+_PRUNED_AT_ONCE: Final = 10_000
+
+
+def figures(database: Database) -> dict[str, float | int | None]:
+    """How many tasks are ``pending`` (of them ``sent``, ``rerung``) and ``failed``.
+
+    ``oldest_pending_age`` is in seconds, of those that are due.
+    """
+    with database.sync_transaction() as session:
+        row = session.execute(statements.FIGURES).one()
+        age = row.oldest_pending_age
+        return {**row._mapping, "oldest_pending_age": None if age is None else float(age)}
+
+
+def failed(database: Database, limit: int) -> Sequence[Row[Any]]:
+    """The tasks that failed for good, the newest first."""
+    with database.sync_transaction() as session:
+        return session.execute(statements.FAILED, {"limit": limit}).all()
+
+
+def retry(database: Database, task_id: str | None) -> int:
+    """Run a failed task again, or with None all of them; returns how many."""
+    with database.sync_transaction() as session:
+        return len(session.execute(statements.RETRY_FAILED, {"id": task_id}).all())
+
+
+def cancel(database: Database, task_id: str) -> bool:
+    """Do not run a pending task; False when it is running, ended or unknown."""
+    with database.sync_transaction() as session:
+        row = session.execute(statements.CANCEL, {"id": task_id}).one_or_none()
+        if row is not None and row.ordering_key is not None:
+            session.execute(statements.LOCK_KEYS, {"keys": [row.ordering_key]})
+            session.execute(statements.RING_NEXT_OF_KEY, {"key": row.ordering_key})
+        return row is not None
+
+
+def prune(database: Database, days: int) -> int:
+    """Delete what was done or cancelled more than ``days`` days ago; returns how many rows."""
+    deleted = 0
+    while True:
+        with database.sync_transaction() as session:
+            rows = len(session.execute(statements.PRUNE, {"days": days, "batch": _PRUNED_AT_ONCE}).all())
+        deleted += rows
+        if rows < _PRUNED_AT_ONCE:
+            return deleted

@@ -1,0 +1,148 @@
+"""A message of a durable task in the worker: whether it is to run, and what becomes of its row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from celery.exceptions import Ignore, Reject, Retry
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from celery_ext.durable import lease, statements
+from celery_ext.durable.row import HEADER, seconds_until, serialize
+from celery_ext.errors import portable
+from fastapi_chatdify_db.unit_of_work import asks_to_retry
+
+if TYPE_CHECKING:
+    from celery_ext.task import Task
+
+logger: Final = logging.getLogger(__name__)
+
+
+class Dropped(Ignore):
+    """The message is a duplicate: its row is done, not due, or in work elsewhere."""
+
+
+class Delivery:
+    """One delivery of a durable task, from the lock on its row to the mark that it is done.
+
+    Parameters:
+        task: What is to run.
+        task_id: The id of its row.
+    """
+
+    def __init__(self, task: Task, task_id: str) -> None:
+        self._task = task
+        self.task_id = task_id
+        self._begun = self._finishing = False
+        self._ordering_key: str | None = None
+        self._arguments: str | None = None
+        self._retry: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, task: Task, task_id: str) -> Delivery | None:
+        """The delivery that the task's request belongs to; None for a task that is not durable."""
+        return cls(task, task_id) if task.request.get(HEADER) else None
+
+    def begin(self, session: Session) -> None:
+        """Lock the row, as the first statement of the body's transaction.
+
+        Raises:
+            Dropped: There is no row to run now.
+        """
+        row = session.execute(statements.BEGIN, {"id": self.task_id}).one_or_none()
+        if row is None or not row.free:
+            raise Dropped
+        self._begun, self._ordering_key = True, row.ordering_key
+        if row.expired:
+            raise Ignore("expired")
+        self._task.request.retries = row.retries  # the row's count outlives crashes, a message's does not
+        event.listen(session, "before_commit", self._keep_lease)
+
+    def finish(self, session: Session) -> None:
+        """Mark the row done, as the last statement of the body's transaction.
+
+        Raises:
+            Dropped: It was done by another worker, or cancelled, after this one had lost its lease.
+        """
+        self._finishing = True
+        if not self._finish(session, "done", None):
+            logger.warning("task %s[%s] was ended elsewhere, and is rolled back", self._task.name, self.task_id)
+            raise Dropped
+
+    def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
+        """Note the next attempt, for ``ended_by``; the relay will send it."""
+        self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])
+        eta = options.get("eta")
+        due_in = seconds_until(eta) if isinstance(eta, datetime) else options.get("countdown") or 0
+        self._retry = {"retries": options.get("retries", 0), "due_in": float(due_in)}
+
+    def ended_by(self, error: Exception) -> Exception:
+        """Record how the body ended, once it was rolled back; returns what Celery shall be told.
+
+        What is wrong with the database and not with the task is no end: the row stays, and will be run again.
+        """
+        if isinstance(error, Dropped) or (isinstance(error, Reject) and error.requeue):  # type: ignore[attr-defined]  # missing in the stubs
+            return error  # of a rejected message the broker makes another delivery
+        try:
+            with self._task.database.sync_transaction() as session:
+                if not self._begun or _is_passing(error):
+                    session.execute(statements.RING_SOON, {"id": self.task_id})
+                    raise_again = False
+                else:
+                    self._record(session, error)
+                    raise_again = True
+        except DBAPIError:
+            raise_again = False
+        if raise_again:
+            return error
+        logger.warning("task %s[%s] will be run again: %s", self._task.name, self.task_id, type(error).__name__)
+        return Dropped()
+
+    def _record(self, session: Session, error: Exception) -> None:
+        if isinstance(error, Retry) and self._arguments is not None:
+            values = {**self._retry, "id": self.task_id, "arguments": self._arguments, "error": _text(error.exc)}
+            session.execute(statements.RETRY, values)
+        else:
+            self._finish(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", _text(error))
+
+    def _finish(self, session: Session, status: str, error: str | None) -> bool:
+        return finish_row(session, self.task_id, self._ordering_key, status, error)
+
+    def close(self) -> None:
+        """Give up the lease, if there is one."""
+        lease.free(self._task.database, self.task_id)
+
+    def _keep_lease(self, session: Session) -> None:
+        if self._finishing or session.in_nested_transaction():
+            return
+        if not lease.hold(self._task.database, self.task_id):
+            raise Dropped
+
+
+def finish_row(session: Session, task_id: str, ordering_key: str | None, status: str, error: str | None) -> bool:
+    """End a row, and let the next one of its key begin; False when it was ended before."""
+    if ordering_key is not None:
+        session.execute(statements.LOCK_KEYS, {"keys": [ordering_key]})
+    ended = session.execute(statements.FINISH, {"id": task_id, "status": status, "error": error}).one_or_none()
+    if ended is not None and ordering_key is not None:
+        session.execute(statements.RING_NEXT_OF_KEY, {"key": ordering_key})
+    return ended is not None
+
+
+def _is_passing(error: Exception) -> bool:
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or asks_to_retry(error.orig)
+    return isinstance(error, PoolTimeout)
+
+
+def _text(error: BaseException | None) -> str | None:
+    if error is None:
+        return None
+    shown = portable(error)
+    return (str(shown) if shown is not error else f"{type(error).__name__}: {error}")[:2000]

@@ -1,0 +1,62 @@
+"""A call of a task becomes a row of the transaction around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from celery_ext.dispatch import lineage, send_on_commit
+from celery_ext.durable import outbox
+from celery_ext.durable.row import new_row
+from celery_ext.errors import DurableDispatchUnsupported
+from fastapi_chatdify_db.exceptions import OutsideUnitOfWork
+from fastapi_chatdify_db.unit_of_work import current_unit
+
+if TYPE_CHECKING:
+    from celery_ext.task import Task
+
+
+def store(
+    task: Task,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    countdown: float = 0,
+    eta: datetime | None = None,
+    expires: float | datetime | None = None,
+    ordering_key: str | None = None,
+    idempotency_key: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Store a call of ``task`` with what the unit of work around it commits; returns the task's id.
+
+    Raises:
+        OutsideUnitOfWork: There is no unit on the task's database here.
+        ArgumentsNotSerializable: The arguments are no JSON.
+        DurableDispatchUnsupported: The database is not PostgreSQL.
+    """
+    engines = task.database.engines
+    unit = current_unit(engines)
+    if unit is None:
+        raise OutsideUnitOfWork(
+            f"{task.name} can only be stored with a transaction: "
+            f"async with {task.database.name}.transaction(): ... (or sync_transaction), a request or a task"
+        )
+    if engines.sync_engine.dialect.name != "postgresql":
+        raise DurableDispatchUnsupported("durable dispatch needs PostgreSQL; write task.delay_on_commit(...)")
+    row = new_row(
+        task,
+        args,
+        kwargs,
+        countdown=countdown,
+        eta=eta,
+        expires=expires,
+        ordering_key=ordering_key,
+        idempotency_key=idempotency_key,
+        options={**lineage(), **(options or {})},
+    )
+    if task.app.conf.task_always_eager:  # where there is no worker there is no relay
+        return send_on_commit(task, args, kwargs, "raise", {**(options or {}), "task_id": row.id})
+    outbox.add(unit.session_of_writes(engines), row)
+    return row.id

@@ -1,0 +1,60 @@
+"""The lease of a task that ended its transaction half way: an advisory lock of its process.
+
+PostgreSQL frees it when the process dies, as it does with the row lock before; there is no heartbeat to tune. One
+connection per process holds the locks of all its tasks.
+"""
+
+from __future__ import annotations
+
+import os
+from threading import Lock
+from typing import Final
+
+from sqlalchemy import Connection, text
+
+from fastapi_chatdify_db.database import Database
+
+_HOLD: Final = text("SELECT pg_try_advisory_lock(hashtextextended(:id, 21))")
+_FREE: Final = text("SELECT pg_advisory_unlock(hashtextextended(:id, 21))")
+
+_lock = Lock()
+_connections: dict[Database, Connection] = {}
+_held: dict[Database, set[str]] = {}
+
+
+def hold(database: Database, task_id: str) -> bool:
+    """Keep other processes from starting this task; False when one of them has."""
+    with _lock:
+        connection = _connections.get(database)
+        if connection is None or connection.invalidated:
+            connection = database.sync_engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            _connections[database], _held[database] = connection, set()
+        held = bool(connection.scalar(_HOLD, {"id": task_id}))
+        if held:
+            _held[database].add(task_id)
+        return held
+
+
+def free(database: Database, task_id: str) -> None:
+    """Give up what ``hold`` took; the process's last one gives the connection back."""
+    with _lock:
+        if task_id not in _held.get(database, ()):
+            return
+        connection = _connections[database]
+        _held[database].discard(task_id)
+        if not connection.invalidated:
+            connection.scalar(_FREE, {"id": task_id})
+        if not _held[database]:
+            connection.close()
+            del _connections[database]
+
+
+def _forget_parents_locks() -> None:
+    global _lock
+    _lock = Lock()
+    _connections.clear()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_forget_parents_locks)

@@ -1,0 +1,67 @@
+"""The durable tasks of one session's transaction, stored when it commits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Final
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session, SessionTransaction
+
+from celery_ext.durable import statements
+from celery_ext.durable.row import Row
+from fastapi_chatdify_db.after_commit import self_and_parents
+
+BATCH: Final = 1000
+"""Rows in one INSERT."""
+
+
+def add(session: Session, row: Row) -> None:
+    """Store ``row`` in the session's transaction, at its COMMIT; a rollback, of a savepoint too, forgets it."""
+    outbox = session.info.get(Outbox)
+    if outbox is None:
+        outbox = session.info[Outbox] = Outbox(session)
+    outbox.add(row)
+
+
+class Outbox:
+    """What was added to one session and is not stored yet.
+
+    Stored at the COMMIT and not at the call, since the call is no coroutine. So the locks of the ordering keys are
+    taken at once, in one order, and held for the COMMIT alone.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._rows: list[tuple[Row, SessionTransaction | None]] = []
+        event.listen(session, "before_commit", self._store)
+        event.listen(session, "after_soft_rollback", self._forget)
+
+    def add(self, row: Row) -> None:
+        """Keep the row for the COMMIT of the innermost transaction or savepoint."""
+        session = self._session
+        if not session.in_transaction():
+            session.begin()
+        self._rows.append((row, session.get_nested_transaction() or session.get_transaction()))
+
+    def _store(self, session: Session) -> None:
+        rows, self._rows = [row for row, _ in self._rows], []
+        if not rows:
+            return
+        if keys := sorted({row.ordering_key for row in rows if row.ordering_key is not None}):
+            session.execute(statements.LOCK_KEYS, {"keys": keys})
+        seen: set[str | None] = set()
+        for start in range(0, len(rows), BATCH):
+            session.execute(statements.ADD, {"rows": json.dumps(list(_numbered(rows[start : start + BATCH], seen)))})
+        session.execute(statements.NOTIFY)
+
+    def _forget(self, _: Session, ended: SessionTransaction) -> None:
+        self._rows = [(row, began) for row, began in self._rows if ended not in self_and_parents(began)]
+
+
+def _numbered(rows: list[Row], seen: set[str | None]) -> Iterable[dict[str, object]]:
+    for number, row in enumerate(rows):
+        yield {**asdict(row), "number": number, "follows": row.ordering_key in seen}
+        seen.add(row.ordering_key)

@@ -1,0 +1,177 @@
+"""The relay: rows that are due become messages. Any number may run side by side."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import Any, Final
+
+from celery import Celery
+from kombu import Connection as BrokerConnection
+from kombu import Producer
+from kombu.exceptions import OperationalError
+from sqlalchemy import Connection, Row, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_ext.durable import statements
+from celery_ext.durable.row import deserialize
+from fastapi_chatdify_db.database import Database
+
+logger: Final = logging.getLogger(__name__)
+
+BATCH: Final = 500
+"""Rows that are claimed, and then sent, at once."""
+GRACE: Final = 10.0
+"""Seconds after which a row is rung again that was sent and is neither done nor locked; doubled each time."""
+_POLL: Final = 5.0  # seconds; notifications make it a fallback
+_LONGEST_PAUSE: Final = 10.0  # seconds between tries while the broker or the database is down
+_BROKER_LIMIT: Final = 10.0  # seconds for the broker to answer
+
+
+class Relay:
+    """Sends what is due until it is stopped.
+
+    Parameters:
+        app: The Celery application whose tasks are sent.
+        database: Where the rows are.
+        grace: Seconds after which a sent row is rung again.
+    """
+
+    def __init__(self, app: Celery[Any], database: Database, *, grace: float = GRACE) -> None:
+        self._app = app
+        self._database = database
+        self._grace = grace
+        self._stopping = Event()
+        self._wake_reader, self._wake_writer = os.pipe()
+        self._broker: BrokerConnection | None = None
+        self._looked_for_forgotten = 0.0
+
+    def run(self) -> None:
+        """Relay until ``stop`` is called; what is claimed by then is still sent."""
+        failures = 0
+        try:
+            while not self._stopping.is_set():
+                try:
+                    with self._database.sync_engine.connect() as connection:
+                        listening = connection.execution_options(isolation_level="AUTOCOMMIT")
+                        listening.execute(text(f"LISTEN {statements.CHANNEL}"))
+                        failures = 0
+                        self._relay(listening)
+                except Exception as error:
+                    if not isinstance(error, (SQLAlchemyError, OSError, *self._broker_errors())):
+                        raise
+                    failures += 1
+                    logger.warning("relay pauses (%d): %s", failures, _one_line(error))
+                    self._stopping.wait(min(_LONGEST_PAUSE, 0.1 * 2**failures))
+        finally:
+            self._disconnect()
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+
+    def stop(self) -> None:
+        """End ``run``, from another thread or a signal handler."""
+        self._stopping.set()
+        os.write(self._wake_writer, b"x")
+
+    def _relay(self, connection: Connection) -> None:
+        while not self._stopping.is_set():
+            if self._send_batch(connection) < BATCH:
+                self._wait(connection)
+
+    def _send_batch(self, connection: Connection) -> int:
+        rows = connection.execute(statements.CLAIM, {"batch": BATCH, "grace": self._grace}).all()
+        if not rows:
+            return 0
+        unsent = [row.id for row in rows]
+        refused = 0
+        try:
+            producer = self._producer()
+            for row in rows:
+                refused += not self._send(producer, row)
+                unsent.pop(0)
+        except self._broker_errors():
+            self._disconnect()
+            connection.execute(statements.UNCLAIM, {"ids": unsent})
+            raise
+        finally:
+            logger.info(
+                "relayed sent=%d rerung=%d refused=%d unsent=%d",
+                len(rows) - len(unsent) - refused,
+                sum(row.rings > 1 for row in rows),
+                refused,
+                len(unsent),
+            )
+        return len(rows)
+
+    def _send(self, producer: Producer, row: Row[Any]) -> bool:
+        args, kwargs = deserialize(row.arguments)
+        options = deserialize(row.options)
+        send = getattr(self._app.tasks.get(row.name), "apply_async", None)
+        options |= {"task_id": row.id, "retries": row.retries, "producer": producer, "retry": False}
+        try:
+            if send is None:
+                self._app.send_task(row.name, args, kwargs, **options)
+            else:
+                send(args, kwargs, **options)
+        except self._broker_errors():
+            raise
+        except Exception:  # whatever is wrong with this row, the others shall go
+            logger.exception("task %s[%s] can not be sent", row.name, row.id)
+            return False
+        return True
+
+    def _wait(self, connection: Connection) -> None:
+        now = time.monotonic()
+        if now - self._looked_for_forgotten > _POLL:
+            self._looked_for_forgotten = now
+            connection.execute(statements.RING_FORGOTTEN)
+        until_next = connection.scalar(statements.SECONDS_UNTIL_NEXT)
+        limit = _POLL if until_next is None else max(0.0, min(_POLL, float(until_next)))
+        driver: Any = connection.connection.driver_connection
+        if not driver.notifies:
+            select.select([driver, self._wake_reader], [], [], limit)
+            driver.poll()
+        driver.notifies.clear()
+
+    def _producer(self) -> Producer:
+        if self._broker is None:
+            broker = self._app.connection_for_write()
+            limits: dict[str, Any] = {"socket_timeout": _BROKER_LIMIT, "socket_connect_timeout": _BROKER_LIMIT}
+            if broker.transport.driver_type == "amqp":
+                limits = {"confirm_publish": True, "read_timeout": _BROKER_LIMIT, "write_timeout": _BROKER_LIMIT}
+            elif broker.transport.driver_type != "redis":
+                limits = {}
+            self._broker = broker.clone(transport_options={**(broker.transport_options or {}), **limits})
+            self._producer_of_broker = self._app.amqp.Producer(self._broker.default_channel, auto_declare=False)
+        return self._producer_of_broker
+
+    def _disconnect(self) -> None:
+        if self._broker is not None:
+            self._broker.release()
+            self._broker = None
+
+    def _broker_errors(self) -> tuple[type[BaseException], ...]:
+        broker = self._broker or self._app.connection_for_write()
+        return (OperationalError, *broker.connection_errors, *broker.channel_errors)
+
+
+@contextmanager
+def relaying(app: Celery[Any], database: Database) -> Iterator[None]:
+    """Run a relay in a thread for the time of the block."""
+    relay = Relay(app, database)
+    thread = Thread(target=relay.run, name="celery_ext.relay", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        relay.stop()
+        thread.join()
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

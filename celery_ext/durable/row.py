@@ -1,0 +1,102 @@
+"""A task call as a row: what is stored of it, and what Celery is told of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+from uuid import NAMESPACE_OID, uuid5
+
+from celery.utils import uuid
+from kombu.utils.json import dumps, loads
+
+from celery_ext.context import inject
+from celery_ext.errors import ArgumentsNotSerializable
+
+if TYPE_CHECKING:
+    from celery_ext.task import Task
+
+HEADER: Final = "durable"
+"""The message header that tells a worker to look for the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A durable task that is not stored yet.
+
+    Parameters:
+        due_in: Seconds until it may start.
+        expires_in: Seconds until it must have started; None for never.
+    """
+
+    id: str
+    name: str
+    arguments: str
+    options: str
+    ordering_key: str | None
+    due_in: float
+    expires_in: float | None
+
+
+def new_row(
+    task: Task,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    countdown: float,
+    eta: datetime | None,
+    expires: float | datetime | None,
+    ordering_key: str | None,
+    idempotency_key: str | None,
+    options: Mapping[str, object],
+) -> Row:
+    """The row of one call of ``task``.
+
+    Raises:
+        TypeError: The task does not take these arguments.
+        ArgumentsNotSerializable: They are no JSON, as kombu extends it.
+    """
+    if task.typing:
+        task.__header__(*args, **kwargs)  # type: ignore[attr-defined]  # missing in the stubs
+    headers = {**_mapping(options.get("headers")), HEADER: True}
+    inject(headers)
+    return Row(
+        # The same key is the same id, so whoever uses it again need not ask the database for the first one's.
+        id=uuid() if idempotency_key is None else str(uuid5(NAMESPACE_OID, f"{task.name}\0{idempotency_key}")),
+        name=task.name,
+        arguments=serialize(task.name, [list(args), dict(kwargs)]),
+        options=serialize(task.name, {**options, "headers": headers}),
+        ordering_key=ordering_key,
+        due_in=countdown if eta is None else seconds_until(eta),
+        expires_in=seconds_until(expires) if isinstance(expires, datetime) else expires,
+    )
+
+
+def serialize(name: str, value: object) -> str:
+    """In kombu's JSON, which also carries dates, UUIDs and decimals.
+
+    Raises:
+        ArgumentsNotSerializable: There is something in it that JSON does not carry.
+    """
+    try:
+        return str(dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ArgumentsNotSerializable(
+            f"the arguments of {name} are no JSON ({error}); send ids, not objects"
+        ) from error
+
+
+def deserialize(value: str) -> Any:
+    """What ``serialize`` wrote."""
+    return loads(value)
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def seconds_until(moment: datetime) -> float:
+    """From now; a moment without a time zone is in UTC."""
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)  # as Celery reads it
+    return (aware - datetime.now(UTC)).total_seconds()

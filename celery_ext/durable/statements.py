@@ -1,0 +1,178 @@
+"""Every statement on the table of durable tasks, named after what it does."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import text
+
+CHANNEL: Final = "durable_task"
+"""What relays LISTEN to: one notification for each transaction that left something to send."""
+
+# A key's rows are numbered, and looked for, by one transaction at a time: so their numbers have the order of the
+# commits, and none slips in unseen between "this one is done" and "which one is next".
+LOCK_KEYS: Final = text(
+    """SELECT pg_advisory_xact_lock(hashtextextended(key, 20)) FROM unnest(CAST(:keys AS text[])) AS key"""
+)
+
+# Only the first row of a key is ever due; the others wait at infinity for the one before them.
+ADD: Final = text(
+    """
+    INSERT INTO durable_task (id, name, arguments, options, ordering_key, due_at, ring_at, expires_at)
+    SELECT new.id, new.name, new.arguments, new.options, new.ordering_key, due.at,
+           CASE WHEN new.ordering_key IS NOT NULL AND (new.follows OR EXISTS (
+               SELECT FROM durable_task AS earlier
+               WHERE earlier.ordering_key = new.ordering_key AND earlier.status = 'pending'
+           )) THEN 'infinity' ELSE due.at END,
+           clock_timestamp() + make_interval(secs => new.expires_in)
+    FROM json_to_recordset(CAST(:rows AS json)) AS new(
+        number int, id text, name text, arguments text, options text, ordering_key text, follows boolean,
+        due_in float8, expires_in float8)
+    CROSS JOIN LATERAL (SELECT clock_timestamp() + make_interval(secs => new.due_in) AS at) AS due
+    ORDER BY new.number
+    ON CONFLICT (id) DO NOTHING
+    """
+)
+
+NOTIFY: Final = text(f"SELECT pg_notify('{CHANNEL}', '')")
+
+# The row lock is the lease: the worker holds it until its transaction ends, and PostgreSQL frees it when the worker
+# dies. A task that ended its transaction half way holds an advisory lock instead; whether there is one is asked
+# after the row is locked, hence the subquery.
+BEGIN: Final = text(
+    """
+    SELECT retries, ordering_key, coalesce(expires_at < clock_timestamp(), false) AS expired,
+           CASE WHEN pg_try_advisory_lock(hashtextextended(id, 21))
+                THEN pg_advisory_unlock(hashtextextended(id, 21)) ELSE false END AS free
+    FROM (
+        SELECT id, retries, ordering_key, expires_at FROM durable_task AS this
+        WHERE id = :id AND status = 'pending' AND due_at <= clock_timestamp() AND ring_at < 'infinity'
+        FOR UPDATE SKIP LOCKED
+    ) AS locked
+    """
+)
+
+FINISH: Final = text(
+    """
+    UPDATE durable_task SET status = :status, error = :error, finished_at = clock_timestamp()
+    WHERE id = :id AND status = 'pending'
+    RETURNING id
+    """
+)
+
+CANCEL: Final = text(
+    """
+    UPDATE durable_task SET status = 'cancelled', finished_at = clock_timestamp()
+    WHERE id IN (SELECT id FROM durable_task WHERE id = :id AND status = 'pending' FOR UPDATE SKIP LOCKED)
+    RETURNING ordering_key
+    """
+)
+
+RING_SOON: Final = text(
+    """
+    UPDATE durable_task SET ring_at = clock_timestamp() + make_interval(secs => 1)
+    WHERE id = :id AND status = 'pending' AND ring_at < 'infinity'
+    """
+)
+
+RING_NEXT_OF_KEY: Final = text(
+    """
+    UPDATE durable_task SET ring_at = due_at
+    WHERE ring_at = 'infinity' AND status = 'pending' AND id = (
+        SELECT id FROM durable_task WHERE ordering_key = :key AND status = 'pending' ORDER BY seq LIMIT 1
+    )
+    RETURNING pg_notify('durable_task', '')
+    """
+)
+
+# Heads of keys that nobody rang: their predecessor ended under a snapshot that did not show them.
+RING_FORGOTTEN: Final = text(
+    """
+    UPDATE durable_task SET ring_at = due_at
+    WHERE status = 'pending' AND ring_at = 'infinity' AND id IN (
+        SELECT DISTINCT ON (ordering_key) id FROM durable_task
+        WHERE status = 'pending' AND ordering_key IS NOT NULL ORDER BY ordering_key, seq
+    )
+    """
+)
+
+RETRY: Final = text(
+    """
+    UPDATE durable_task
+    SET retries = :retries, arguments = :arguments, error = :error, rings = 0,
+        due_at = clock_timestamp() + make_interval(secs => :due_in),
+        ring_at = clock_timestamp() + make_interval(secs => :due_in)
+    WHERE id = :id AND status = 'pending'
+    RETURNING pg_notify('durable_task', '')
+    """
+)
+
+# Marked before it is sent: a worker that is faster than this transaction would find the row locked. Rows whose worker
+# is running are locked, and skipped.
+CLAIM: Final = text(
+    """
+    WITH due AS (
+        SELECT id FROM durable_task WHERE status = 'pending' AND ring_at <= clock_timestamp()
+        ORDER BY ring_at LIMIT :batch FOR UPDATE SKIP LOCKED
+    )
+    UPDATE durable_task AS task
+    SET rings = rings + 1,
+        ring_at = clock_timestamp() + make_interval(secs => :grace * least(power(2, rings), 64))
+    FROM due WHERE task.id = due.id
+    RETURNING task.id, task.name, task.arguments, task.options, task.retries, task.rings
+    """
+)
+
+UNCLAIM: Final = text(
+    """
+    UPDATE durable_task SET rings = greatest(rings - 1, 0), ring_at = clock_timestamp()
+    WHERE id = ANY(:ids) AND status = 'pending' AND ring_at < 'infinity'
+    """
+)
+
+SECONDS_UNTIL_NEXT: Final = text(
+    """
+    SELECT extract(epoch FROM ring_at - clock_timestamp()) FROM durable_task
+    WHERE status = 'pending' AND ring_at < 'infinity' ORDER BY ring_at LIMIT 1
+    """
+)
+
+FIGURES: Final = text(
+    """
+    SELECT count(*) FILTER (WHERE status = 'pending') AS pending,
+           count(*) FILTER (WHERE status = 'pending' AND rings > 0) AS sent,
+           count(*) FILTER (WHERE status = 'pending' AND rings > 1) AS rerung,
+           count(*) FILTER (WHERE status = 'failed') AS failed,
+           extract(epoch FROM clock_timestamp() - min(due_at)
+               FILTER (WHERE status = 'pending' AND due_at <= clock_timestamp())) AS oldest_pending_age
+    FROM durable_task WHERE status = 'pending' OR status = 'failed'
+    """
+)
+
+FAILED: Final = text(
+    """
+    SELECT id, name, ordering_key, retries, error, finished_at FROM durable_task
+    WHERE status = 'failed' ORDER BY finished_at DESC LIMIT :limit
+    """
+)
+
+RETRY_FAILED: Final = text(
+    """
+    UPDATE durable_task
+    SET status = 'pending', retries = 0, rings = 0, finished_at = NULL,
+        due_at = clock_timestamp(), ring_at = clock_timestamp()
+    WHERE status = 'failed' AND (CAST(:id AS text) IS NULL OR id = :id)
+    RETURNING id, pg_notify('durable_task', '')
+    """
+)
+
+PRUNE: Final = text(
+    """
+    DELETE FROM durable_task WHERE id IN (
+        SELECT id FROM durable_task
+        WHERE status IN ('done', 'cancelled') AND finished_at < clock_timestamp() - make_interval(days => :days)
+        LIMIT :batch
+    )
+    RETURNING id
+    """
+)

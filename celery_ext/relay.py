@@ -1,0 +1,93 @@
+"""The relay's command line: ``python -m celery_ext.relay -A app run``. Needs the extra ``[relay]``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from celery import Celery
+from celery.app.utils import find_app
+
+from celery_ext.binding import database_of
+from celery_ext.durable import administration
+from celery_ext.durable.relay import GRACE, Relay
+from fastapi_chatdify_db.database import Database
+
+cli = typer.Typer(help="Send durable tasks to the broker, and look after them.", no_args_is_help=True)
+
+
+@cli.callback()
+def _application(
+    context: typer.Context,
+    app: Annotated[str, typer.Option("--app", "-A", help="The Celery application, as for celery -A.")],
+) -> None:
+    sys.path.insert(0, "")
+    context.obj = find_app(app)
+
+
+def _database(context: typer.Context) -> Database:
+    application: Celery[Any] = context.obj
+    return database_of(application)
+
+
+@cli.command()
+def run(
+    context: typer.Context,
+    grace: Annotated[float, typer.Option(help="Seconds until a row that was sent is rung again; doubles.")] = GRACE,
+) -> None:
+    """Send rows that are due, until SIGTERM or SIGINT; any number of relays may run side by side."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    relay = Relay(context.obj, _database(context), grace=grace)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: relay.stop())
+    typer.echo("relay ready", err=True)
+    relay.run()
+
+
+@cli.command()
+def status(context: typer.Context) -> None:
+    """How many tasks are pending, sent, rung again and failed, and how old the oldest pending one is."""
+    for name, value in administration.figures(_database(context)).items():
+        typer.echo(f"{name:20} {value}")
+
+
+@cli.command()
+def failed(context: typer.Context, limit: int = 50) -> None:
+    """The tasks that failed for good, the newest first."""
+    for row in administration.failed(_database(context), limit):
+        typer.echo(f"{row.finished_at:%Y-%m-%d %H:%M:%S}  {row.id}  {row.name}  retries={row.retries}  {row.error}")
+
+
+@cli.command()
+def retry(
+    context: typer.Context,
+    task_id: Annotated[str | None, typer.Argument(metavar="ID")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every task that failed.")] = False,
+) -> None:
+    """Run a failed task again, or all of them."""
+    if (task_id is None) == (not all_):
+        raise typer.BadParameter("name one task by its ID, or say --all")
+    typer.echo(f"{administration.retry(_database(context), task_id)} to be run again")
+
+
+@cli.command()
+def cancel(context: typer.Context, task_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """Do not run a pending task; one that is running goes on."""
+    if not administration.cancel(_database(context), task_id):
+        typer.echo(f"{task_id} is not pending, or is running", err=True)
+        raise typer.Exit(1)
+
+
+@cli.command()
+def prune(
+    context: typer.Context, days: Annotated[int, typer.Option(help="Keep what ended within so many days.")] = 30
+) -> None:
+    """Delete done and cancelled rows, in batches."""
+    typer.echo(f"{administration.prune(_database(context), days)} deleted")
+
+
+if __name__ == "__main__":
+    cli()
