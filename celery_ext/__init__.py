@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from celery_ext.binding import init_app
-from celery_ext.errors import AsyncTaskCancelled, AsyncTaskNotSupported, DispatchFailed, StatementFailed
+from celery_ext.errors import (
+    ArgumentsNotSerializable,
+    AsyncTaskCancelled,
+    AsyncTaskNotSupported,
+    DispatchFailed,
+    DurableDispatchUnsupported,
+    StatementFailed,
+)
 from celery_ext.task import Task
 
 __all__ = [
+    "ArgumentsNotSerializable",
     "AsyncTaskCancelled",
     "AsyncTaskNotSupported",
     "DispatchFailed",
+    "DurableDispatchUnsupported",
     "StatementFailed",
     "Task",
     "init_app",

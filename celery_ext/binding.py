@@ -36,10 +36,10 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
         db.metadatas.append(metadata)
     if relay:
         db.services.append(lambda: relaying(app, db))
-    _rebase(app.Task)
-    app.on_after_finalize.connect(_rebase_all, weak=False)
+    _adopt(app.Task, db)
+    app.on_after_finalize.connect(_adopt_all, weak=False)
     if app.finalized:  # type: ignore[attr-defined]  # missing in the stubs
-        _rebase_all(app)
+        _adopt_all(app)
 
 
 def database_of(app: Celery[Any]) -> Database:
@@ -47,18 +47,17 @@ def database_of(app: Celery[Any]) -> Database:
     return _databases[app]
 
 
-def _rebase_all(sender: Celery[Any], **_: object) -> None:
+def _adopt_all(sender: Celery[Any], **_: object) -> None:
     for task in sender.tasks.values():
-        _rebase(type(task))
-        task_class: Any = type(task)
-        task_class.database = _databases[sender]
+        _adopt(type(task), _databases[sender])
 
 
-def _rebase(task_class: type) -> None:
+def _adopt(task_class: Any, database: Database) -> None:
     """Put our class between Celery's and those that derive from it, user-defined bases included."""
     for each in task_class.__mro__:
         if each is not Task and celery.Task in each.__bases__:
             each.__bases__ = tuple(Task if base is celery.Task else base for base in each.__bases__)
+    task_class.database = database
 
 
 @signals.task_prerun.connect(weak=False)

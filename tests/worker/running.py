@@ -55,8 +55,11 @@ def task(app: Celery[Any], name: str) -> celery_ext.Task:
 class Worker:
     """A worker process and what it logs."""
 
-    def __init__(self, app: Celery[celery_ext.Task], process: subprocess.Popen[str]) -> None:
+    def __init__(
+        self, app: Celery[celery_ext.Task], process: subprocess.Popen[str], environment: dict[str, str]
+    ) -> None:
         self.app = app
+        self.environment = environment
         self.process = process
         self.lines: list[str] = []
         self._changed = Condition()
@@ -105,6 +108,7 @@ def worker(
     queue = f"chatdify-test-{uuid4().hex}"
     broker_url, backend_url = urls(broker)
     app = create_app(broker_url, backend_url, queue)
+    variables = {"TEST_BROKER": broker_url, "TEST_BACKEND": backend_url, "TEST_QUEUE": queue}
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "celery", "-A", "tests.worker.application", "worker"),
@@ -113,15 +117,13 @@ def worker(
             *options,
         ],
         cwd=ROOT,
-        env=os.environ
-        | {"TEST_BROKER": broker_url, "TEST_BACKEND": backend_url, "TEST_QUEUE": queue}
-        | (environment or {}),
+        env=os.environ | variables | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    running = Worker(app, process)
+    running = Worker(app, process, variables)
     try:
         running.until_logged(" ready.")
         yield running

@@ -29,7 +29,7 @@ def insert(name: str) -> None:
     db.sync_session.flush()
 
 
-@shared_task
+@shared_task(base=Task)
 def add_item(name: str, outcome: str = "succeed") -> str:
     """Insert, and then end as ``outcome`` says; a ``duplicate`` fails only at COMMIT."""
     insert(name)
@@ -240,3 +240,36 @@ def seen_context() -> dict[str, object]:
 def wait_for_lock(key: int) -> None:
     """Wait in PostgreSQL until somebody gives up an advisory lock."""
     db.sync_session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": key})
+
+
+@shared_task
+def killed_once_acked_early(name: str) -> None:
+    """The same, when the broker has forgotten the message already."""
+    insert(name)
+    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@shared_task
+async def release_and_wait(name: str, key: int) -> None:
+    """Write, commit, and wait for something slow without the row's lock."""
+    db.session.add_all([Item(f"{name} begun"), Item(f"{os.getpid()}")][: 2 if name == "pid" else 1])
+    await db.release()
+    async with db.transaction() as waiting:
+        await waiting.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": key})
+    db.session.add(Item(f"{name} ended"))
+
+
+@shared_task
+def append(key: str, number: int) -> None:
+    """One row, whose id tells the order."""
+    insert(f"{key} {number}")
+
+
+@shared_task
+def start_others(name: str, count: int, fail: bool = False) -> None:
+    """Store further tasks."""
+    for number in range(count):
+        add_item.delay_durably(f"{name} {number}")
+    if fail:
+        raise ValueError(name)

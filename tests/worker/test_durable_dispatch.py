@@ -1,0 +1,405 @@
+"""A durable task is a row of its sender's transaction: there with it, run once, whatever the broker does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from celery import Celery
+from fastapi import FastAPI, HTTPException
+from sqlalchemy.orm import DeclarativeBase
+
+import celery_ext
+from celery_ext import ArgumentsNotSerializable, DurableDispatchUnsupported
+from celery_ext.binding import database_of
+from celery_ext.durable import administration
+from celery_ext.durable.relay import Relay
+from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+from tests.worker.application import create_app
+from tests.worker.running import Worker, brokers, task, worker
+
+
+@pytest.fixture
+async def rows(empty_tables: Observer) -> AsyncIterator[Observer]:
+    """No rows of items, and none of durable tasks."""
+    await empty_tables.connection.execute("TRUNCATE durable_task RESTART IDENTITY")
+    yield empty_tables
+    await empty_tables.connection.execute("TRUNCATE durable_task")
+
+
+@pytest.fixture
+def relayed(prefork: Worker, rows: Observer) -> Iterator[Worker]:
+    """A worker, and a relay that rings again after half a second."""
+    relay = Relay(prefork.app, db, grace=0.5)
+    thread = Thread(target=relay.run)
+    thread.start()
+    yield prefork
+    relay.stop()
+    thread.join()
+
+
+@pytest.fixture
+def unheard(rows: Observer) -> Iterator[Celery[celery_ext.Task]]:
+    """An application that nobody relays for."""
+    app = create_app("memory://", "cache+memory://", "nowhere")
+    app.finalize()
+    yield app
+    app.close()
+
+
+async def result(worker: Worker, task_id: str) -> object:
+    return await asyncio.to_thread(worker.app.AsyncResult(task_id).get, timeout=20, propagate=False)
+
+
+async def stored(observer: Observer) -> list[tuple[str, str]]:
+    """The status and the arguments of every row, in order."""
+    query = "SELECT status, arguments FROM durable_task ORDER BY seq"
+    return [(row["status"], row["arguments"]) for row in await observer.connection.fetch(query)]
+
+
+async def until_status(observer: Observer, task_id: str, status: str) -> None:
+    query = "SELECT status FROM durable_task WHERE id = $1"
+    for _ in range(1000):
+        if await observer.connection.fetchval(query, task_id) == status:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"{task_id} is {await observer.connection.fetchval(query, task_id)}, not {status}")
+
+
+async def test_every_kind_of_unit_sends(relayed: Worker, rows: Observer) -> None:
+    """Requests, ``async def`` or ``def``, and blocks of either kind store the task with what they write."""
+    read = relayed.task("read_item")
+    app = FastAPI()
+    db.init_app(app)
+
+    @app.post("/async/{name}")
+    async def in_async(name: str) -> str:
+        db.session.add(Item(name))
+        return read.delay_durably(name)
+
+    @app.post("/def/{name}")
+    def in_def(name: str) -> str:
+        db.sync_session.add(Item(name))
+        return read.delay_durably(name)
+
+    async with serve(app) as client:
+        ids = [(await client.post(path)).json() for path in ("/async/a", "/def/b")]
+    async with db.transaction() as session:
+        session.add(Item("c"))
+        ids.append(read.delay_durably("c"))
+    with db.sync_transaction() as sync_session:
+        sync_session.add(Item("d"))
+        ids.append(read.delay_durably("d"))
+    assert [await result(relayed, task_id) for task_id in ids] == [True] * 4
+    for task_id in ids:
+        await until_status(rows, task_id, "done")
+
+
+async def test_a_task_alone_is_stored_too(unheard: Celery[Any], rows: Observer) -> None:
+    """A transaction that does nothing else commits the row."""
+    async with db.transaction():
+        task(unheard, "record").delay_durably("x")
+    with db.sync_transaction():
+        task(unheard, "record").delay_durably("y", prefix="z")
+    assert await stored(rows) == [("pending", '[["x"], {}]'), ("pending", '[["y"], {"prefix": "z"}]')]
+
+
+async def test_nothing_is_left_of_a_rollback(unheard: Celery[Any], rows: Observer) -> None:
+    """Neither of a refused request nor of a savepoint, while what is around the savepoint stays."""
+    record = task(unheard, "record")
+    app = FastAPI()
+    db.init_app(app)
+
+    @app.post("/")
+    async def refused() -> None:
+        record.delay_durably("refused")
+        raise HTTPException(422)
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 422
+    async with db.transaction() as session:
+        record.delay_durably("before")
+        savepoint = await session.begin_nested()
+        record.delay_durably("one")
+        record.delay_durably("two")
+        await savepoint.rollback()
+        async with session.begin_nested():
+            record.delay_durably("kept")
+        record.delay_durably("after")
+    assert [arguments for _, arguments in await stored(rows)] == [
+        f'[["{name}"], {{}}]' for name in ("before", "kept", "after")
+    ]
+
+
+async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Observer) -> None:
+    """What JSON does not carry, or the task does not take, is an error where it is written."""
+    async with db.transaction():
+        with pytest.raises(ArgumentsNotSerializable, match="send ids, not objects"):
+            task(unheard, "record").delay_durably(object())
+        with pytest.raises(TypeError, match="missing 1 required"):
+            task(unheard, "record").delay_durably()
+    with pytest.raises(OutsideUnitOfWork, match=r"async with db\.transaction\(\)"):
+        task(unheard, "record").delay_durably("x")
+    assert await stored(rows) == []
+
+
+async def test_other_databases_are_refused(tmp_path: Path) -> None:
+    """On SQLite the error says what to write instead, and no table is made there."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    settings = DatabaseSettings(database_url=f"sqlite:///{tmp_path}/notes.db")
+    notes = Database("notes", settings=settings, base=Other)
+    app: Celery[celery_ext.Task] = Celery("notes", task_cls=celery_ext.Task)
+    celery_ext.init_app(app, db=notes)
+    assert database_of(app) is notes
+
+    @app.task
+    def nothing() -> None: ...
+
+    await notes.create_tables()
+    with notes.sync_transaction(), pytest.raises(DurableDispatchUnsupported, match="delay_on_commit"):
+        nothing.delay_durably()
+    await notes.dispose()
+
+
+async def test_idempotency_key(relayed: Worker, rows: Observer) -> None:
+    """The same key again, at once or after it is done, stores nothing and gives the first one's id."""
+    add = relayed.task("add_item")
+    ids, key = [], str(uuid4())
+    for _ in range(3):
+        async with db.transaction():
+            ids += [add.apply_durably(("x",), idempotency_key=key) for _ in range(2)]
+        assert await result(relayed, ids[0]) == "x"
+    assert len(set(ids)) == 1
+    assert await rows.names() == ["x"]
+    assert len(await stored(rows)) == 1
+
+
+async def test_due_later(relayed: Worker, rows: Observer) -> None:
+    """``countdown`` and ``eta`` are kept to, by the database's clock; what has expired is not started."""
+    add = relayed.task("add_item")
+    async with db.transaction():
+        late = add.apply_durably(("late",), countdown=1)
+        later = add.apply_durably(("later",), eta=datetime.now(UTC) + timedelta(seconds=1.2))
+        expired = add.apply_durably(("expired",), expires=-1)
+        never = add.apply_durably(("never",), countdown=3600)
+    await until_status(rows, expired, "cancelled")
+    assert await rows.names() == []
+    assert await result(relayed, late) == "late"
+    assert await result(relayed, later) == "later"
+    early = await rows.connection.fetchval("SELECT count(*) FROM durable_task WHERE finished_at < due_at")
+    assert early == 0
+    assert administration.cancel(db, never)
+    assert not administration.cancel(db, late)
+
+
+async def test_retries_are_kept_in_the_row(relayed: Worker, rows: Observer) -> None:
+    """``autoretry_for`` and ``self.retry`` count in the row, ``def`` or ``async def``; another attempt succeeds."""
+    async with db.transaction():
+        ids = [
+            relayed.task("unique_at_second_try").delay_durably("def"),
+            relayed.task("unique_at_second_try_async").delay_durably("async def"),
+            relayed.task("add_item_async").delay_durably("retry", "retry"),
+        ]
+    assert [await result(relayed, task_id) for task_id in ids] == [1, 1, ids[2]]
+    query = "SELECT retries FROM durable_task WHERE id = ANY($1)"
+    assert [row["retries"] for row in await rows.connection.fetch(query, ids)] == [1, 1, 1]
+
+
+async def test_failed_for_good(relayed: Worker, rows: Observer) -> None:
+    """The row stays with its error, which names no value, until it is retried by hand."""
+    async with db.transaction():
+        task_id = relayed.task("add_item").delay_durably("x", "duplicate")
+        bad = relayed.task("bad_statement_retried").delay_durably("hunter2")
+    for each in (task_id, bad):
+        await until_status(rows, each, "failed")
+    errors = {row.id: row.error for row in administration.failed(db, 10)}
+    assert errors[task_id] == "IntegrityError: SQLSTATE 23505, constraint uq_item_name, table item"
+    assert "hunter2" not in errors[bad]
+    await rows.connection.execute("""UPDATE durable_task SET arguments = '[["x"], {}]' WHERE id = $1""", task_id)
+    assert administration.retry(db, task_id) == 1
+    await until_status(rows, task_id, "done")
+    assert await rows.names() == ["x"]
+
+
+async def test_duplicate_messages_are_dropped(relayed: Worker, rows: Observer) -> None:
+    """A broker that delivers twice, at the same time or later, runs the task once."""
+    add = relayed.task("add_item")
+    async with db.transaction():
+        task_id = add.delay_durably("x")
+    for _ in range(20):
+        add.apply_async(("x",), task_id=task_id, headers={"durable": True})
+    await until_status(rows, task_id, "done")
+    last = add.delay("last")
+    await asyncio.to_thread(last.get, timeout=20)
+    assert await rows.names() == ["last", "x"]
+
+
+async def test_message_that_the_broker_lost(relayed: Worker, rows: Observer) -> None:
+    """A row that was sent, and never arrived, is rung again."""
+    async with db.transaction():
+        task_id = relayed.task("add_item").apply_durably(("x",), queue="nobody-listens")
+    while not await rows.connection.fetchval("SELECT rings FROM durable_task WHERE id = $1", task_id):
+        await asyncio.sleep(0.02)
+    await rows.connection.execute('UPDATE durable_task SET options = \'{"headers": {"durable": true}}\'')
+    assert await result(relayed, task_id) == "x"
+    await until_status(rows, task_id, "done")
+
+
+async def test_worker_killed_in_the_middle(relayed: Worker, rows: Observer) -> None:
+    """Early acknowledged or not, the task is run again, and its effect is there once."""
+    await rows.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
+    async with db.transaction():
+        task_id = relayed.task("killed_once_acked_early").delay_durably("x")
+    await until_status(rows, task_id, "done")
+    assert await rows.names() == ["x"]
+    await rows.connection.execute("DROP SEQUENCE kills")
+
+
+async def test_lease_outlives_the_transaction(relayed: Worker, rows: Observer) -> None:
+    """After ``db.release()`` no second copy starts while the first one waits; its end is marked once."""
+    released = relayed.task("release_and_wait")
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    async with db.transaction():
+        task_id = released.delay_durably("x", 9)
+    await rows.until_somebody_waits_for_a_lock()
+    assert await rows.names() == ["x begun"]
+    for _ in range(5):
+        released.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
+    await asyncio.to_thread(relayed.task("add_item").delay("other").get, timeout=20)
+    await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+    await until_status(rows, task_id, "done")
+    assert await rows.names() == ["other", "x begun", "x ended"]
+
+
+async def test_lease_ends_with_its_process(rows: Observer) -> None:
+    """A worker that is killed while its task waits, its transaction released, is replaced at once."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    with worker(brokers()[0], "-c", "1") as running:
+        relay = Relay(running.app, db, grace=0.5)
+        thread = Thread(target=relay.run)
+        thread.start()
+        try:
+            async with db.transaction():
+                task_id = running.task("release_and_wait").delay_durably("pid", 9)
+            await rows.until_somebody_waits_for_a_lock()
+            os.kill(
+                await rows.connection.fetchval("SELECT name::int FROM item WHERE name ~ '^[0-9]+$'"), signal.SIGKILL
+            )
+            await rows.connection.execute("DELETE FROM item")
+            await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+            await until_status(rows, task_id, "done")
+        finally:
+            relay.stop()
+            thread.join()
+    names = [name for name in await rows.names() if not name.isdigit()]
+    assert names == ["pid begun", "pid ended"]
+
+
+async def test_ordering_key(relayed: Worker, rows: Observer) -> None:
+    """Tasks of one key run in order, one at a time, beside those of others; one that failed lets the next begin."""
+    append = relayed.task("append")
+    for number in range(10):
+        async with db.transaction():
+            for key in ("a", "b", "c"):
+                append.apply_durably((key, number), ordering_key=key)
+    async with db.transaction():
+        relayed.task("add_item").apply_durably(("lost", "raise"), ordering_key="a")
+        last = append.apply_durably(("a", 10), ordering_key="a")
+    await until_status(rows, last, "done")
+    while administration.figures(db)["pending"]:
+        await asyncio.sleep(0.02)
+    names = [row["name"] for row in await rows.connection.fetch("SELECT name FROM item ORDER BY id")]
+    for key, count in (("a", 11), ("b", 10), ("c", 10)):
+        assert [name for name in names if name.startswith(key)] == [f"{key} {number}" for number in range(count)]
+
+
+async def test_a_durable_task_starts_others(relayed: Worker, rows: Observer) -> None:
+    """All of them with its commit, or none when it fails."""
+    async with db.transaction():
+        good = relayed.task("start_others").delay_durably("good", 3)
+        bad = relayed.task("start_others").delay_durably("bad", 3, fail=True)
+    await until_status(rows, good, "done")
+    await until_status(rows, bad, "failed")
+    while administration.figures(db)["pending"]:
+        await asyncio.sleep(0.02)
+    assert await rows.names() == ["good 0", "good 1", "good 2"]
+
+
+async def test_many_rows_in_one_transaction(unheard: Celery[Any], rows: Observer) -> None:
+    """10,000 calls in one transaction are inserted in batches; memory stays within a few rows' worth each."""
+    record = task(unheard, "record")
+    async with db.transaction():
+        record.delay_durably("warm")
+    tracemalloc.start()
+    async with db.transaction():
+        for number in range(10_000):
+            record.delay_durably(f"{number}")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert await rows.connection.fetchval("SELECT count(*) FROM durable_task") == 10_001
+    assert peak < 64 * 1024 * 1024
+
+
+async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> None:
+    """``init_app(..., relay=True)`` relays within the web application's lifespan, and ends with it."""
+    services = list(db.services)
+    celery_ext.init_app(prefork.app, relay=True)
+    app = FastAPI()
+    db.init_app(app)
+
+    @app.post("/")
+    async def send() -> str:
+        return prefork.task("add_item").delay_durably("x")
+
+    try:
+        async with serve(app) as client:
+            assert await result(prefork, (await client.post("/")).json()) == "x"
+    finally:
+        db.services[:] = services
+
+
+async def test_command_line(prefork: Worker, rows: Observer) -> None:
+    """The relay as a process sends what is there, ends at SIGTERM, and its other commands look after the rows."""
+    command = [sys.executable, "-m", "celery_ext.relay", "-A", "tests.worker.application"]
+    environment = os.environ | prefork.environment
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+    async with db.transaction():
+        done = prefork.task("add_item").delay_durably("x")
+        failing = prefork.task("add_item").delay_durably("y", "raise")
+        cancelled = prefork.task("add_item").apply_durably(("z",), countdown=3600)
+    relay = await asyncio.create_subprocess_exec(*command, "run", env=environment, stderr=subprocess.PIPE)
+    await until_status(rows, done, "done")
+    await until_status(rows, failing, "failed")
+    relay.terminate()
+    _, log = await relay.communicate()
+    assert relay.returncode == 0
+    assert b"relayed sent=2" in log
+    status = await asyncio.to_thread(run, "status")
+    assert status.stdout.split()[:2] == ["pending", "1"]
+    assert failing in (await asyncio.to_thread(run, "failed")).stdout
+    assert (await asyncio.to_thread(run, "cancel", cancelled)).returncode == 0
+    assert (await asyncio.to_thread(run, "cancel", done)).returncode == 1
+    assert (await asyncio.to_thread(run, "retry", failing)).stdout == "1 to be run again\n"
+    assert (await asyncio.to_thread(run, "retry")).returncode == 2
+    assert (await asyncio.to_thread(run, "prune", "--days", "0")).stdout == "2 deleted\n"
+    assert [status for status, _ in await stored(rows)] == ["pending"]
