@@ -8,6 +8,7 @@ import select
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from sqlalchemy import Connection, Row, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_ext.durable import statements
+from celery_ext.durable.confirms import Confirms
 from celery_ext.durable.row import deserialize
 from fastapi_chatdify_db.database import Database
 
@@ -31,6 +33,19 @@ GRACE: Final = 10.0
 _POLL: Final = 5.0  # seconds; notifications make it a fallback
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while the broker or the database is down
 _BROKER_LIMIT: Final = 10.0  # seconds for the broker to answer
+_LIMITS: Final = {  # what each of kombu's transports calls that
+    "amqp": ("read_timeout", "write_timeout"),
+    "redis": ("socket_timeout", "socket_connect_timeout"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A connection to the broker, and what publishes on it."""
+
+    connection: BrokerConnection
+    producer: Producer
+    confirms: Confirms
 
 
 class Relay:
@@ -48,7 +63,7 @@ class Relay:
         self._grace = grace
         self._stopping = Event()
         self._wake_reader, self._wake_writer = os.pipe()
-        self._broker: BrokerConnection | None = None
+        self._line: _Line | None = None
         self._looked_for_forgotten = 0.0
 
     def run(self) -> None:
@@ -87,32 +102,23 @@ class Relay:
         rows = connection.execute(statements.CLAIM, {"batch": BATCH, "grace": self._grace}).all()
         if not rows:
             return 0
-        unsent = [row.id for row in rows]
-        refused = 0
         try:
-            producer = self._producer()
-            for row in rows:
-                refused += not self._send(producer, row)
-                unsent.pop(0)
+            line = self._line or self._connect()
+            sent = [row for row in rows if self._send(line, row)]
+            line.confirms.wait(_BROKER_LIMIT)
         except self._broker_errors():
             self._disconnect()
-            connection.execute(statements.UNCLAIM, {"ids": unsent})
+            connection.execute(statements.UNCLAIM, {"ids": [row.id for row in rows]})
             raise
-        finally:
-            logger.info(
-                "relayed sent=%d rerung=%d refused=%d unsent=%d",
-                len(rows) - len(unsent) - refused,
-                sum(row.rings > 1 for row in rows),
-                refused,
-                len(unsent),
-            )
+        rerung = sum(row.rings > 1 for row in sent)
+        logger.info("relayed sent=%d rerung=%d refused=%d", len(sent), rerung, len(rows) - len(sent))
         return len(rows)
 
-    def _send(self, producer: Producer, row: Row[Any]) -> bool:
+    def _send(self, line: _Line, row: Row[Any]) -> bool:
         args, kwargs = deserialize(row.arguments)
         options = deserialize(row.options)
         send = getattr(self._app.tasks.get(row.name), "apply_async", None)
-        options |= {"task_id": row.id, "retries": row.retries, "producer": producer, "retry": False}
+        options |= {"task_id": row.id, "retries": row.retries, "producer": line.producer, "retry": False}
         try:
             if send is None:
                 self._app.send_task(row.name, args, kwargs, **options)
@@ -123,6 +129,7 @@ class Relay:
         except Exception:  # whatever is wrong with this row, the others shall go
             logger.exception("task %s[%s] can not be sent", row.name, row.id)
             return False
+        line.confirms.published()
         return True
 
     def _wait(self, connection: Connection) -> None:
@@ -138,25 +145,22 @@ class Relay:
             driver.poll()
         driver.notifies.clear()
 
-    def _producer(self) -> Producer:
-        if self._broker is None:
-            broker = self._app.connection_for_write()
-            limits: dict[str, Any] = {"socket_timeout": _BROKER_LIMIT, "socket_connect_timeout": _BROKER_LIMIT}
-            if broker.transport.driver_type == "amqp":
-                limits = {"confirm_publish": True, "read_timeout": _BROKER_LIMIT, "write_timeout": _BROKER_LIMIT}
-            elif broker.transport.driver_type != "redis":
-                limits = {}
-            self._broker = broker.clone(transport_options={**(broker.transport_options or {}), **limits})
-            self._producer_of_broker = self._app.amqp.Producer(self._broker.default_channel, auto_declare=False)
-        return self._producer_of_broker
+    def _connect(self) -> _Line:
+        broker = self._app.connection_for_write()
+        limits = _LIMITS.get(str(broker.transport.driver_type), ())
+        options = {**(broker.transport_options or {}), **dict.fromkeys(limits, _BROKER_LIMIT)}
+        connection = broker.clone(transport_options=options)
+        producer = self._app.amqp.Producer(connection.default_channel, auto_declare=False)
+        self._line = _Line(connection, producer, Confirms(connection))
+        return self._line
 
     def _disconnect(self) -> None:
-        if self._broker is not None:
-            self._broker.release()
-            self._broker = None
+        if self._line is not None:
+            self._line.connection.release()
+            self._line = None
 
     def _broker_errors(self) -> tuple[type[BaseException], ...]:
-        broker = self._broker or self._app.connection_for_write()
+        broker = self._line.connection if self._line is not None else self._app.connection_for_write()
         return (OperationalError, *broker.connection_errors, *broker.channel_errors)
 
 
