@@ -39,6 +39,7 @@ def note_error(context: ExceptionContext) -> None:
     if {getattr(error, "sqlstate", None), getattr(error, "pgcode", None)} & _WORTH_ANOTHER_TRY:
         unit = _current.get()
         while unit is not None:
+            unit.untouched = False
             unit.asked_to_retry = True
             unit = unit.outer
 
@@ -56,19 +57,17 @@ class UnitOfWork:
         self.closed = False
         self.rollback_only = False
         self.asked_to_retry = False
+        self.untouched = True
+        """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
         self._callbacks: CallbackQueue | None = None
         self._sync_sessions: dict[Engines, Session] = {}
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
-        return not (self._sync_sessions or self._callbacks or self.rollback_only or self.asked_to_retry)
 
     def sync_session(self, engines: Engines) -> Session:
         """The unit's session on one database."""
         session = self._sync_sessions.get(engines)
         if session is None:
             session = self._sync_sessions[engines] = engines.new_sync_session()
+            self.untouched = False
         return session
 
     def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
@@ -80,6 +79,11 @@ class UnitOfWork:
         if inspect.iscoroutinefunction(callback):
             raise NotInSyncUnit("on_commit() in synchronous code takes a plain function, not a coroutine function")
         self._add_callback(callback, self._sync_sessions.get(engines))
+
+    def roll_back_only(self) -> None:
+        """Roll back at the end, whatever the outcome."""
+        self.untouched = False
+        self.rollback_only = True
 
     def open(self) -> None:
         """Make this the current unit of the running task or thread."""
@@ -126,6 +130,7 @@ class UnitOfWork:
             self.close()
 
     def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
+        self.untouched = False
         if self._callbacks is None:
             self._callbacks = CallbackQueue()
         self._callbacks.add(callback, session)
