@@ -33,16 +33,12 @@ class AsyncUnitOfWork(UnitOfWork):
         super().__init__(only)
         self._async_sessions: dict[Engines, AsyncSession] = {}
 
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
-        return not self._async_sessions and super().untouched
-
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database."""
         session = self._async_sessions.get(engines)
         if session is None:
             session = self._async_sessions[engines] = engines.new_async_session(self.isolation_level)
+            self.untouched = False
         return session
 
     def session_of_writes(self, engines: Engines) -> Session:

@@ -138,7 +138,7 @@ class Database:
         Raises:
             OutsideUnitOfWork: No unit is open here.
         """
-        self._unit("rollback_only()", "async with {0}.transaction(): ...").rollback_only = True
+        self._unit("rollback_only()", "async with {0}.transaction(): ...").roll_back_only()
 
     async def release(self) -> None:
         """Commit what there is and give the connection back, before waiting for something slow.

@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from fastapi_chatdify_db.liveness import CAN_BEGIN_EARLY, begin_at_checkout
+from fastapi_chatdify_db.first_statements import FirstStatements
+from fastapi_chatdify_db.liveness import ping_when_idle
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.thread_pool import ThreadLendingPool
 from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeouts, sync_target
@@ -103,15 +104,7 @@ class Engines:
         target = async_target(settings)
 
         def create() -> AsyncEngine:
-            options = _engine_options(settings, target)
-            begins_early = (
-                settings.db_pool_pre_ping and CAN_BEGIN_EARLY and target.url.get_backend_name() == "postgresql"
-            )
-            if begins_early:
-                options["pool_pre_ping"] = False
-            engine = create_async_engine(target.url, **options)
-            if begins_early:
-                begin_at_checkout(engine.sync_engine)
+            engine = create_async_engine(target.url, **_engine_options(settings, target))
             self._listen(engine.sync_engine)
             return engine
 
@@ -178,7 +171,14 @@ class Engines:
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _leave_transactions_to_sqlalchemy)
             event.listen(engine, "begin", _begin_explicitly)
-        elif settings.db_pgbouncer and (timeouts := session_timeouts(settings)):
+            return
+        if settings.db_pool_pre_ping:
+            ping_when_idle(engine, settings.db_ping_after)
+        # PgBouncer may give every statement outside a transaction to another server.
+        begin_lazily = settings.db_lazy_begin and not settings.db_pgbouncer
+        if begin_lazily or settings.db_pool_pre_ping:
+            FirstStatements(engine, begin_lazily=begin_lazily, survive=settings.db_pool_pre_ping)
+        if settings.db_pgbouncer and (timeouts := session_timeouts(settings)):
             event.listen(engine, "begin", partial(_set_locally, timeouts))
 
 
@@ -201,7 +201,8 @@ def _engine_options(settings: DatabaseSettings, target: DriverTarget) -> dict[st
         "max_overflow": settings.db_max_overflow,
         "pool_timeout": settings.db_pool_timeout,
         "pool_recycle": settings.db_pool_recycle,
-        "pool_pre_ping": settings.db_pool_pre_ping,
+        # With PostgreSQL it is ours that pings.
+        "pool_pre_ping": settings.db_pool_pre_ping and target.url.get_backend_name() != "postgresql",
     }
 
 

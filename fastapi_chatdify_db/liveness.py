@@ -1,32 +1,95 @@
-"""BEGIN as the test whether a pooled connection is alive: a pre-ping that costs no round trip."""
+"""Whether a pooled connection is alive: asked only when it was idle for a while, and what to do when it is dead."""
 
 from __future__ import annotations
 
-from typing import Any
+import select
+import time
+from typing import Any, Final
 
 from sqlalchemy import Engine, event
-from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
-from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-CAN_BEGIN_EARLY = hasattr(AsyncAdapt_asyncpg_connection, "_start_transaction")
-"""Whether this SQLAlchemy has what ``begin_at_checkout`` builds on; it is not documented."""
+_IDLE_SINCE: Final = "fastapi_chatdify_db.idle_since"
 
 
-def begin_at_checkout(engine: Engine) -> None:
-    """Give an asyncpg engine what ``pool_pre_ping`` is for.
+def ping_when_idle(engine: Engine, seconds: float) -> None:
+    """Test a connection at its checkout, in one round trip, when it was idle for longer than ``seconds``.
 
-    SQLAlchemy's own ping takes three round trips with asyncpg (BEGIN, an empty statement, ROLLBACK), and then begins
-    the transaction before the first statement. Beginning it at the checkout tells as much: a connection that cannot
-    is replaced, before anybody has used it.
+    Takes the place of ``pool_pre_ping``, which asks at every checkout, in three round trips with asyncpg. A connection
+    whose end reached us meanwhile is noticed without asking.
     """
     errors = (engine.dialect.loaded_dbapi.Error, OSError)
 
-    def begin(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
-        try:
-            dbapi_connection.run_async(lambda _: dbapi_connection._start_transaction())
-        except errors as error:
-            # The pool replaces this connection, and at their checkout all others that are as old.
-            raise InvalidatePoolError from error
+    def note_time(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info[_IDLE_SINCE] = time.monotonic()
 
-    event.listen(engine, "checkout", begin)
+    def test(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+        idle = time.monotonic() - record.info[_IDLE_SINCE]
+        if engine.dialect.is_async:
+            if dbapi_connection.driver_connection.is_closed():
+                raise DisconnectionError("the server has closed the connection")
+            suspicious = False
+        else:
+            suspicious = _has_something_to_read(dbapi_connection)
+        if suspicious or idle > seconds:
+            try:
+                _ping(engine, dbapi_connection)
+            except errors as error:
+                # The pool replaces this connection, and at their checkout all others that are as old.
+                raise InvalidatePoolError from error
+
+    event.listen(engine, "connect", note_time)
+    event.listen(engine, "checkin", note_time)
+    event.listen(engine, "checkout", test)
+
+
+def died(context: ExecutionContext, error: Exception) -> bool:
+    """Whether a statement failed because its connection did."""
+    code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None) or ""
+    # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is.
+    return code.startswith("57P0") or context.dialect.is_disconnect(
+        error,  # type: ignore[arg-type]  # asyncpg's adapter may raise an OSError too
+        context.root_connection.connection.dbapi_connection,
+        context.cursor,
+    )
+
+
+def replace_connection(context: ExecutionContext, error: Exception) -> None:
+    """Put a new connection, and a new cursor, under the statement that found its connection dead.
+
+    What SQLAlchemy does itself when a checkout finds one dead (``_ConnectionFairy._checkout``). It has no public name:
+    invalidating a ``Connection`` makes its transaction unusable, and with it the session and the objects that were
+    read.
+
+    Raises:
+        Exception: ``error``, when there is no new connection to be had.
+    """
+    proxy: Any = context.root_connection.connection
+    record = proxy._connection_record
+    record.invalidate(error)
+    try:
+        proxy.dbapi_connection = record.get_connection()
+    except (context.dialect.loaded_dbapi.Error, OSError):
+        raise error from None
+    context.cursor = context.create_cursor()
+
+
+def _has_something_to_read(psycopg2_connection: Any) -> bool:
+    """An idle connection has nothing to say; the end of the connection counts as readable."""
+    descriptor = psycopg2_connection.fileno()
+    if hasattr(select, "poll"):  # not on Windows
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))
+    return bool(select.select([descriptor], [], [], 0)[0])
+
+
+def _ping(engine: Engine, dbapi_connection: Any) -> None:
+    if engine.dialect.is_async:
+        # The dialect's own ping opens a transaction around its statement. This is the simple protocol, which
+        # PgBouncer passes on as one piece.
+        dbapi_connection.run_async(lambda driver: driver.execute("SELECT 1"))
+    else:
+        engine.dialect.do_ping(dbapi_connection)

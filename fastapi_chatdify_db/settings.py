@@ -30,7 +30,9 @@ class DatabaseSettings(BaseSettings):
         db_max_overflow: Connections that a pool may open beyond that under load.
         db_pool_timeout: Seconds to wait for a free connection; then a request is answered 503.
         db_pool_recycle: Seconds after which a connection is replaced at its next checkout; -1 for never.
-        db_pool_pre_ping: Whether a connection is tested at checkout.
+        db_pool_pre_ping: Whether a dead connection is replaced instead of failing the first statement on it.
+        db_ping_after: Seconds that a connection was idle after which it is tested at its checkout.
+        db_lazy_begin: Whether plain reads at READ COMMITTED need no transaction; the first other statement begins it.
         db_echo: Whether to log every statement, with its parameters.
         db_statement_timeout: Seconds until PostgreSQL cancels a statement; 0 leaves the server's own setting.
         db_idle_in_transaction_timeout: Seconds until PostgreSQL ends a session that idles in a transaction; 0 likewise.
@@ -56,6 +58,8 @@ class DatabaseSettings(BaseSettings):
     db_pool_timeout: Seconds = 30.0
     db_pool_recycle: Annotated[int, Field(ge=-1)] = 1800
     db_pool_pre_ping: bool = True
+    db_ping_after: Seconds = 1.0
+    db_lazy_begin: bool = True
     db_echo: bool = False
     db_statement_timeout: Seconds = 0.0
     db_idle_in_transaction_timeout: Seconds = 0.0

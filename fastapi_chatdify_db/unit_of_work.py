@@ -53,6 +53,7 @@ def note_error(context: ExceptionContext) -> None:
     if asks_to_retry(context.original_exception):
         unit = _current.get()
         while unit is not None:
+            unit.untouched = False
             unit.asked_to_retry = True
             unit = unit.outer
 
@@ -75,13 +76,10 @@ class UnitOfWork:
         self.closed = False
         self.rollback_only = False
         self.asked_to_retry = False
+        self.untouched = True
+        """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
         self._callbacks: CallbackQueue | None = None
         self._sync_sessions: dict[Engines, Session] = {}
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
-        return not (self._sync_sessions or self._callbacks or self.rollback_only or self.asked_to_retry)
 
     @cached_property
     def id(self) -> int:
@@ -93,6 +91,7 @@ class UnitOfWork:
         session = self._sync_sessions.get(engines)
         if session is None:
             session = self._sync_sessions[engines] = engines.new_sync_session(self.isolation_level)
+            self.untouched = False
         return session
 
     def session_of_writes(self, engines: Engines) -> Session:
@@ -108,6 +107,11 @@ class UnitOfWork:
         if inspect.iscoroutinefunction(callback):
             raise NotInSyncUnit("on_commit() in synchronous code takes a plain function, not a coroutine function")
         self._add_callback(callback, self._sync_sessions.get(engines))
+
+    def roll_back_only(self) -> None:
+        """Roll back at the end, whatever the outcome."""
+        self.untouched = False
+        self.rollback_only = True
 
     def open(self) -> None:
         """Make this the current unit of the running task or thread."""
@@ -154,6 +158,7 @@ class UnitOfWork:
             self.close()
 
     def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
+        self.untouched = False
         if self._callbacks is None:
             self._callbacks = CallbackQueue()
         self._callbacks.add(callback, session)

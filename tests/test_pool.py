@@ -110,20 +110,6 @@ async def test_restarted_database_is_not_noticed(observer: Observer, path: str) 
     assert [response.status_code for response in responses] == [200] * 100
 
 
-async def test_restart_is_not_noticed_with_sqlalchemys_own_ping(
-    observer: Observer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A SQLAlchemy without the hook that the cheaper test builds on is asked for ``pool_pre_ping``."""
-    monkeypatch.setattr("fastapi_chatdify_db.engines.CAN_BEGIN_EARLY", False)
-    pinged = Database(settings=DatabaseSettings())
-    async with serve(app_on(pinged)) as client:
-        await asyncio.gather(*(client.get("/slow") for _ in range(10)))
-        await observer.terminate_others()
-        responses = await asyncio.gather(*(client.get("/slow") for _ in range(100)))
-    assert [response.status_code for response in responses] == [200] * 100
-    await pinged.dispose()
-
-
 async def test_without_pre_ping_a_restart_is_noticed(observer: Observer) -> None:
     """``DB_POOL_PRE_PING=false`` is what it says: the first request on a dead connection fails."""
     trusting = Database(settings=DatabaseSettings(db_pool_pre_ping=False))

@@ -1,10 +1,15 @@
-"""An application without any database layer."""
+"""The application of ``ours`` without the middleware: the same imports, lifespan and idle pool."""
 
 from __future__ import annotations
 
 from fastapi import FastAPI
+from model import URL, Base
 
+from fastapi_chatdify_db import Database, DatabaseSettings
+
+db = Database(settings=DatabaseSettings(database_url=URL), base=Base)
 app = FastAPI()
+db.init_app(app, middleware=False)
 
 
 @app.get("/plain")
