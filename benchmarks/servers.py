@@ -54,6 +54,7 @@ THIS_CHECKOUT = ("--editable", ".[fastapi]")
 OURS = Contender("ours", "ours", "ours", THIS_CHECKOUT)
 BARE = Contender("no middleware", "bare", "ours", THIS_CHECKOUT)
 SIX_LINE = Contender("six-line dependency", "six_line", "ours", THIS_CHECKOUT)
+AUTOCOMMIT = Contender("hand-written AUTOCOMMIT", "autocommit_handler", "ours", THIS_CHECKOUT)
 PEERS = (
     Contender(
         "fastapi-async-sqlalchemy",

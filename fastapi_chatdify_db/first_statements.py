@@ -71,28 +71,22 @@ class FirstStatements:
         state = _state(context)
         if state is None or state.started:
             return False
-        replaceable = (
-            self._survive
-            and _begins_ordinarily(context.root_connection.connection)
-            and context.execute_style is not ExecuteStyle.INSERTMANYVALUES  # it keeps the old cursor
-        )
+        ordinary = _begins_ordinarily(context.root_connection.connection)
         try:
-            self._run(statement, parameters, context)
+            self._run(state, statement, parameters, context, ordinary=ordinary)
         except self._errors as error:
-            if not (replaceable and died(context, error)):
+            # The execution of an INSERT of many rows keeps the old cursor.
+            replaceable = ordinary and context.execute_style is not ExecuteStyle.INSERTMANYVALUES
+            if not (self._survive and replaceable and died(context, error)):
                 raise
             replace_connection(context, error)
-            self._run(statement, parameters, context)
+            self._run(_state(context) or state, statement, parameters, context, ordinary=True)
         return True
 
-    def _run(self, statement: str, parameters: Any, context: ExecutionContext) -> None:
-        state = _state(context)
-        assert state is not None  # checked before, and a new connection has one
-        if (
-            state.read_committed
-            and _begins_ordinarily(context.root_connection.connection)
-            and _is_read(statement, context)
-        ):
+    def _run(
+        self, state: _State, statement: str, parameters: Any, context: ExecutionContext, *, ordinary: bool
+    ) -> None:
+        if ordinary and state.read_committed and _is_read(statement, context):
             try:
                 _run_in_autocommit(statement, parameters, context)
             except self._errors as error:
