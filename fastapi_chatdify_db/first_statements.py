@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from asyncpg.exceptions import InternalClientError
 from sqlalchemy import CompoundSelect, Engine, Select, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.interfaces import ExecuteStyle
@@ -45,7 +46,7 @@ class FirstStatements:
     def __init__(self, engine: Engine, *, begin_lazily: bool, survive: bool) -> None:
         self._begin_lazily = begin_lazily
         self._survive = survive
-        self._errors = (engine.dialect.loaded_dbapi.Error, OSError)
+        self._errors = (engine.dialect.loaded_dbapi.Error, OSError, InternalClientError)
         event.listen(engine, "connect", self._watch)
         event.listen(engine, "checkin", self._watch_again)
         event.listen(engine, "do_execute", self._execute)

@@ -7,6 +7,7 @@ import select
 import time
 from typing import Any, Final
 
+from asyncpg.exceptions import InternalClientError
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
@@ -50,13 +51,12 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
 
 def died(context: ExecutionContext, error: Exception) -> bool:
     """Whether a statement failed because its connection did."""
-    code = getattr(error, "pgcode", None) or ""
-    # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. asyncpg that heard
-    # them while nothing was asked says it is confused.
-    confused = getattr(context.dialect.loaded_dbapi, "InternalClientError", ())
     return (
-        code.startswith("57P0")
-        or isinstance(error, confused)
+        # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. asyncpg that
+        # heard them while nothing was asked says that it is confused; SQLAlchemy 2.0 leaves that error as it is.
+        (getattr(error, "pgcode", None) or "").startswith("57P0")
+        or isinstance(error, InternalClientError)
+        or isinstance(error.__cause__, InternalClientError)
         or context.dialect.is_disconnect(
             error,  # type: ignore[arg-type]  # asyncpg's adapter may raise an OSError too
             context.root_connection.connection.dbapi_connection,
