@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncpg.exceptions import InternalClientError
 from sqlalchemy import CompoundSelect, Engine, Select, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from fastapi_chatdify_db.liveness import died, replace_connection
+from fastapi_chatdify_db.liveness import died, errors_of, replace_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
 
 _STATE: Final = "fastapi_chatdify_db.first_statements"
@@ -46,7 +45,7 @@ class FirstStatements:
     def __init__(self, engine: Engine, *, begin_lazily: bool, survive: bool) -> None:
         self._begin_lazily = begin_lazily
         self._survive = survive
-        self._errors = (engine.dialect.loaded_dbapi.Error, OSError, InternalClientError)
+        self._errors = errors_of(engine.dialect)
         event.listen(engine, "connect", self._watch)
         event.listen(engine, "checkin", self._watch_again)
         event.listen(engine, "do_execute", self._execute)

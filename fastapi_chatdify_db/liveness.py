@@ -7,8 +7,7 @@ import select
 import time
 from typing import Any, Final
 
-from asyncpg.exceptions import InternalClientError
-from sqlalchemy import Engine, event
+from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -49,14 +48,19 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
     event.listen(engine, "checkout", test)
 
 
+def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
+    """What a statement may raise when its connection is dead, among much else."""
+    return (dialect.loaded_dbapi.Error, OSError, *_confusion(dialect))
+
+
 def died(context: ExecutionContext, error: Exception) -> bool:
     """Whether a statement failed because its connection did."""
     return (
         # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. asyncpg that
         # heard them while nothing was asked says that it is confused; SQLAlchemy 2.0 leaves that error as it is.
         (getattr(error, "pgcode", None) or "").startswith("57P0")
-        or isinstance(error, InternalClientError)
-        or isinstance(error.__cause__, InternalClientError)
+        or isinstance(error, _confusion(context.dialect))
+        or isinstance(error.__cause__, _confusion(context.dialect))
         or context.dialect.is_disconnect(
             error,  # type: ignore[arg-type]  # asyncpg's adapter may raise an OSError too
             context.root_connection.connection.dbapi_connection,
@@ -83,6 +87,11 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
     except (context.dialect.loaded_dbapi.Error, OSError):
         raise error from None
     context.cursor = context.create_cursor()
+
+
+def _confusion(dialect: Dialect) -> tuple[type[Exception], ...]:
+    asyncpg = getattr(dialect.loaded_dbapi, "asyncpg", None)
+    return () if asyncpg is None else (asyncpg.InternalClientError,)
 
 
 def _has_something_to_read(psycopg2_connection: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Thread
 
 from sqlalchemy import URL
@@ -63,14 +63,20 @@ class CountingProxy:
         self._sockets.register(server, selectors.EVENT_READ, (client, server, client))
 
     def _pass_on(self, client: socket.socket, source: socket.socket, target: socket.socket) -> None:
-        data = source.recv(65_536)
+        if source.fileno() < 0:
+            return  # closed with its other end, in this very turn
+        try:
+            data = source.recv(65_536)
+        except ConnectionError:
+            data = b""
         if source is not client:
             self._client_spoke_last.discard(client)
         elif data and client not in self._client_spoke_last:
             self._client_spoke_last.add(client)
             self.round_trips += 1
         if data:
-            target.sendall(data)
+            with suppress(ConnectionError):  # whose end is read next
+                target.sendall(data)
         else:
             for end in (source, target):
                 self._sockets.unregister(end)
