@@ -137,6 +137,8 @@ SECONDS_UNTIL_NEXT: Final = text(
     """
 )
 
+TABLE: Final = text("SELECT to_regclass('durable_task')")
+
 FIGURES: Final = text(
     """
     SELECT count(*) FILTER (WHERE status = 'pending') AS pending,

@@ -25,7 +25,7 @@ from celery_ext import ArgumentsNotSerializable, DurableDispatchUnsupported
 from celery_ext.binding import database_of
 from celery_ext.durable import administration
 from celery_ext.durable.relay import Relay
-from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, db
+from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, db, health_router
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -358,19 +358,23 @@ async def test_many_rows_in_one_transaction(unheard: Celery[Any], rows: Observer
 
 
 async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> None:
-    """``init_app(..., relay=True)`` relays within the web application's lifespan, and ends with it."""
+    """``init_app(..., relay=True)`` relays in the lifespan; the health check shows what is left."""
     services = list(db.services)
     celery_ext.init_app(prefork.app, relay=True)
     app = FastAPI()
     db.init_app(app)
+    app.include_router(health_router)
 
     @app.post("/")
     async def send() -> str:
+        prefork.task("add_item").apply_durably(("later",), countdown=3600)
         return prefork.task("add_item").delay_durably("x")
 
     try:
         async with serve(app) as client:
             assert await result(prefork, (await client.post("/")).json()) == "x"
+            ready = (await client.get("/health/ready")).json()
+            assert ready["databases"]["db"]["figures"]["durable_tasks"]["pending"] == 1
     finally:
         db.services[:] = services
 
