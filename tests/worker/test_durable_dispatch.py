@@ -36,6 +36,8 @@ from tests.worker.running import Worker, brokers, task, worker
 @pytest.fixture
 async def rows(empty_tables: Observer) -> AsyncIterator[Observer]:
     """No rows of items, and none of durable tasks."""
+    celery_ext.init_app(Celery("whoever comes first"))
+    await db.create_tables()
     await empty_tables.connection.execute("TRUNCATE durable_task RESTART IDENTITY")
     yield empty_tables
     await empty_tables.connection.execute("TRUNCATE durable_task")
