@@ -154,6 +154,8 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
             task(unheard, "record").delay_durably(object())
         with pytest.raises(TypeError, match="missing 1 required"):
             task(unheard, "record").delay_durably()
+        with pytest.raises(DurableDispatchUnsupported, match="db_session=False"):
+            task(unheard, "without_session").delay_durably()
     with pytest.raises(OutsideUnitOfWork, match=r"async with db\.transaction\(\)"):
         task(unheard, "record").delay_durably("x")
     assert await stored(rows) == []
@@ -251,6 +253,15 @@ async def test_duplicate_messages_are_dropped(relayed: Worker, rows: Observer) -
     last = add.delay("last")
     await asyncio.to_thread(last.get, timeout=20)
     assert await rows.names() == ["last", "x"]
+
+
+async def test_rollback_only_is_done(relayed: Worker, rows: Observer) -> None:
+    """A task that rolls itself back and succeeds has succeeded."""
+    async with db.transaction():
+        ids = [relayed.task(f"rolled_back_by_itself{kind}").delay_durably("x") for kind in ("", "_async")]
+    for task_id in ids:
+        await until_status(rows, task_id, "done")
+    assert await rows.names() == []
 
 
 async def test_row_lock_is_the_lease(relayed: Worker, rows: Observer) -> None:
