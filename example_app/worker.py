@@ -1,0 +1,55 @@
+"""The Celery application: ``celery -A example_app.worker worker --beat``."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import celery_ext
+from celery import Celery
+from celery.signals import setup_logging
+
+from example_app import logs
+from example_app.settings import get_settings
+from fastapi_chatdify_db import db
+
+RESUME_EVERY: Final = 30.0
+"""Seconds between two looks for messages whose task got lost."""
+
+POLLING_INTERVAL: Final = 0.05
+"""Seconds between two looks into a queue that is a PostgreSQL table."""
+
+
+def _configuration() -> dict[str, Any]:
+    settings = get_settings()
+    db.settings = settings
+    polling = {"polling_interval": POLLING_INTERVAL, "pool_pre_ping": True}
+    redis = {"visibility_timeout": 2 * settings.celery_task_time_limit}
+    return {
+        "broker_url": settings.broker_url,
+        "result_backend": settings.result_backend,
+        "broker_transport_options": polling if settings.broker_url.startswith("sqla+") else redis,
+        "broker_connection_retry_on_startup": True,
+        "worker_concurrency": settings.celery_worker_concurrency,
+        "worker_max_tasks_per_child": settings.celery_worker_max_tasks_per_child,
+        "worker_prefetch_multiplier": settings.celery_worker_prefetch_multiplier,
+        "task_time_limit": settings.celery_task_time_limit,
+        "task_soft_time_limit": settings.celery_task_soft_time_limit,
+        # A worker that dies in the middle of a task: another one does it. Every task here may run twice.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "timezone": "UTC",
+        "beat_schedule": {
+            "resume": {"task": "chatdify.resume_dialogues", "schedule": RESUME_EVERY},
+            "forget": {"task": "chatdify.forget_old_deliveries", "schedule": 3600.0},
+        },
+    }
+
+
+app = Celery("chatdify", task_cls=celery_ext.Task, include=["example_app.tasks"])
+app.add_defaults(_configuration)
+celery_ext.init_app(app)
+
+
+@setup_logging.connect
+def _set_up_logging(**_: object) -> None:
+    logs.configure(get_settings().log_level)
