@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from fastapi_chatdify_db.base import Base
 from fastapi_chatdify_db.database import Database, db
 from fastapi_chatdify_db.exceptions import (
+    AfterCommitError,
     ChatdifyDBError,
     DatabaseUnavailable,
     InvalidSettings,
     NotInSyncUnit,
     OutsideUnitOfWork,
 )
+from fastapi_chatdify_db.logs import UnitOfWorkFilter
 from fastapi_chatdify_db.session import get_async_session, get_session, get_sync_session
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.utils import create_db_tables, drop_db_tables
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from fastapi_chatdify_db.session import async_engine, sync_engine
 
 __all__ = [
+    "AfterCommitError",
     "Base",
     "ChatdifyDBError",
     "DBSessionMiddleware",
@@ -33,6 +36,7 @@ __all__ = [
     "InvalidSettings",
     "NotInSyncUnit",
     "OutsideUnitOfWork",
+    "UnitOfWorkFilter",
     "async_engine",
     "create_db_tables",
     "create_health_router",

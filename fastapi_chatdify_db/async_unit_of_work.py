@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.exceptions import AfterCommitError
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, log_failed_callback, logger, roll_back_or_discard
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ class AsyncUnitOfWork(UnitOfWork):
         """The unit's session on one database."""
         session = self._async_sessions.get(engines)
         if session is None:
-            session = self._async_sessions[engines] = engines.new_async_session()
+            session = self._async_sessions[engines] = engines.new_async_session(self.isolation_level)
         return session
 
     def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
@@ -110,6 +111,7 @@ class AsyncUnitOfWork(UnitOfWork):
         self._settle_callbacks(committed=False)
 
     async def _run_due_callbacks_async(self) -> None:
+        told: AfterCommitError | None = None
         while callback := self._next_callback():
             try:
                 if inspect.iscoroutinefunction(callback):
@@ -117,9 +119,14 @@ class AsyncUnitOfWork(UnitOfWork):
                 elif inspect.isawaitable(result := await _in_thread(callback)):
                     await result
                 await self._commit_async()
+            except AfterCommitError as error:
+                await self._rollback_async()
+                told = told or error
             except Exception as error:
                 await self._rollback_async()
                 log_failed_callback(callback, error)
+        if told is not None:
+            raise told
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

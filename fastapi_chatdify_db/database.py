@@ -46,7 +46,7 @@ class Database:
         self.base = base
         self._given_settings = settings
         self._creates_tables = create_tables
-        self._engines = Engines(lambda: self.settings, on_error=note_error)
+        self.engines: Final = Engines(lambda: self.settings, on_error=note_error)
 
     def __repr__(self) -> str:
         return f"<Database {self.name}>"
@@ -63,12 +63,12 @@ class Database:
     @property
     def async_engine(self) -> AsyncEngine:
         """The engine of ``session``; each event loop has connections of its own."""
-        return self._engines.async_engine
+        return self.engines.async_engine
 
     @property
     def sync_engine(self) -> Engine:
         """The engine of ``sync_session``."""
-        return self._engines.sync_engine
+        return self.engines.sync_engine
 
     @property
     def session(self) -> AsyncSession:
@@ -81,7 +81,7 @@ class Database:
         unit = self._unit("session", "async with {0}.transaction() as session: ...")
         if not isinstance(unit, AsyncUnitOfWork):
             raise NotInSyncUnit(f"{self.name}.session is for async code. Here: {self.name}.sync_session")
-        return unit.async_session(self._engines)
+        return unit.async_session(self.engines)
 
     @property
     def sync_session(self) -> Session:
@@ -91,7 +91,7 @@ class Database:
             OutsideUnitOfWork: No unit is open here.
         """
         unit = self._unit("sync_session", "with {0}.sync_transaction() as session: ...")
-        return unit.sync_session(self._engines)
+        return unit.sync_session(self.engines)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
@@ -100,8 +100,8 @@ class Database:
         Raises:
             sqlalchemy.exc.SQLAlchemyError: The commit failed.
         """
-        async with AsyncUnitOfWork(self._engines) as unit:
-            yield unit.async_session(self._engines)
+        async with AsyncUnitOfWork(self.engines) as unit:
+            yield unit.async_session(self.engines)
 
     @contextmanager
     def sync_transaction(self) -> Iterator[Session]:
@@ -110,8 +110,8 @@ class Database:
         Raises:
             sqlalchemy.exc.SQLAlchemyError: The commit failed.
         """
-        with UnitOfWork(self._engines) as unit:
-            yield unit.sync_session(self._engines)
+        with UnitOfWork(self.engines) as unit:
+            yield unit.sync_session(self.engines)
 
     def on_commit(self, callback: AfterCommit) -> None:
         """Call ``callback`` once what the unit did here so far is committed; never after a rollback.
@@ -126,7 +126,7 @@ class Database:
             OutsideUnitOfWork: No unit is open here.
             NotInSyncUnit: A coroutine function, and the unit that is open is a synchronous one.
         """
-        self._unit("on_commit()", "async with {0}.transaction(): ...").on_commit(self._engines, callback)
+        self._unit("on_commit()", "async with {0}.transaction(): ...").on_commit(self.engines, callback)
 
     def rollback_only(self) -> None:
         """Let the current unit roll back at its end, whatever the response says.
@@ -162,7 +162,7 @@ class Database:
 
     async def dispose(self) -> None:
         """Close the connections that are not in use; a later use opens new ones."""
-        await self._engines.dispose()
+        await self.engines.dispose()
 
     @asynccontextmanager
     async def lifespan(self, app: object) -> AsyncIterator[None]:
@@ -204,7 +204,7 @@ class Database:
             app.add_middleware(DBSessionMiddleware)
 
     def _unit(self, what: str, instead: str) -> UnitOfWork:
-        unit = current_unit(self._engines)
+        unit = current_unit(self.engines)
         if unit is None:
             raise OutsideUnitOfWork(
                 f"{self.name}.{what} is only there inside a request (app.add_middleware(DBSessionMiddleware)) "

@@ -129,14 +129,24 @@ class Engines:
         self._listen(engine)
         return self._first("sync_engine", engine)
 
+    def new_async_session(self, isolation_level: str | None = None) -> AsyncSession:
+        """An ``AsyncSession``; nothing is connected before its first statement."""
+        if isolation_level is None:
+            return self._async_sessions()
+        return self._async_sessions(bind=self.async_engine.execution_options(isolation_level=isolation_level))
+
+    def new_sync_session(self, isolation_level: str | None = None) -> Session:
+        """A ``Session``; nothing is connected before its first statement."""
+        if isolation_level is None:
+            return self._sync_sessions()
+        return self._sync_sessions(bind=self.sync_engine.execution_options(isolation_level=isolation_level))
+
     @cached_property
-    def new_async_session(self) -> async_sessionmaker[AsyncSession]:
-        """Makes an ``AsyncSession``; nothing is connected before its first statement."""
+    def _async_sessions(self) -> async_sessionmaker[AsyncSession]:
         return async_sessionmaker(self.async_engine, **_SESSION_OPTIONS)
 
     @cached_property
-    def new_sync_session(self) -> sessionmaker[Session]:
-        """Makes a ``Session``; nothing is connected before its first statement."""
+    def _sync_sessions(self) -> sessionmaker[Session]:
         return sessionmaker(self.sync_engine, **_SESSION_OPTIONS)
 
     async def dispose(self) -> None:

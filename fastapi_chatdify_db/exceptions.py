@@ -21,3 +21,11 @@ class NotInSyncUnit(OutsideUnitOfWork):
 
 class DatabaseUnavailable(ChatdifyDBError):
     """The database did not accept a connection within ``DB_STARTUP_TIMEOUT``."""
+
+
+class AfterCommitError(ChatdifyDBError):
+    """Raised by an ``on_commit`` callback whose failure the caller shall see; what was committed stays committed.
+
+    Any other exception of a callback is logged. This one is raised where the unit was committed, once the other
+    callbacks have run: by ``db.transaction()``, by a task, or to the application's exception handlers.
+    """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from contextvars import ContextVar
+from functools import cached_property
+from itertools import count
 from types import TracebackType
 from typing import Final, Self
 
@@ -14,11 +16,13 @@ from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.exceptions import NotInSyncUnit
+from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit
 
 logger: Final = logging.getLogger(__name__)
 
 _current: Final[ContextVar[UnitOfWork | None]] = ContextVar("fastapi_chatdify_db.unit_of_work", default=None)
+
+_ids: Final = count(1)
 
 # serialization_failure and deadlock_detected:
 # https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html
@@ -33,10 +37,20 @@ def current_unit(engines: Engines) -> UnitOfWork | None:
     return None if unit is None or unit.closed else unit
 
 
+def innermost_unit() -> UnitOfWork | None:
+    """The open unit of work around the running code, whichever database it is for, or None."""
+    unit = _current.get()
+    return None if unit is None or unit.closed else unit
+
+
+def asks_to_retry(error: BaseException | None) -> bool:
+    """Whether a driver's error is PostgreSQL's word that the transaction may well succeed when it is run again."""
+    return bool({getattr(error, "sqlstate", None), getattr(error, "pgcode", None)} & _WORTH_ANOTHER_TRY)
+
+
 def note_error(context: ExceptionContext) -> None:
     """Remember in the units around a statement that PostgreSQL asked for its transaction to be tried again."""
-    error = context.original_exception
-    if {getattr(error, "sqlstate", None), getattr(error, "pgcode", None)} & _WORTH_ANOTHER_TRY:
+    if asks_to_retry(context.original_exception):
         unit = _current.get()
         while unit is not None:
             unit.asked_to_retry = True
@@ -49,6 +63,11 @@ class UnitOfWork:
     Parameters:
         only: The database that the unit is for; None serves every database.
     """
+
+    isolation_level: str | None = None
+    """PostgreSQL's name of the level that the unit's transactions run at; None is the server's default."""
+    task_id: str | None = None
+    """The id of the Celery task whose unit this is."""
 
     def __init__(self, only: Engines | None = None) -> None:
         self.only = only
@@ -64,11 +83,16 @@ class UnitOfWork:
         """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
         return not (self._sync_sessions or self._callbacks or self.rollback_only or self.asked_to_retry)
 
+    @cached_property
+    def id(self) -> int:
+        """What log records of this unit have in common; counts within one process."""
+        return next(_ids)
+
     def sync_session(self, engines: Engines) -> Session:
         """The unit's session on one database."""
         session = self._sync_sessions.get(engines)
         if session is None:
-            session = self._sync_sessions[engines] = engines.new_sync_session()
+            session = self._sync_sessions[engines] = engines.new_sync_session(self.isolation_level)
         return session
 
     def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
@@ -160,13 +184,19 @@ class UnitOfWork:
         self._settle_callbacks(committed=False)
 
     def _run_due_callbacks(self) -> None:
+        told: AfterCommitError | None = None
         while callback := self._next_callback():
             try:
                 callback()
                 self._commit()
+            except AfterCommitError as error:
+                self._rollback()
+                told = told or error
             except Exception as error:
                 self._rollback()
                 log_failed_callback(callback, error)
+        if told is not None:
+            raise told
 
 
 def roll_back_or_discard(session: Session) -> None:

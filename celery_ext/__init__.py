@@ -1,0 +1,16 @@
+"""The unit of work of ``fastapi_chatdify_db`` for Celery tasks: ``celery_ext.init_app(celery_app)``."""
+
+from __future__ import annotations
+
+from celery_ext.binding import init_app
+from celery_ext.errors import AsyncTaskCancelled, AsyncTaskNotSupported, DispatchFailed, StatementFailed
+from celery_ext.task import Task
+
+__all__ = [
+    "AsyncTaskCancelled",
+    "AsyncTaskNotSupported",
+    "DispatchFailed",
+    "StatementFailed",
+    "Task",
+    "init_app",
+]

@@ -1,0 +1,87 @@
+"""One line for a Celery application: its task classes, its signals, the end of its worker's processes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import celery
+import psycopg2.extensions
+import psycopg2.extras
+from celery import Celery, signals
+
+from celery_ext import context, event_loop
+from celery_ext.execution import Execution
+from celery_ext.task import Task
+from fastapi_chatdify_db.database import Database
+from fastapi_chatdify_db.database import db as default_database
+
+_databases: Final[WeakKeyDictionary[Celery[Any], Database]] = WeakKeyDictionary()
+
+
+def init_app(app: Celery[Any], *, db: Database = default_database) -> None:
+    """Give every task of ``app`` a unit of work, whenever and however it is defined.
+
+    Parameters:
+        app: The Celery application, before its worker starts.
+        db: The database whose savepoints decide about ``delay_on_commit``; a task's unit serves every database.
+    """
+    _databases[app] = db
+    _rebase(app.Task)
+    app.on_after_finalize.connect(_rebase_all, weak=False)
+    if app.finalized:  # type: ignore[attr-defined]  # missing in the stubs
+        _rebase_all(app)
+
+
+def _rebase_all(sender: Celery[Any], **_: object) -> None:
+    for task in sender.tasks.values():
+        _rebase(type(task))
+        task_class: Any = type(task)
+        task_class.database = _databases[sender]
+
+
+def _rebase(task_class: type) -> None:
+    """Put our class between Celery's and those that derive from it, user-defined bases included."""
+    for each in task_class.__mro__:
+        if each is not Task and celery.Task in each.__bases__:
+            each.__bases__ = tuple(Task if base is celery.Task else base for base in each.__bases__)
+
+
+@signals.task_prerun.connect(weak=False)
+def _begin(task_id: str, task: celery.Task[..., Any], **_: object) -> None:
+    if isinstance(task, Task) and task.app in _databases:
+        Execution(task, task_id)
+
+
+@signals.task_postrun.connect(weak=False)
+def _end(task: celery.Task[..., Any], **_: object) -> None:
+    if (execution := Execution.current()) is not None and execution.task is task:
+        execution.end()
+
+
+@signals.before_task_publish.connect(weak=False)
+def _send_context(headers: dict[str, Any], **_: object) -> None:
+    context.inject(headers)
+
+
+@signals.worker_init.connect(weak=False)
+def _make_cooperative(**_: object) -> None:
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("select"):
+        # libpq waits in C, where gevent cannot switch; with this callback psycopg2 waits in select().
+        psycopg2.extensions.set_wait_callback(psycopg2.extras.wait_select)
+
+
+@signals.worker_process_shutdown.connect(weak=False)
+@signals.worker_shutdown.connect(weak=False)
+def _close_connections(**_: object) -> None:
+    databases = set(_databases.values())
+
+    async def dispose() -> None:
+        for database in databases:
+            await database.dispose()
+
+    event_loop.stop(dispose())
+    for database in databases:
+        database.engines.dispose_sync()

@@ -1,0 +1,154 @@
+"""A task's body in its unit of work: committed before Celery hears that it returned."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final
+
+from celery.app.task import Context
+from celery.utils.threads import LocalStack
+from celery.utils.time import get_exponential_backoff_interval
+from sqlalchemy.exc import DBAPIError
+
+from celery_ext import event_loop
+from celery_ext.execution import Execution, joinable_unit
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, asks_to_retry
+
+if TYPE_CHECKING:
+    from celery_ext.task import Task
+
+Body = Callable[..., Any]
+
+_lock: Final = Lock()
+
+
+def put_in_unit(task: Task) -> None:
+    """Let a task's ``run`` open, join and end units of work.
+
+    Innermost, within the wrapper that ``autoretry_for`` puts around ``run``, so that a commit that fails is retried
+    like a body that fails.
+    """
+    if "_runs_in_unit" in vars(task):
+        return
+    with _lock:
+        if "_runs_in_unit" in vars(task):
+            return
+        name = "_orig_run" if "_orig_run" in vars(task) else "run"
+        body = getattr(task, name)
+        run_in_unit = _run_async if task.is_async else _run
+
+        @wraps(body)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return run_in_unit(task, body, args, kwargs)
+            except DBAPIError as error:
+                if task.db_retry and asks_to_retry(error.orig):
+                    raise _retry(task, error) from None
+                raise
+
+        setattr(task, name, run)
+        task.__dict__["_runs_in_unit"] = True
+
+
+def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    execution = Execution.beginning(task)
+    if execution is None:
+        if not task.db_session or joinable_unit() is not None:
+            return body(*args, **kwargs)
+        own = UnitOfWork()
+        own.isolation_level = task.db_isolation_level
+        with own:
+            return body(*args, **kwargs)
+    if (unit := execution.begin()) is None:
+        return body(*args, **kwargs)
+    try:
+        try:
+            result = body(*args, **kwargs)
+        except BaseException:
+            unit.finish(commit=False)
+            raise
+        unit.finish(commit=True)
+        return result
+    finally:
+        execution.body_ended()
+
+
+def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    execution = Execution.beginning(task)
+    if execution is None:
+        call = _joined(task, body, args, kwargs) if task.db_session else body(*args, **kwargs)
+        return call if _in_a_loop() else event_loop.run(call)
+    call = _on_the_loop(task, body, args, kwargs)
+    if (unit := execution.begin()) is None:
+        return event_loop.run(call)
+    assert isinstance(unit, AsyncUnitOfWork)
+    try:
+        return event_loop.run(_finished(unit, call))
+    finally:
+        execution.body_ended()
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+async def _finished(unit: AsyncUnitOfWork, call: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        result = await call
+    except BaseException:
+        await unit.finish_async(commit=False)
+        raise
+    await unit.finish_async(commit=True)
+    return result
+
+
+async def _joined(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(joinable_unit(), AsyncUnitOfWork):
+        return await body(*args, **kwargs)
+    unit = AsyncUnitOfWork()
+    unit.isolation_level = task.db_isolation_level
+    async with unit:
+        return await body(*args, **kwargs)
+
+
+def _on_the_loop(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Any]:
+    """The body's coroutine, whose ``self`` finds its request.
+
+    Celery keeps requests by thread, and all coroutines of a process share the loop's thread.
+    """
+    request = task.request
+
+    async def call() -> Any:
+        if inspect.ismethod(body):
+            return await body.__func__(_twin(task, request), *args, **kwargs)
+        return await body(*args, **kwargs)
+
+    return call()
+
+
+def _twin(task: Task, request: Context) -> Task:
+    twin = object.__new__(type(task))
+    vars(twin).update(vars(task))
+    twin.request_stack = LocalStack()  # type: ignore[assignment]  # either of its classes
+    twin.request_stack.push(request)
+    return twin
+
+
+def _retry(task: Task, error: DBAPIError) -> Exception:
+    backoff = float(getattr(task, "retry_backoff", 0))
+    countdown = backoff and get_exponential_backoff_interval(
+        factor=max(1, int(backoff)),
+        retries=task.request.retries,
+        maximum=int(getattr(task, "retry_backoff_max", 600)),
+        full_jitter=bool(getattr(task, "retry_jitter", True)),
+    )
+    return task.retry(exc=error, countdown=countdown or None, throw=False)

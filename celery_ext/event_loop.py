@@ -1,0 +1,106 @@
+"""The event loop of ``async def`` tasks: one per worker process, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine
+from concurrent.futures import Future, wait
+from threading import Lock, Thread
+from typing import Any, TypeVar
+
+from celery_ext.errors import AsyncTaskCancelled, AsyncTaskNotSupported
+
+T = TypeVar("T")
+
+
+class _LoopThread:
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self.loop.run_forever, name="celery_ext.event_loop", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+_lock = Lock()
+_running: _LoopThread | None = None
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on the process's loop, with the context variables of the calling thread, and wait for it.
+
+    An exception that is raised in the waiting thread, as by a time limit, cancels the coroutine and goes on when the
+    coroutine has ended.
+
+    Raises:
+        AsyncTaskNotSupported: The process runs on greenlets, where an event loop would block all of them.
+        AsyncTaskCancelled: The coroutine was cancelled by its own doing.
+        BaseException: What the coroutine raised.
+    """
+    try:
+        loop = _process_loop()
+    except AsyncTaskNotSupported:
+        coroutine.close()
+        raise
+    outcome: Future[T] = Future()
+    tasks: list[asyncio.Task[T]] = []
+
+    def start() -> None:
+        tasks.append(loop.create_task(coroutine))
+        tasks[0].add_done_callback(lambda task: _copy_outcome(task, outcome))
+
+    loop.call_soon_threadsafe(start)
+    try:
+        return outcome.result()
+    except BaseException:
+        if not outcome.done():
+            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            wait([outcome])
+        raise
+
+
+def stop(last: Coroutine[Any, Any, None]) -> None:
+    """End the process's loop, if there is one, when it has run ``last``; a later ``run`` makes another."""
+    global _running
+    with _lock:
+        stopping, _running = _running, None
+    if stopping is None:
+        last.close()
+        return
+    asyncio.run_coroutine_threadsafe(last, stopping.loop).result()
+    stopping.stop()
+
+
+def _copy_outcome(task: asyncio.Task[T], outcome: Future[T]) -> None:
+    if task.cancelled():
+        # Celery takes an exception that is no Exception for the end of the worker.
+        outcome.set_exception(AsyncTaskCancelled("the coroutine was cancelled; to end a task quietly raise Ignore()"))
+    elif (error := task.exception()) is not None:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(task.result())
+
+
+def _process_loop() -> asyncio.AbstractEventLoop:
+    global _running
+    gevent = sys.modules.get("gevent.monkey")
+    if gevent is not None and gevent.is_module_patched("threading"):
+        raise AsyncTaskNotSupported("async def tasks need the pool prefork, threads or solo; with gevent write def")
+    with _lock:
+        if _running is None:
+            _running = _LoopThread()
+        return _running.loop
+
+
+def _forget_parents_loop() -> None:
+    global _lock, _running
+    _lock, _running = Lock(), None
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_forget_parents_loop)

@@ -1,0 +1,108 @@
+"""One execution of a task: the unit of work of its body, then the one of its handlers."""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
+
+import celery
+
+from celery_ext import context
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, innermost_unit
+
+if TYPE_CHECKING:
+    from celery_ext.task import Task
+
+logger: Final = logging.getLogger(__name__)
+
+_current: Final[ContextVar[Execution | None]] = ContextVar("celery_ext.execution", default=None)
+
+
+class HandlersUnit(UnitOfWork):
+    """The unit of ``on_failure`` and its kin, which a task that is called as a function does not join.
+
+    Celery calls error callbacks as functions between the body and ``task_postrun``; each has a unit of its own.
+    """
+
+
+class Execution:
+    """From ``task_prerun`` to ``task_postrun``; the body's unit ends with the body, inside Celery's tracer.
+
+    Parameters:
+        task: What is executed.
+        task_id: Its id.
+    """
+
+    def __init__(self, task: Task, task_id: str) -> None:
+        self.task = task
+        self._task_id = task_id
+        self._outer = _current.get()
+        self._begun = False
+        self._unit: UnitOfWork | None = None
+        self._leave_context = context.restore(task.request)
+        if task.db_session:
+            self._open(AsyncUnitOfWork() if task.is_async else UnitOfWork())
+        _current.set(self)
+
+    @classmethod
+    def current(cls) -> Execution | None:
+        """The execution that the running code is part of, or None."""
+        return _current.get()
+
+    @classmethod
+    def beginning(cls, task: celery.Task[..., Any]) -> Execution | None:
+        """The execution whose body ``task`` is about to run, or None: then it is called as a function."""
+        execution = _current.get()
+        return execution if execution is not None and execution.task is task and not execution._begun else None
+
+    def begin(self) -> UnitOfWork | None:
+        """The unit of the body, which is about to start and will end it; None for a task without."""
+        self._begun = True
+        return self._unit
+
+    def body_ended(self) -> None:
+        """Close the body's unit; what runs until ``task_postrun`` has another."""
+        assert self._unit is not None
+        self._unit.close()
+        self._open(HandlersUnit())
+
+    def end(self) -> None:
+        """At ``task_postrun``: commit what the handlers did.
+
+        The task's state can't change any more, so errors are logged.
+        """
+        _current.set(self._outer)
+        try:
+            if self._unit is not None:
+                self._end_unit(self._unit)
+        except Exception:
+            logger.exception("what the handlers of task %s[%s] wrote is lost", self.task.name, self._task_id)
+        finally:
+            self._leave_context()
+
+    def _open(self, unit: UnitOfWork) -> None:
+        unit.task_id = self._task_id
+        unit.isolation_level = self.task.db_isolation_level
+        unit.open()
+        self._unit = unit
+
+    def _end_unit(self, unit: UnitOfWork) -> None:
+        try:
+            if not self._begun and not unit.untouched:
+                logger.error(
+                    "task %s[%s] was rolled back: its body did not run through Task.__call__, where the commit is; "
+                    "let its own __call__ call super().__call__()",
+                    self.task.name,
+                    self._task_id,
+                )
+            unit.finish(commit=self._begun)
+        finally:
+            unit.close()
+
+
+def joinable_unit() -> UnitOfWork | None:
+    """The unit that a task called as a function joins, or None: then it opens its own."""
+    unit = innermost_unit()
+    return None if isinstance(unit, HandlersUnit) else unit

@@ -1,0 +1,47 @@
+"""Workers, one for each broker and test file, and a look into the database."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import asyncpg
+import pytest
+
+from fastapi_chatdify_db import db
+from tests.observing import Observer
+from tests.worker.running import Worker, brokers, worker
+
+
+@pytest.fixture(scope="module", params=brokers())
+def prefork(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    """A worker with two processes, on each broker in turn."""
+    with worker(request.param, "-c", "2") as running:
+        yield running
+
+
+@pytest.fixture
+async def empty_tables(database_url: str) -> AsyncIterator[Observer]:
+    """The tests' tables without rows, and a connection that looks into them."""
+    await db.create_tables()
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("TRUNCATE item, counter")
+    yield Observer(connection)
+    await connection.close()
+    await db.dispose()
+
+
+Until = Callable[[Callable[[], bool]], None]
+
+
+@pytest.fixture
+def until() -> Until:
+    """Wait for something that nothing announces, for 20 seconds at most."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.02)
+
+    return wait

@@ -1,0 +1,132 @@
+"""Brokers that are there, and worker processes on them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Condition, Thread
+from uuid import uuid4
+
+from celery import Celery
+from kombu import Queue
+from sqlalchemy import make_url
+
+import celery_ext
+from tests.worker.application import create_app
+
+ROOT = Path(__file__).parents[2]
+
+
+def brokers() -> list[str]:
+    """The brokers on this machine, of those that applications use; PostgreSQL itself where there is neither."""
+    ports = {"rabbitmq": 5672, "redis": 6379}
+    return [name for name, port in ports.items() if _listens(port)] or ["postgresql"]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def urls(broker: str) -> tuple[str, str]:
+    """The URLs of a broker and of the result backend beside it."""
+    database = make_url(os.environ["DATABASE_URL"]).set(drivername="postgresql+psycopg2")
+    postgresql = database.render_as_string(hide_password=False)
+    results = "redis://127.0.0.1:6379/9" if _listens(6379) else f"db+{postgresql}"
+    return {
+        "rabbitmq": "amqp://guest:guest@127.0.0.1:5672//",
+        "redis": "redis://127.0.0.1:6379/8",
+        "postgresql": f"sqla+{postgresql}",
+    }[broker], results
+
+
+class Worker:
+    """A worker process and what it logs."""
+
+    def __init__(self, app: Celery[celery_ext.Task], process: subprocess.Popen[str]) -> None:
+        self.app = app
+        self.process = process
+        self.lines: list[str] = []
+        self._changed = Condition()
+        self._reader = Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def log(self) -> str:
+        """Everything that was logged so far."""
+        return "".join(self.lines)
+
+    def until_logged(self, text: str, seconds: float = 30) -> None:
+        """Return when a line with ``text`` was logged.
+
+        Raises:
+            AssertionError: It was not, in the given time.
+        """
+        with self._changed:
+            found = self._changed.wait_for(lambda: text in self.log or self.process.poll() is not None, seconds)
+        assert found, f"{text!r} was not logged in {seconds} s:\n{self.log}"
+        assert text in self.log, f"the worker ended:\n{self.log}"
+
+    def task(self, name: str) -> celery_ext.Task:
+        """One of the tests' tasks, to be sent to this worker."""
+        return self.app.tasks[f"tests.worker.tasks.{name}"]  # type: ignore[return-value]  # task_cls is ours
+
+    def close(self) -> None:
+        """Read the log to its end; the process has ended."""
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.lines.append(line)
+                self._changed.notify_all()
+
+
+@contextmanager
+def worker(
+    broker: str, *options: str, pool: str = "prefork", environment: dict[str, str] | None = None
+) -> Iterator[Worker]:
+    """Run a worker on a queue of its own for the time of the block."""
+    queue = f"chatdify-test-{uuid4().hex}"
+    broker_url, backend_url = urls(broker)
+    app = create_app(broker_url, backend_url, queue)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "celery", "-A", "tests.worker.application", "worker"),
+            *("--pool", pool, "-n", f"{queue}@test", "-l", "INFO"),
+            *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+            *options,
+        ],
+        cwd=ROOT,
+        env=os.environ
+        | {"TEST_BROKER": broker_url, "TEST_BACKEND": backend_url, "TEST_QUEUE": queue}
+        | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    running = Worker(app, process)
+    try:
+        running.until_logged(" ready.")
+        yield running
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        running.close()
+        with app.connection_for_write() as connection:
+            Queue(queue).bind(connection.default_channel).delete()
+        app.close()

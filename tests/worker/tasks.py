@@ -1,0 +1,240 @@
+"""The tasks of the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import celery
+from asgi_correlation_id.context import correlation_id
+from celery import shared_task
+from celery.exceptions import Ignore, Reject
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from celery_ext import Task
+from fastapi_chatdify_db import UnitOfWorkFilter, db, get_sync_session
+from tests.models import Counter, Item
+
+
+def insert(name: str) -> None:
+    """A row in the unit around the caller."""
+    db.sync_session.add(Item(name))
+    db.sync_session.flush()
+
+
+@shared_task
+def add_item(name: str, outcome: str = "succeed") -> str:
+    """Insert, and then end as ``outcome`` says; a ``duplicate`` fails only at COMMIT."""
+    insert(name)
+    if outcome == "duplicate":
+        db.sync_session.add(Item(name))
+    if outcome == "raise":
+        raise ValueError(name)
+    if outcome == "ignore":
+        raise Ignore
+    if outcome == "reject":
+        raise Reject(name, requeue=False)
+    return name
+
+
+@shared_task
+def record(result: str, prefix: str = "linked ") -> None:
+    """A callback that leaves a row of the result it was given."""
+    with get_sync_session() as session:
+        session.add(Item(prefix + result))
+
+
+@shared_task
+def errback(request: Any, error: BaseException, traceback: object, name: str) -> None:
+    """A new-style error callback, called inside the failed task's process."""
+    insert(f"errback {name}")
+
+
+@shared_task
+def failing_errback(request: Any, error: BaseException, traceback: object, name: str) -> None:
+    """An error callback that fails itself."""
+    insert(f"errback {name}")
+    raise ValueError(name)
+
+
+class WithHandlers(celery.Task):  # type: ignore[type-arg]  # a base of the user's, that knows nothing of ours
+    """Writes a row in each of Celery's handlers."""
+
+    def on_failure(self, exc: BaseException, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        insert(f"on_failure {args[0]}")
+
+    def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
+        insert(f"on_success {args[0]}")
+        if args[0] == "handler fails":
+            db.sync_session.add(Item(f"on_success {args[0]}"))
+
+    def on_retry(self, exc: BaseException, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        insert(f"on_retry {args[0]}")
+
+    def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        insert(f"after_return {args[0]} {status}")
+
+
+@shared_task(base=WithHandlers, bind=True, max_retries=1, default_retry_delay=0)
+def handled(self: WithHandlers, name: str, outcome: str) -> None:
+    """Insert and end as ``outcome`` says; the handlers write as well."""
+    insert(f"{name} {self.request.retries}")
+    if outcome == "duplicate":
+        db.sync_session.add(Item(f"{name} {self.request.retries}"))
+    if outcome == "raise":
+        raise ValueError(name)
+    if outcome == "retry" and self.request.retries == 0:
+        raise self.retry()
+
+
+@shared_task(base=Task, bind=True, autoretry_for=(IntegrityError,), max_retries=2, default_retry_delay=0)
+def unique_at_second_try(self: Task, name: str) -> int:
+    """Fail at COMMIT the first time."""
+    insert(name)
+    if self.request.retries == 0:
+        insert(name)
+    return self.request.retries
+
+
+@shared_task(
+    base=Task, db_isolation_level="SERIALIZABLE", db_retry=True, max_retries=50, default_retry_delay=0, acks_late=True
+)
+def increment() -> None:
+    """Read, then write what was read plus one."""
+    counter = db.sync_session.get_one(Counter, 1)
+    counter.value += 1
+
+
+@shared_task(base=Task, db_session=False)
+def without_session() -> str:
+    """What a task that wants no unit gets."""
+    try:
+        db.sync_session.execute(text("SELECT 1"))
+    except Exception as error:
+        return type(error).__name__
+    return "a session"
+
+
+@shared_task
+def bad_statement(secret: str) -> None:
+    """Fail in a statement whose error message quotes its parameter."""
+    db.sync_session.execute(text("SELECT CAST(:secret AS integer)"), {"secret": secret})
+
+
+@shared_task(base=Task, bind=True, max_retries=1, default_retry_delay=0, autoretry_for=(SQLAlchemyError,))
+def bad_statement_retried(self: Task, secret: str) -> None:
+    """The same, retried."""
+    db.sync_session.execute(text("SELECT CAST(:secret AS integer)"), {"secret": secret})
+
+
+@shared_task(base=Task)
+def read_item(name: str) -> bool:
+    """Whether a row is visible."""
+    return db.sync_session.scalar(select(Item.id).where(Item.name == name)) is not None
+
+
+@shared_task
+def sleep_after_insert(name: str, seconds: float) -> None:
+    """Insert, then be slow, so that a time limit or a signal finds an open transaction."""
+    insert(name)
+    time.sleep(seconds)
+
+
+@shared_task
+def pid_after_insert(name: str) -> int:
+    """Insert and tell the process."""
+    insert(name)
+    return os.getpid()
+
+
+@shared_task(base=Task, bind=True, acks_late=True, reject_on_worker_lost=True)
+def killed_once(self: Task, name: str) -> str:
+    """Kill the own process in the middle of the first delivery."""
+    insert(name)
+    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return name
+
+
+@shared_task
+def both_sessions(name: str) -> None:
+    """A function call joins the unit around it: ``add_item`` is rolled back with its caller."""
+    add_item(f"{name} called")
+    raise ValueError(name)
+
+
+@shared_task
+def count_items(results: Sequence[object]) -> int:
+    """A chord's body."""
+    return db.sync_session.scalar(select(func.count()).select_from(Item)) or 0
+
+
+@shared_task(base=Task, bind=True)
+async def add_item_async(self: Task, name: str, outcome: str = "succeed") -> str | None:
+    """``add_item`` on the event loop; returns the id that its request has."""
+    db.session.add(Item(name))
+    await db.session.flush()
+    if outcome == "duplicate":
+        db.session.add(Item(name))
+    if outcome == "raise":
+        raise ValueError(name)
+    if outcome == "retry" and self.request.retries == 0:
+        raise self.retry(countdown=0)
+    if outcome == "sleep":
+        await asyncio.sleep(60)
+    if outcome == "cancel":
+        raise asyncio.CancelledError
+    return self.request.id
+
+
+@shared_task(base=Task, autoretry_for=(IntegrityError,), max_retries=2, default_retry_delay=0, bind=True)
+async def unique_at_second_try_async(self: Task, name: str) -> int:
+    """Fail at COMMIT the first time."""
+    db.session.add_all([Item(name)] if self.request.retries else [Item(name), Item(name)])
+    return self.request.retries
+
+
+@shared_task
+async def loop_id(together: int) -> int:
+    """Which loop runs this; waits until ``together`` such tasks are running on it."""
+    running = {task for task in asyncio.all_tasks() if "loop_id" in repr(task)}
+    while len(running) < together:
+        await asyncio.sleep(0.01)
+        running |= {task for task in asyncio.all_tasks() if "loop_id" in repr(task)}
+    await db.session.execute(text("SELECT 1"))
+    return id(asyncio.get_running_loop())
+
+
+@shared_task(base=Task)
+def insert_and_send(name: str, outcome: str = "succeed") -> str:
+    """A task that sends another one, of the row that it inserts."""
+    insert(name)
+    task_id = read_item.delay_on_commit(name)
+    if outcome == "raise":
+        raise ValueError(name)
+    return str(task_id)
+
+
+@shared_task
+def seen_context() -> dict[str, object]:
+    """What the task inherited, and what its log records carry."""
+    record = logging.makeLogRecord({})
+    UnitOfWorkFilter().filter(record)
+    header = correlation_id.get()
+    return {
+        "request_id": header,
+        "logged": {name: getattr(record, name) for name in ("request_id", "task_id", "unit_id")},
+        "traceparent": seen_context.request.get("traceparent"),
+    }
+
+
+@shared_task
+def wait_for_lock(key: int) -> None:
+    """Wait in PostgreSQL until somebody gives up an advisory lock."""
+    db.sync_session.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": key})

@@ -1,0 +1,165 @@
+"""The same promise in every pool of Celery's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
+
+from celery_ext import AsyncTaskNotSupported, StatementFailed
+from tests.observing import Observer
+from tests.worker.conftest import Until
+from tests.worker.running import Worker, brokers, worker
+
+POOLS = ["prefork", "threads", "solo", "gevent"]
+BROKER = brokers()[-1]
+
+
+@pytest.fixture(scope="module", params=POOLS)
+def pooled(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    """A worker of each pool."""
+    concurrency = "20" if request.param == "gevent" else "2"
+    with worker(BROKER, "-c", concurrency, pool=request.param) as running:
+        yield running
+
+
+async def test_commit_and_rollback(pooled: Worker, empty_tables: Observer) -> None:
+    """Rows of what succeeds, and no others, whatever runs beside."""
+    task = pooled.task("add_item")
+    outcomes = ["succeed", "raise", "duplicate"] * 10
+    results = [task.delay(f"{n:02}", outcome) for n, outcome in enumerate(outcomes)]
+    states = []
+    for result in results:
+        await asyncio.to_thread(result.get, timeout=20, propagate=False)
+        states.append(result.state)
+    assert states == ["SUCCESS", "FAILURE", "FAILURE"] * 10
+    assert await empty_tables.names() == [f"{n:02}" for n in range(0, 30, 3)]
+    assert await empty_tables.in_transaction() == 0
+
+
+async def test_error_callbacks_and_handlers_write(pooled: Worker, empty_tables: Observer, until: Until) -> None:
+    """After the body there is a unit for each errback, and one for the handlers."""
+    result = pooled.task("handled").apply_async(("x", "raise"), link_error=pooled.task("errback").s("x"))
+    await asyncio.to_thread(result.get, timeout=20, propagate=False)
+    await asyncio.to_thread(pooled.until_logged, "raised unexpected: ValueError")
+    while len(await empty_tables.names()) < 3:
+        await empty_tables.connection.execute("SELECT pg_sleep(0.01)")
+    assert await empty_tables.names() == ["after_return x FAILURE", "errback x", "on_failure x"]
+
+
+async def test_async_tasks(pooled: Worker, empty_tables: Observer) -> None:
+    """``async def`` tasks commit, fail and retry likewise; on greenlets they are refused."""
+    task = pooled.task("add_item_async")
+    results = {
+        outcome: task.delay(outcome, outcome) for outcome in ("succeed", "raise", "duplicate", "retry", "cancel")
+    }
+    if "gevent" in pooled.log:
+        for result in results.values():
+            with pytest.raises(AsyncTaskNotSupported, match="write def"):
+                await asyncio.to_thread(result.get, timeout=20)
+        return
+    for outcome in ("succeed", "retry"):
+        assert await asyncio.to_thread(results[outcome].get, timeout=20) == results[outcome].id
+    with pytest.raises(ValueError, match="raise"):
+        await asyncio.to_thread(results["raise"].get, timeout=20)
+    with pytest.raises(StatementFailed, match="IntegrityError"):
+        await asyncio.to_thread(results["duplicate"].get, timeout=20)
+    with pytest.raises(Exception, match="was cancelled"):
+        await asyncio.to_thread(results["cancel"].get, timeout=20)
+    assert await empty_tables.names() == ["retry", "succeed"]
+    assert await empty_tables.in_transaction() == 0
+
+
+async def test_threads_share_one_loop(empty_tables: Observer) -> None:
+    """``async def`` tasks in a pool of threads meet on the process's one loop."""
+    with worker(BROKER, "-c", "4", pool="threads") as running:
+        results = [running.task("loop_id").delay(4) for _ in range(4)]
+        loops = {await asyncio.to_thread(result.get, timeout=20) for result in results}
+    assert len(loops) == 1
+
+
+async def test_greenlets_wait_together(empty_tables: Observer) -> None:
+    """With gevent, tasks that wait for PostgreSQL let others run: all of them hold one lock queue at once."""
+    await empty_tables.connection.execute("SELECT pg_advisory_lock(7)")
+    with worker(BROKER, "-c", "8", pool="gevent") as running:
+        results = [running.task("wait_for_lock").delay(7) for _ in range(8)]
+        query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 7"
+        while await empty_tables.connection.fetchval(query) < 8:
+            await empty_tables.connection.execute("SELECT pg_sleep(0.01)")
+        await empty_tables.connection.execute("SELECT pg_advisory_unlock(7)")
+        for result in results:
+            await asyncio.to_thread(result.get, timeout=20)
+
+
+@pytest.mark.parametrize("task", ["sleep_after_insert", "add_item_async"])
+async def test_soft_time_limit_rolls_back(empty_tables: Observer, task: str) -> None:
+    """The unit is rolled back, and the next task of the same process finds a clean connection."""
+    with worker(BROKER, "-c", "1") as running:
+        arguments = ("x", 60) if task == "sleep_after_insert" else ("x", "sleep")
+        slow = running.task(task).apply_async(arguments, soft_time_limit=1)
+        with pytest.raises(SoftTimeLimitExceeded):
+            await asyncio.to_thread(slow.get, timeout=20)
+        await asyncio.to_thread(running.task("add_item").delay("y").get, timeout=20)
+        assert await empty_tables.names() == ["y"]
+        assert await empty_tables.in_transaction() == 0
+
+
+async def test_hard_time_limit_rolls_back(empty_tables: Observer) -> None:
+    """The process is killed, PostgreSQL rolls back, and the next process serves."""
+    with worker(BROKER, "-c", "1") as running:
+        slow = running.task("sleep_after_insert").apply_async(("x", 60), time_limit=1)
+        with pytest.raises(TimeLimitExceeded):
+            await asyncio.to_thread(slow.get, timeout=20)
+        await asyncio.to_thread(running.task("add_item").delay("y").get, timeout=20)
+        assert await empty_tables.names() == ["y"]
+        while await empty_tables.in_transaction():  # until the server has noticed
+            await empty_tables.connection.execute("SELECT pg_sleep(0.01)")
+
+
+async def test_processes_that_are_replaced(empty_tables: Observer) -> None:
+    """With ``worker_max_tasks_per_child`` every process has connections of its own, and closes them."""
+    with worker(BROKER, "-c", "1", "--max-tasks-per-child", "2") as running:
+        pids = [
+            await asyncio.to_thread(running.task("pid_after_insert").delay(f"{n}").get, timeout=20) for n in range(6)
+        ]
+        assert len(set(pids)) == 3
+        assert len(await empty_tables.names()) == 6
+
+
+async def test_parent_that_used_the_engine_before_it_forked(empty_tables: Observer) -> None:
+    """Children leave the connections of a parent that is connected alone."""
+    with worker(BROKER, "-c", "2", environment={"TEST_USE_BEFORE_FORK": "1"}) as running:
+        results = [running.task("pid_after_insert").delay(f"{n}") for n in range(20)]
+        pids = {await asyncio.to_thread(result.get, timeout=20) for result in results}
+        assert running.process.pid not in pids
+        assert len(await empty_tables.names()) == 20
+        assert "OperationalError" not in running.log
+
+
+async def test_killed_in_the_middle(empty_tables: Observer) -> None:
+    """A process killed in a task with ``acks_late`` leaves no row; the redelivered task leaves one."""
+    await empty_tables.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
+    for broker in brokers():
+        await empty_tables.connection.execute("SELECT setval('kills', 1, false)")
+        with worker(broker, "-c", "1") as running:
+            result = running.task("killed_once").delay(broker)
+            try:
+                assert await asyncio.to_thread(result.get, timeout=30) == broker
+            except WorkerLostError:  # stored for the first delivery, before the second one succeeds
+                await asyncio.to_thread(running.until_logged, "succeeded")
+    assert await empty_tables.names() == sorted(brokers())
+    assert await empty_tables.in_transaction() == 0
+    await empty_tables.connection.execute("DROP SEQUENCE kills")
+
+
+async def test_database_restarted_under_a_worker(empty_tables: Observer) -> None:
+    """When all connections were ended the next task succeeds, ``def`` or ``async def``."""
+    with worker(BROKER, "-c", "1") as running:
+        for number, name in enumerate(["add_item", "add_item_async"] * 2):
+            await asyncio.to_thread(running.task(name).delay(f"{number}").get, timeout=20)
+            await empty_tables.terminate_others()
+        await asyncio.to_thread(running.task("add_item").delay("last").get, timeout=20)
+    assert len(await empty_tables.names()) == 5
+    assert await empty_tables.in_transaction() == 0
