@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from sqlalchemy import delete, func, select
@@ -79,11 +79,10 @@ async def find_by_dify_conversation(dify_conversation_id: str) -> Dialogue | Non
     return await db.session.scalar(select(Dialogue).where(Dialogue.dify_conversation_id == dify_conversation_id))
 
 
-async def waiting() -> list[int]:
-    """The ids of the dialogues with a message that is due and that nobody works on."""
+async def waiting() -> list[Message]:
+    """The oldest unfinished message of each dialogue that nobody works on, if it is due."""
     free = Dialogue.turn_until.is_(None) | (Dialogue.turn_until < func.now())
-    due = Message.state.not_in(FINISHED) & (Message.due_at <= func.now())
-    found = await db.session.scalars(
-        select(Dialogue.id).join(Message).where(free, due).distinct().order_by(Dialogue.id)
-    )
-    return list(found)
+    query = select(Message).join(Dialogue).where(free, Message.state.not_in(FINISHED))
+    oldest = await db.session.scalars(query.distinct(Message.dialogue_id).order_by(Message.dialogue_id, Message.id))
+    now = datetime.now(UTC)
+    return [message for message in oldest if message.due_at <= now]

@@ -30,6 +30,7 @@ class Settings(DatabaseSettings):
         redis_host: Of the default broker and result backend, as the next three.
         celery_broker_url: In place of ``redis_broker``.
         celery_result_backend: In place of ``redis_backend``.
+        celery_task_default_queue: The queue of the tasks.
         celery_worker_concurrency: Processes of a worker.
         celery_task_time_limit: Seconds until a task's process is killed.
         celery_task_soft_time_limit: Seconds until a task is cancelled.
@@ -70,6 +71,7 @@ class Settings(DatabaseSettings):
     redis_backend: Secret = None
     celery_broker_url: Secret = None
     celery_result_backend: Secret = None
+    celery_task_default_queue: str = "chatdify"
     celery_worker_concurrency: Annotated[int, Field(ge=1)] = 4
     celery_task_time_limit: PositiveSeconds = 300.0
     celery_task_soft_time_limit: PositiveSeconds = 240.0

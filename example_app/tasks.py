@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import celery_ext
+from celery.signals import worker_ready
 
+import celery_ext
 from example_app import dialogues, dispatch, steps
 from example_app.clients import get_dify
 from example_app.clients.http import OutsideError
@@ -48,9 +49,14 @@ async def delete_dify_conversation(self: celery_ext.Task, dify_conversation_id: 
 async def resume_dialogues() -> int:
     """Dispatch again for messages whose task got lost: a broker was down, or forgot; returns how many dialogues."""
     waiting = await dialogues.waiting()
-    for dialogue_id in waiting:
-        dispatch.dispatch_processing(dialogue_id)
+    for message in waiting:
+        dispatch.dispatch_for(message)
     return len(waiting)
+
+
+@worker_ready.connect
+def _resume_at_start(**_: object) -> None:
+    resume_dialogues.delay()
 
 
 @app.task(name="chatdify.forget_old_deliveries")

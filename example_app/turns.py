@@ -70,7 +70,9 @@ async def begin(dialogue_id: int, task_id: str | None, state: MessageState) -> S
     message = await _oldest_unfinished(dialogue_id)
     if message is None:
         return None
-    if message.due_at > now or message.state not in (state, _UNDER_WAY[state]):
+    if message.state not in (state, _UNDER_WAY[state]):
+        return None  # its own task was dispatched when it came into that state
+    if message.due_at > now:
         dispatch_for(message)
         return None
     if message.attempts > get_settings().celery_task_max_retries:  # each time the worker died over it

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import celery_ext
 from celery import Celery
 from celery.signals import setup_logging
+from kombu.transport import sqlalchemy as sqlalchemy_transport
+from sqlalchemy import NullPool
 
+import celery_ext
 from example_app import logs
-from example_app.settings import get_settings
+from example_app.settings import Settings, get_settings
 from fastapi_chatdify_db import db
 
 RESUME_EVERY: Final = 30.0
@@ -19,15 +21,24 @@ POLLING_INTERVAL: Final = 0.05
 """Seconds between two looks into a queue that is a PostgreSQL table."""
 
 
+def _transport_options(settings: Settings) -> dict[str, Any]:
+    if settings.broker_url.startswith("redis"):
+        # Redis hands a task out again after this time, whether it is running or not.
+        return {"visibility_timeout": 2 * settings.celery_task_time_limit}
+    if settings.broker_url.startswith("sqla+"):
+        # A pool would be inherited by the processes that a worker forks, and two would speak on one connection.
+        return {"poolclass": NullPool}
+    return {}
+
+
 def _configuration() -> dict[str, Any]:
     settings = get_settings()
     db.settings = settings
-    polling = {"polling_interval": POLLING_INTERVAL, "pool_pre_ping": True}
-    redis = {"visibility_timeout": 2 * settings.celery_task_time_limit}
     return {
         "broker_url": settings.broker_url,
         "result_backend": settings.result_backend,
-        "broker_transport_options": polling if settings.broker_url.startswith("sqla+") else redis,
+        "broker_transport_options": _transport_options(settings),
+        "task_default_queue": settings.celery_task_default_queue,
         "broker_connection_retry_on_startup": True,
         "worker_concurrency": settings.celery_worker_concurrency,
         "worker_max_tasks_per_child": settings.celery_worker_max_tasks_per_child,
@@ -44,6 +55,9 @@ def _configuration() -> dict[str, Any]:
         },
     }
 
+
+# The transport hands its option polling_interval on to create_engine(), which refuses it.
+sqlalchemy_transport.Transport.polling_interval = POLLING_INTERVAL
 
 app = Celery("chatdify", task_cls=celery_ext.Task, include=["example_app.tasks"])
 app.add_defaults(_configuration)

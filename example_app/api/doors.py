@@ -72,7 +72,7 @@ def sign(secret: str, timestamp: str, body: bytes) -> str:
 
 
 class BodyLimit:
-    """Refuses request bodies beyond ``BODY_LIMIT`` with 413, without reading the rest.
+    """Refuses request bodies beyond ``BODY_LIMIT`` with 413; the server discards the rest.
 
     Parameters:
         app: The application.
@@ -90,9 +90,7 @@ class BodyLimit:
             received += len(message.get("body", b""))
             if received > BODY_LIMIT:
                 # Raised where the application reads its body, so that its own handler answers.
-                raise HTTPException(
-                    413, f"The body is larger than {BODY_LIMIT} bytes.", headers={"Connection": "close"}
-                )
+                raise HTTPException(413, f"The body is larger than {BODY_LIMIT} bytes.")
             return message
 
         await self._app(scope, receive_limited, send)

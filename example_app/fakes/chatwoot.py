@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from example_app.api.doors import sign
 from example_app.fakes.faults import Faults
@@ -71,9 +71,9 @@ class FakeChatwoot:
         self.faults = Faults()
         self.posted = asyncio.Event()
         self._api_key = api_key
-        self._webhook_url = webhook_url
+        self.webhook_url = webhook_url
         self._webhook_secret = webhook_secret
-        self._ids = itertools.count(1000)
+        self._ids = itertools.count(time.time_ns() // 1_000_000)  # new ones after a restart
         self._telling: set[asyncio.Task[httpx.Response]] = set()
         self._client = httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=16))
         root = "/api/v1/accounts/1"
@@ -93,7 +93,9 @@ class FakeChatwoot:
             *(Route(f"{conversation}/{name}", action, methods=["POST"]) for name, action in actions.items()),
             Route(f"{root}/teams", self._teams),
         ]
-        self.app: ASGIApp = self.faults.wrap(self._with_key(Starlette(routes=routes)))
+        self.app: ASGIApp = self.faults.wrap(
+            self._with_key(Starlette(routes=routes, exception_handlers={KeyError: _no_such}))
+        )
 
     def conversation(self, conversation_id: int) -> ChatwootConversation:
         """A conversation, begun when it is not there."""
@@ -127,7 +129,7 @@ class FakeChatwoot:
                 "X-Chatwoot-Signature": sign(self._webhook_secret, timestamp, body),
                 "X-Chatwoot-Delivery": delivery or str(uuid4()),
             }
-        return await self._client.post(self._webhook_url, content=body, headers=headers)
+        return await self._client.post(self.webhook_url, content=body, headers=headers)
 
     async def close(self) -> None:
         """Wait for the webhooks under way, and close the connections."""
@@ -209,14 +211,14 @@ class FakeChatwoot:
         return JSONResponse(self.teams)
 
     def _with_key(self, app: Starlette) -> ASGIApp:
-        @app.exception_handler(KeyError)
-        async def not_found(request: Request, error: Exception) -> Response:
-            return JSONResponse({"error": "Resource could not be found"}, 404)
-
-        async def checked(scope: Any, receive: Any, send: Any) -> None:
+        async def checked(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http" and (b"api_access_token", self._api_key.encode()) not in scope["headers"]:
                 await JSONResponse({"error": "Invalid Access Token"}, 401)(scope, receive, send)
             else:
                 await app(scope, receive, send)
 
         return checked
+
+
+async def _no_such(_: Request, __: Exception) -> Response:
+    return JSONResponse({"error": "Resource could not be found"}, 404)

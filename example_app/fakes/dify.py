@@ -47,6 +47,7 @@ class FakeDify:
 
     def __init__(self, api_key: str) -> None:
         self.conversations: dict[str, DifyConversation] = {}
+        self.forgotten: list[DifyConversation] = []
         self.faults = Faults()
         self.asked = asyncio.Event()
         self.delay = 0.0
@@ -62,6 +63,10 @@ class FakeDify:
     def of_user(self, user: str) -> list[DifyConversation]:
         """A user's conversations, in the order in which they began."""
         return [conversation for conversation in self.conversations.values() if conversation.user == user]
+
+    def forget(self, conversation_id: str) -> None:
+        """Know a conversation no longer, as when its application was published anew."""
+        self.forgotten.append(self.conversations.pop(conversation_id))
 
     async def _chat(self, request: Request) -> Response:
         body = await request.json()

@@ -18,6 +18,8 @@ class Fault:
         path: End of their path.
         status: What they are answered.
         times: How many of them.
+        every: Which of them: all, or every tenth, ...
+        seen: How many there were.
         retry_after: Value of the ``Retry-After`` header.
         delay: Seconds until the answer.
         too_late: Whether the request is carried out all the same, only its answer is lost.
@@ -27,6 +29,8 @@ class Fault:
     path: str
     status: int
     times: int = 1
+    every: int = 1
+    seen: int = 0
     retry_after: str | None = None
     delay: float = 0.0
     too_late: bool = False
@@ -61,7 +65,10 @@ class Faults:
 
     def _next(self, scope: Scope) -> Fault | None:
         for fault in self.due:
-            if fault.method == scope["method"] and scope["path"].endswith(fault.path):
+            if fault.method != scope["method"] or not scope["path"].endswith(fault.path):
+                continue
+            fault.seen += 1
+            if fault.seen % fault.every == 0:
                 fault.times -= 1
                 if not fault.times:
                     self.due.remove(fault)

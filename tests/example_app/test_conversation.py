@@ -1,0 +1,108 @@
+"""The way of a message through real processes: answered once, in order, whatever Dify does."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import asyncpg
+
+from example_app.demo.stack import Stack, chatdify
+from example_app.fakes.faults import Fault
+from example_app.steps import dify_user
+
+Broker = tuple[str | None, str]
+
+
+def quick(queue: str) -> dict[str, str]:
+    """Settings under which failures take little time."""
+    return {
+        "CELERY_TASK_DEFAULT_QUEUE": queue,
+        "CELERY_RETRY_COUNTDOWN": "0.1",
+        "HTTPX_READ_TIMEOUT": "1",
+        "CELERY_WORKER_MAX_TASKS_PER_CHILD": "100000",
+    }
+
+
+async def until_answered(stack: Stack, numbers: dict[int, int], seconds: float) -> None:
+    """Return when each of these conversations has that many answers."""
+    async with asyncio.timeout(seconds):
+        while any(len(stack.chatwoot.conversation(c).answers()) < number for c, number in numbers.items()):
+            stack.chatwoot.posted.clear()
+            await stack.chatwoot.posted.wait()
+
+
+async def states(database_url: str) -> dict[str, int]:
+    """How many messages are in which state."""
+    connection = await asyncpg.connect(database_url)
+    try:
+        rows = await connection.fetch("SELECT state, count(*) FROM message GROUP BY state")
+    finally:
+        await connection.close()
+    return {row["state"]: row["count"] for row in rows}
+
+
+async def until_states(database_url: str, expected: dict[str, int]) -> None:
+    """Return when the messages are in these states."""
+    async with asyncio.timeout(60):
+        while await states(database_url) != expected:
+            await asyncio.sleep(0.05)
+
+
+async def test_five_messages_are_answered_in_order(own_database: str, broker: Broker, tmp_path: Path) -> None:
+    """Messages that arrive while one is answered wait for their turn, in one Dify conversation of one user."""
+    url, queue = broker
+    async with chatdify(tmp_path, own_database, url, settings=quick(queue)) as stack, stack.web(), stack.worker():
+        stack.dify.delay = 0.2
+        said = [f"message {number}" for number in range(5)]
+        for content in said:
+            assert (await stack.chatwoot.say(7, content)).json()["status"] == "processing"
+        await until_answered(stack, {7: 5}, 60)
+        assert stack.chatwoot.conversation(7).answers() == [f"You said: {content}" for content in said]
+        [conversation] = stack.dify.conversations.values()
+        assert conversation.user == dify_user(7)
+        assert [message.query for message in conversation.messages] == said
+        await until_states(own_database, {"posted": 5})
+
+
+async def test_two_hundred_conversations_with_faults(own_database: str, broker: Broker, tmp_path: Path) -> None:
+    """With 429s, 500s, lost answers and forgotten conversations, rows, Chatwoot and Dify agree at the end."""
+    url, queue = broker
+    conversations, each = 200, 5
+    async with chatdify(tmp_path, own_database, url, settings=quick(queue)) as stack, stack.web(), stack.worker():
+        ask = ("POST", "/chat-messages")
+        stack.dify.faults.add(Fault(*ask, 429, times=30, every=31, retry_after="0"))
+        stack.dify.faults.add(Fault(*ask, 500, times=30, every=37))
+        stack.dify.faults.add(Fault(*ask, 500, times=10, every=41, too_late=True))
+        stack.dify.faults.add(Fault(*ask, 504, times=10, every=43, too_late=True, delay=1.2))
+        stack.chatwoot.faults.add(Fault("POST", "/messages", 502, times=10, every=47, too_late=True))
+
+        async def talk(conversation: int) -> None:
+            for number in range(each):
+                await stack.chatwoot.say(conversation, f"{conversation}.{number}")
+
+        async def forget() -> None:
+            for conversation in random.Random(5).sample(range(1, conversations + 1), 20):
+                await until_answered(stack, {conversation: 1}, 240)
+                for known in stack.dify.of_user(dify_user(conversation)):
+                    stack.dify.forget(known.id)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(forget())
+            for conversation in range(1, conversations + 1):
+                group.create_task(talk(conversation))
+        everything = dict.fromkeys(range(1, conversations + 1), each)
+        await until_answered(stack, everything, 240)
+        await until_states(own_database, {"posted": conversations * each})
+        assert stack.dify.faults.had >= 80
+        for conversation in everything:
+            said = [f"{conversation}.{number}" for number in range(each)]
+            assert stack.chatwoot.conversation(conversation).answers() == [f"You said: {content}" for content in said]
+            user = dify_user(conversation)
+            known = [*(c for c in stack.dify.forgotten if c.user == user), *stack.dify.of_user(user)]
+            assert len(stack.dify.of_user(user)) <= 1
+            # A question whose answer was lost together with its conversation is asked again, in the next one.
+            asked = [message.query for dify_conversation in known for message in dify_conversation.messages]
+            assert list(dict.fromkeys(asked)) == said
+            assert len(asked) - each <= len(known) - 1
