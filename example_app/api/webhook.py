@@ -44,7 +44,7 @@ _BODY: Final[dict[str, Any]] = {
 }
 
 
-@router.post("/chatwoot-webhook", openapi_extra=_BODY)
+@router.post("/chatwoot-webhook", openapi_extra=_BODY, response_model_exclude_none=True)
 async def chatwoot_webhook(body: Body, delivery_id: DeliveryID = None) -> WebhookResult:
     """Take what Chatwoot tells; the same delivery or message again does nothing."""
     event = parse(body)

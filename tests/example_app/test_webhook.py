@@ -31,7 +31,7 @@ async def deliver(client: httpx.AsyncClient, payload: Any, delivery: str | None 
 async def test_message_is_stored_and_processing(client: httpx.AsyncClient) -> None:
     """A customer's message makes its dialogue, and waits for its answer."""
     response = await deliver(client, message())
-    assert response.json() == {"status": "processing", "reason": None, "dialogue_id": None}
+    assert response.json() == {"status": "processing"}
     assert await rows("SELECT chatwoot_conversation_id, status FROM dialogue") == [("7", "pending")]
     assert await rows("SELECT chatwoot_message_id, content, state FROM message") == [
         (1041, "Where is my parcel?", "received")
@@ -103,7 +103,7 @@ async def test_conversation_events_update_the_dialogue(client: httpx.AsyncClient
     payload = {"event": event} | ({"conversation": conversation} if nested else conversation)
     answer = (await deliver(client, payload)).json()
     found = await rows("SELECT id, status, assignee_id, dify_conversation_id FROM dialogue")
-    assert answer == {"status": "success", "reason": None, "dialogue_id": found[0][0]}
+    assert answer == {"status": "success", "dialogue_id": found[0][0]}
     assert [row[1:] for row in found] == [("open", 3, "dify-1")]
     await deliver(client, {"event": event, "id": 7, "status": "open", "meta": {"assignee": None}})
     assert await rows("SELECT assignee_id FROM dialogue") == [(None,)]
