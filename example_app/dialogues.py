@@ -82,7 +82,7 @@ async def find_by_dify_conversation(dify_conversation_id: str) -> Dialogue | Non
 async def waiting() -> list[Message]:
     """The oldest unfinished message of each dialogue that nobody works on, if it is due."""
     free = Dialogue.turn_until.is_(None) | (Dialogue.turn_until < func.now())
-    query = select(Message).join(Dialogue).where(free, Message.state.not_in(FINISHED))
-    oldest = await db.session.scalars(query.distinct(Message.dialogue_id).order_by(Message.dialogue_id, Message.id))
+    oldest = select(func.min(Message.id)).where(Message.state.not_in(FINISHED)).group_by(Message.dialogue_id)
+    found = await db.session.scalars(select(Message).join(Dialogue).where(free, Message.id.in_(oldest)))
     now = datetime.now(UTC)
-    return [message for message in oldest if message.due_at <= now]
+    return [message for message in found if message.due_at <= now]

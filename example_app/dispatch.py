@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Final
 
 import celery_ext
-
 from example_app.db.models import Message, MessageState
 from example_app.worker import app
 

@@ -102,6 +102,12 @@ async def rows(query: str) -> list[tuple[object, ...]]:
         return [tuple(row) for row in await connection.exec_driver_sql(query)]
 
 
+async def write(statement: str) -> None:
+    """Change something in the run's database."""
+    async with db.async_engine.begin() as connection:
+        await connection.exec_driver_sql(statement)
+
+
 @pytest.fixture
 def own_database(database_url: str) -> Iterator[str]:
     """The URL of an empty database, with room for a broker's tables, dropped in the end."""

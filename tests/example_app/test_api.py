@@ -137,8 +137,8 @@ async def test_health(client: httpx.AsyncClient, configure: Configure, outside: 
 async def test_token_is_needed(client: httpx.AsyncClient, outside: Outside, path: str) -> None:
     """Without the token, or with another one, nothing happens."""
     del client.headers["Authorization"]
-    for headers in ({}, *({"Authorization": value} for value in ("Bearer guessed", "Basic abc", "Bearer gué"))):
-        response = await client.post(f"/api/v1/{path}", headers=headers)
+    for value in ("", "Bearer guessed", "Basic abc", "Bearer gué"):
+        response = await client.post(f"/api/v1/{path}", headers={b"Authorization": value.encode()})
         assert response.status_code == 401
         assert response.headers["WWW-Authenticate"] == "Bearer"
     assert outside.chatwoot.conversation(7).messages == []

@@ -11,8 +11,7 @@ import httpx
 import pytest
 
 from example_app.schemas import WEBHOOK_EXAMPLE
-from fastapi_chatdify_db import db
-from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside, rows, signed
+from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside, rows, signed, write
 
 PATH = "/api/v1/chatwoot-webhook"
 
@@ -98,7 +97,7 @@ async def test_settings_widen_what_is_answered(client: httpx.AsyncClient, config
 async def test_conversation_events_update_the_dialogue(client: httpx.AsyncClient, event: str, nested: bool) -> None:
     """Status and assignee follow Chatwoot; what Dify calls the conversation stays."""
     await deliver(client, message())
-    await rows_written("UPDATE dialogue SET dify_conversation_id = 'dify-1'")
+    await write("UPDATE dialogue SET dify_conversation_id = 'dify-1'")
     conversation = {"id": 7, "status": "open", "meta": {"assignee": {"id": 3}}}
     payload = {"event": event} | ({"conversation": conversation} if nested else conversation)
     answer = (await deliver(client, payload)).json()
@@ -112,7 +111,7 @@ async def test_conversation_events_update_the_dialogue(client: httpx.AsyncClient
 async def test_deleted_conversation(client: httpx.AsyncClient) -> None:
     """The dialogue goes, with its messages."""
     await deliver(client, message())
-    await rows_written("UPDATE dialogue SET dify_conversation_id = 'dify-1'")
+    await write("UPDATE dialogue SET dify_conversation_id = 'dify-1'")
     assert (await deliver(client, {"event": "conversation_deleted", "id": 7})).json()["status"] == "success"
     assert await rows("SELECT count(*) FROM dialogue") == await rows("SELECT count(*) FROM message") == [(0,)]
     assert (await deliver(client, {"event": "conversation_deleted", "id": 7})).json()["status"] == "success"
@@ -202,9 +201,3 @@ async def test_fake_chatwoot_signs_as_the_real_one(client: httpx.AsyncClient, ou
     """What a customer says in the fake arrives through the signed webhook."""
     outside.chatwoot.webhook_url = f"{client.base_url}{PATH}"
     assert (await outside.chatwoot.say(7, "Hello")).json()["status"] == "processing"
-
-
-async def rows_written(statement: str) -> None:
-    """Run a statement."""
-    async with db.async_engine.begin() as connection:
-        await connection.exec_driver_sql(statement)
