@@ -10,7 +10,7 @@ from typing import Any, Final
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from example_app import logs
+from example_app import logs, worker
 from example_app.api import conversations, health, problems, webhook
 from example_app.api.doors import BodyLimit
 from example_app.clients import close_clients
@@ -18,6 +18,10 @@ from example_app.settings import get_settings
 from fastapi_chatdify_db import DBSessionMiddleware, db, health_router
 
 PREFIX: Final = "/api/v1"
+
+DISPATCH_TIME: Final = 0.5
+"""Seconds that a request waits for the broker to take its task. The message is stored by then: if the broker does not,
+it is dispatched by ``resume_dialogues``."""
 
 
 @asynccontextmanager
@@ -40,9 +44,10 @@ def create_app() -> FastAPI:
     """
     settings = get_settings()
     settings.require_secrets()
-    logs.configure(settings.log_level)
+    logs.configure(settings)
     db.settings = settings
     import_module("example_app.tasks")  # registers what the dispatch sends
+    worker.app.conf.broker_connection_timeout = DISPATCH_TIME
     app = FastAPI(title="Chatdify", summary="Answers Chatwoot's conversations with Dify", lifespan=lifespan)
     app.add_middleware(DBSessionMiddleware)
     app.add_middleware(BodyLimit)

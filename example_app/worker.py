@@ -66,4 +66,4 @@ celery_ext.init_app(app)
 
 @setup_logging.connect
 def _set_up_logging(**_: object) -> None:
-    logs.configure(get_settings().log_level)
+    logs.configure(get_settings())
