@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from example_app import dispatch, turns
 from example_app.clients import get_chatwoot, get_dify
-from example_app.clients.dify import Answer, Question
+from example_app.clients.dify import Answer, Question, StillAnswering
 from example_app.clients.http import NotFound, OutsideError
 from example_app.db.models import Message, MessageState
 from example_app.logs import logger
@@ -108,6 +108,10 @@ async def _earlier_answer(question: Question, step: Step) -> Answer | None:
         return await dify.find_answer(question, ids)
     except NotFound:
         return None
+    except StillAnswering:
+        if step.attempt > get_settings().celery_task_max_retries:
+            return None  # it never will
+        raise
 
 
 async def _respond(step: Step) -> Done:

@@ -9,11 +9,17 @@ from typing import Final
 import httpx
 from pydantic import BaseModel, JsonValue
 
-from example_app.clients.http import NotFound, OutsideAPI, Unanswered, as_outside_error, read
+from example_app.clients.http import NotFound, OutsideAPI, OutsideError, Unanswered, as_outside_error, read
 from example_app.settings import Settings
 
 _NAME: Final = "Dify"
 _ASK: Final = "Dify, POST /chat-messages"
+
+
+class StillAnswering(OutsideError):
+    """Dify has the question, and no answer yet."""
+
+    may_pass = True
 
 
 class Question(BaseModel):
@@ -97,6 +103,10 @@ class Dify(OutsideAPI):
         Parameters:
             question: What was asked. Without a conversation, the user's latest one is looked at.
             known: The ids of the messages whose answers are known: the same words may be said twice.
+
+        Raises:
+            StillAnswering: It is under way, or was when Dify died.
+            OutsideError: Another of its subclasses: Dify did not tell.
         """
         conversation_id = question.conversation_id or await self.latest_conversation(question.user)
         if conversation_id is None:
@@ -105,7 +115,9 @@ class Dify(OutsideAPI):
             "GET", "/messages", params={"conversation_id": conversation_id, "user": question.user, "limit": 20}
         )
         for message in reversed(read(_Messages, answer, _NAME).data):
-            if message.query == question.query and message.id not in known and message.answer:
+            if message.query == question.query and message.id not in known:
+                if not message.answer:
+                    raise StillAnswering("Dify, GET /messages", "has no answer yet")
                 return Answer(conversation_id=message.conversation_id, message_id=message.id, answer=message.answer)
         return None
 

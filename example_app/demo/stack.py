@@ -17,7 +17,7 @@ from typing import Final
 
 import httpx
 from kombu import Connection
-from sqlalchemy import make_url
+from sqlalchemy import NullPool, make_url
 
 from example_app.fakes.chatwoot import FakeChatwoot
 from example_app.fakes.dify import FakeDify
@@ -143,10 +143,12 @@ async def chatdify(
             "DATABASE_URL": database_url,
             "CELERY_BROKER_URL": broker_url or f"sqla+{_with_driver(database_url)}",
             "CELERY_RESULT_BACKEND": f"db+{_with_driver(database_url)}",
+            "CELERY_TASK_DEFAULT_QUEUE": "chatdify",
             "CELERY_WORKER_CONCURRENCY": "2",
         } | dict(settings or {})
         if broker_url is None:
-            await asyncio.to_thread(_make_queue_tables, environment["CELERY_BROKER_URL"])
+            queue = environment["CELERY_TASK_DEFAULT_QUEUE"]
+            await asyncio.to_thread(_make_queue, environment["CELERY_BROKER_URL"], queue)
         yield Stack(url, chatwoot_url, dify_url, chatwoot, dify, known, environment, directory)
 
 
@@ -155,10 +157,12 @@ def _with_driver(database_url: str) -> str:
     return make_url(database_url).set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
 
 
-def _make_queue_tables(broker_url: str) -> None:
-    # Two processes that do it at once would fail.
-    with Connection(broker_url) as connection:
-        connection.SimpleQueue("chatdify").close()
+def _make_queue(broker_url: str, queue: str) -> None:
+    # Two processes that make the tables, or the queue, at once would fail.
+    with Connection(broker_url, transport_options={"poolclass": NullPool}) as connection:
+        channel = connection.channel()
+        channel.queue_declare(queue)
+        channel.session.close()
 
 
 def _free_port() -> int:

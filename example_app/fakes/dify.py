@@ -23,7 +23,7 @@ class DifyMessage:
     """A question and its answer."""
 
     query: str
-    answer: str
+    answer: str = ""
     id: str = field(default_factory=lambda: str(uuid4()))
     created_at: int = field(default_factory=lambda: int(time.time()))
 
@@ -70,7 +70,6 @@ class FakeDify:
 
     async def _chat(self, request: Request) -> Response:
         body = await request.json()
-        self.asked.set()
         if not self._allowed(request):
             return _error(401, "unauthorized")
         if not {"query", "inputs", "user"} <= body.keys() or not body["query"]:
@@ -78,12 +77,14 @@ class FakeDify:
         conversation = self._find(body.get("conversation_id"), body["user"])
         if conversation is None and body.get("conversation_id"):
             return _error(404, "not_found")
-        await asyncio.sleep(self.delay)
         if conversation is None:
             conversation = DifyConversation(body["user"], body["inputs"])
             self.conversations[conversation.id] = conversation
-        message = DifyMessage(body["query"], f"You said: {body['query']}")
+        message = DifyMessage(body["query"])
         conversation.messages.append(message)
+        self.asked.set()
+        await asyncio.sleep(self.delay)
+        message.answer = f"You said: {message.query}"
         if body.get("response_mode") == "streaming":
             return StreamingResponse(_events(conversation, message), media_type="text/event-stream")
         return JSONResponse(

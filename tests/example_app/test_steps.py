@@ -199,14 +199,29 @@ async def test_one_turn_at_a_time(outside: Outside) -> None:
 async def test_redelivered_task_takes_its_turn_over(outside: Outside) -> None:
     """The turn of a worker that died goes to the same task when it is delivered again, and to no other one."""
     dialogue = await receive(outside, "Hello")
-    outside.dify.delay = 60
+    outside.dify.delay = 3
     died = asyncio.create_task(run(ask, dialogue, "task-1"))
     await outside.dify.asked.wait()
     died.cancel()
     await asyncio.gather(died, return_exceptions=True)
     outside.dify.delay = 0
     assert await run(ask, dialogue, "task-2") == "nothing to do"
-    assert await run(ask, dialogue, "task-1") == "answered"
+    assert await run(ask, dialogue, "task-1") == "failed"  # Dify is still at it
+    for conversation in outside.dify.conversations.values():
+        conversation.messages[0].answer = "at last"
+    assert await run(ask, dialogue) == "answered"
+    assert await rows("SELECT answer FROM message") == [("at last",)]
+
+
+async def test_answer_that_never_comes_is_asked_for_again(outside: Outside) -> None:
+    """A Dify that died over the question is asked again in the last attempt, in the same conversation."""
+    dialogue = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 504, too_late=True))
+    assert await run(ask, dialogue) == "failed"
+    [conversation] = outside.dify.conversations.values()
+    conversation.messages[0].answer = ""
+    assert [await run(ask, dialogue) for _ in range(3)] == ["failed", "failed", "answered"]
+    assert [*outside.dify.conversations.values()] == [conversation]
 
 
 async def test_turn_runs_out(outside: Outside) -> None:
