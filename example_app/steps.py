@@ -94,20 +94,18 @@ async def _ask(step: Step) -> Done:
 
 
 async def _earlier_answer(question: Question, step: Step) -> Answer | None:
-    """What Dify answered to an earlier attempt; a conversation that one began becomes the question's."""
+    """What Dify answered to an earlier attempt; the conversation that it stands in becomes the question's."""
     dify = await get_dify()
+    # The user has one, and it need not be the one we know: an earlier attempt may have begun it.
+    question.conversation_id = await dify.latest_conversation(question.user)
     if question.conversation_id is None:
-        question.conversation_id = await dify.latest_conversation(question.user)
-        if question.conversation_id is None:
-            return None
+        return None
     mine = Message.dialogue_id == step.dialogue.id
     known = await db.session.scalars(select(Message.dify_message_id).where(mine))
     ids = [message_id for message_id in known if message_id is not None]
     await db.release()
     try:
-        return await dify.find_answer(question, ids)
-    except NotFound:
-        return None
+        return await dify.find_answer(question.query, question.user, question.conversation_id, ids)
     except StillAnswering:
         if step.attempt > get_settings().celery_task_max_retries:
             return None  # it never will

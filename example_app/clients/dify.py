@@ -97,25 +97,23 @@ class Dify(OutsideAPI):
             return await self._ask_streaming(body)
         return _answer(await self.call_once("POST", "/chat-messages", json=body))
 
-    async def find_answer(self, question: Question, known: Collection[str]) -> Answer | None:
+    async def find_answer(self, query: str, user: str, conversation_id: str, known: Collection[str]) -> Answer | None:
         """The answer to a question that was asked before, when it is not known whether Dify got it.
 
         Parameters:
-            question: What was asked. Without a conversation, the user's latest one is looked at.
+            query: What was asked.
+            user: By whom.
+            conversation_id: Where.
             known: The ids of the messages whose answers are known: the same words may be said twice.
 
         Raises:
             StillAnswering: It is under way, or was when Dify died.
             OutsideError: Another of its subclasses: Dify did not tell.
         """
-        conversation_id = question.conversation_id or await self.latest_conversation(question.user)
-        if conversation_id is None:
-            return None
-        answer = await self.call(
-            "GET", "/messages", params={"conversation_id": conversation_id, "user": question.user, "limit": 20}
-        )
+        parameters: dict[str, str | int] = {"conversation_id": conversation_id, "user": user, "limit": 20}
+        answer = await self.call("GET", "/messages", params=parameters)
         for message in reversed(read(_Messages, answer, _NAME).data):
-            if message.query == question.query and message.id not in known:
+            if message.query == query and message.id not in known:
                 if not message.answer:
                     raise StillAnswering("Dify, GET /messages", "has no answer yet")
                 return Answer(conversation_id=message.conversation_id, message_id=message.id, answer=message.answer)

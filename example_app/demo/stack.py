@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 from kombu import Connection
@@ -160,7 +160,7 @@ def _with_driver(database_url: str) -> str:
 def _make_queue(broker_url: str, queue: str) -> None:
     # Two processes that make the tables, or the queue, at once would fail.
     with Connection(broker_url, transport_options={"poolclass": NullPool}) as connection:
-        channel = connection.channel()
+        channel: Any = connection.channel()  # the stubs know none of its methods
         channel.queue_declare(queue)
         channel.session.close()
 

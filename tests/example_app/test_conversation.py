@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import asyncpg
+import httpx
 import psutil
 
 from example_app.demo.stack import Stack, chatdify
@@ -56,6 +57,16 @@ async def until_states(database_url: str, expected: dict[str, int]) -> None:
     async with asyncio.timeout(60):
         while await states(database_url) != expected:
             await asyncio.sleep(0.05)
+
+
+def connected(worker: int, port: int | None) -> psutil.Process:
+    """The worker's process that is connected to this port."""
+    [process] = [
+        child
+        for child in psutil.Process(worker).children()
+        if any(connection.raddr and connection.raddr.port == port for connection in child.net_connections("tcp"))
+    ]
+    return process
 
 
 async def test_five_messages_are_answered_in_order(own_database: str, broker: Broker, tmp_path: Path) -> None:
@@ -126,8 +137,7 @@ async def test_worker_killed_in_the_middle_of_an_answer(own_database: str, broke
             await stack.chatwoot.say(7, "Hello")
             await stack.chatwoot.say(7, "Hello again")
             await asyncio.wait_for(stack.dify.asked.wait(), 60)
-            for child in psutil.Process(worker.pid).children():
-                child.send_signal(signal.SIGKILL)
+            connected(worker.pid, httpx.URL(stack.dify_url).port).send_signal(signal.SIGKILL)
             await until_answered(stack, {7: 2}, 60)
             await until_states(own_database, {"posted": 2})
         assert stack.chatwoot.conversation(7).answers() == ["You said: Hello", "You said: Hello again"]

@@ -133,6 +133,19 @@ async def test_forgotten_conversation_starts_anew(outside: Outside) -> None:
     assert await rows("SELECT dify_conversation_id FROM dialogue") == [(*outside.dify.conversations,)]
 
 
+async def test_conversation_that_replaced_a_forgotten_one_is_found_again(outside: Outside) -> None:
+    """An answer that was lost together with the new conversation's id is found in that conversation."""
+    dialogue = await receive(outside, "Hello", "again")
+    await run(ask, dialogue)
+    await run(respond, dialogue)
+    outside.dify.forget(*outside.dify.conversations)
+    outside.dify.faults.add(Fault(*ASK, 500, every=2, too_late=True))  # the first one answers 404
+    assert [await run(ask, dialogue), await run(ask, dialogue)] == ["failed", "answered"]
+    [conversation] = outside.dify.conversations.values()
+    assert [message.query for message in conversation.messages] == ["again"]
+    assert await rows("SELECT dify_conversation_id FROM dialogue") == [(conversation.id,)]
+
+
 async def test_empty_answer_posts_nothing(outside: Outside) -> None:
     """Where Dify has nothing to say, the message is done."""
     dialogue = await receive(outside, "Hello")
