@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,7 +71,7 @@ def test_answers_are_as_documented(api: schemathesis.BaseSchema) -> None:
     for operation in operations:
         strategies = [operation.as_strategy(generation_mode=mode) for mode in GenerationMode]
 
-        @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(case=one_of(strategies))
         def answers_as_documented(case: schemathesis.Case[Any]) -> None:
             parameters = {"secret": WEBHOOK_SECRET} if case.path.endswith("/chatwoot-webhook") else None
