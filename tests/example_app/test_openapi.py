@@ -78,5 +78,4 @@ def test_answers_are_as_documented(api: schemathesis.BaseSchema) -> None:
             headers = {"Authorization": f"Bearer {API_TOKEN}"}
             case.call_and_validate(checks=CHECKS, headers=headers, params=parameters)
 
-        print(operation.label, time.time())
         answers_as_documented()
