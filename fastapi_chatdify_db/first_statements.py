@@ -71,29 +71,43 @@ class FirstStatements:
         state = _state(context)
         if state is None or state.started:
             return False
-        ordinary = _begins_ordinarily(context.root_connection.connection)
-        lazily = ordinary and state.read_committed and _is_read(cursor, statement, context)
+        replaceable = (
+            self._survive
+            and _begins_ordinarily(context.root_connection.connection)
+            and context.execute_style is not ExecuteStyle.INSERTMANYVALUES  # it keeps the old cursor
+        )
         try:
-            if lazily:
-                _run_in_autocommit(context, statement, parameters)
-            else:
-                state.started = True
-                context.dialect.do_execute(cursor, statement, parameters, context)
+            self._run(statement, parameters, context)
         except self._errors as error:
-            if died(context, error):
-                if not (self._survive and ordinary) or context.execute_style is ExecuteStyle.INSERTMANYVALUES:
-                    raise
-                replace_connection(context, error)
-            elif not lazily or getattr(error, "pgcode", None) == _QUERY_CANCELED:
+            if not (replaceable and died(context, error)):
                 raise
-            # As the first statement of a transaction it fails again, and leaves what the caller expects: a failed
-            # transaction. On a new connection it is the ordinary way, too.
-            self._start(cursor, statement, parameters, context)
-            context.dialect.do_execute(context.cursor, statement, parameters, context)
+            replace_connection(context, error)
+            self._run(statement, parameters, context)
         return True
 
+    def _run(self, statement: str, parameters: Any, context: ExecutionContext) -> None:
+        state = _state(context)
+        assert state is not None  # checked before, and a new connection has one
+        if (
+            state.read_committed
+            and _begins_ordinarily(context.root_connection.connection)
+            and _is_read(statement, context)
+        ):
+            try:
+                _run_in_autocommit(statement, parameters, context)
+            except self._errors as error:
+                if died(context, error) or getattr(error, "pgcode", None) == _QUERY_CANCELED:
+                    raise
+                # Now as the first statement of a transaction. It fails again, and so the transaction is a failed one,
+                # as whoever catches the error expects.
+            else:
+                return
+        state.started = True
+        context.dialect.do_execute(context.cursor, statement, parameters, context)
 
-def _is_read(cursor: Any, statement: str, context: ExecutionContext) -> bool:
+
+def _is_read(statement: str, context: ExecutionContext) -> bool:
+    cursor = context.cursor
     # A server-side cursor lives in a transaction: asyncpg's adapter says so, psycopg2's cursors have a name.
     server_side = getattr(cursor, "server_side", False) or getattr(cursor, "name", None)
     return (
@@ -101,7 +115,7 @@ def _is_read(cursor: Any, statement: str, context: ExecutionContext) -> bool:
     )
 
 
-def _run_in_autocommit(context: ExecutionContext, statement: str, parameters: Any) -> None:
+def _run_in_autocommit(statement: str, parameters: Any, context: ExecutionContext) -> None:
     # Only around the statement: whoever uses the driver's connection directly finds it as always.
     connection: Any = context.root_connection.connection.dbapi_connection
     connection.autocommit = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from typing import Any, Final
@@ -20,7 +21,9 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
     Takes the place of ``pool_pre_ping``, which asks at every checkout, in three round trips with asyncpg. A connection
     whose end reached us meanwhile is noticed without asking.
     """
-    errors = (engine.dialect.loaded_dbapi.Error, OSError)
+
+    def note_birth(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info[_IDLE_SINCE] = math.inf
 
     def note_time(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
         record.info[_IDLE_SINCE] = time.monotonic()
@@ -36,23 +39,29 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
         if suspicious or idle > seconds:
             try:
                 _ping(engine, dbapi_connection)
-            except errors as error:
+            except Exception as error:  # asyncpg's own kinds too, which the dialect translates only for its cursors
                 # The pool replaces this connection, and at their checkout all others that are as old.
                 raise InvalidatePoolError from error
 
-    event.listen(engine, "connect", note_time)
+    event.listen(engine, "connect", note_birth)
     event.listen(engine, "checkin", note_time)
     event.listen(engine, "checkout", test)
 
 
 def died(context: ExecutionContext, error: Exception) -> bool:
     """Whether a statement failed because its connection did."""
-    code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None) or ""
-    # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is.
-    return code.startswith("57P0") or context.dialect.is_disconnect(
-        error,  # type: ignore[arg-type]  # asyncpg's adapter may raise an OSError too
-        context.root_connection.connection.dbapi_connection,
-        context.cursor,
+    code = getattr(error, "pgcode", None) or ""
+    # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. asyncpg that heard
+    # them while nothing was asked says it is confused.
+    confused = getattr(context.dialect.loaded_dbapi, "InternalClientError", ())
+    return (
+        code.startswith("57P0")
+        or isinstance(error, confused)
+        or context.dialect.is_disconnect(
+            error,  # type: ignore[arg-type]  # asyncpg's adapter may raise an OSError too
+            context.root_connection.connection.dbapi_connection,
+            context.cursor,
+        )
     )
 
 

@@ -1,0 +1,174 @@
+"""Connections that die under a request: what has only read goes on, what had written is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import insert, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware
+from tests.models import Counter, Item
+from tests.observing import Observer
+from tests.serving import serve
+
+MINUTE = 60.0
+KILLS = 20
+
+
+def app_on(database: Database) -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.get("/read")
+    async def read() -> int:
+        counter = await database.session.get_one(Counter, 1)
+        await database.session.scalars(select(Item))
+        return counter.value
+
+    @app.get("/read-def")
+    def read_def() -> int:
+        counter = database.sync_session.get_one(Counter, 1)
+        database.sync_session.scalars(select(Item)).all()
+        return counter.value
+
+    return app
+
+
+@pytest.mark.parametrize("path", ["/read", "/read-def"])
+@pytest.mark.parametrize("ping_after", [0, MINUTE], ids=["tested", "trusted"])
+async def test_reads_survive_backends_that_die_under_load(observer: Observer, path: str, ping_after: float) -> None:
+    """Backends are terminated at random, all the time: no request that only reads fails."""
+    await observer.connection.execute("INSERT INTO counter (id, value) VALUES (1, 7)")
+    name = "dies under load"
+    settings = DatabaseSettings(db_application_name=name, db_ping_after=ping_after, db_pool_size=4, db_max_overflow=0)
+    database = Database(settings=settings)
+    killed = 0
+
+    async def kill_at_random() -> None:
+        nonlocal killed
+        while killed < KILLS:
+            # Not one that has just replaced another: a statement runs again once, not for ever.
+            killed += await observer.connection.fetchval(
+                """SELECT count(pg_terminate_backend(pid)) FROM (
+                     SELECT pid FROM pg_stat_activity WHERE application_name = $1 AND datname = current_database()
+                     AND query LIKE '%FROM item%' AND backend_start < now() - interval '0.3 s'
+                     ORDER BY random() LIMIT 1) AS victim""",
+                name,
+            )
+            await observer.connection.execute("SELECT pg_sleep(0.01)")
+
+    async with serve(app_on(database)) as client:
+
+        async def ask() -> set[tuple[int, str]]:
+            answers = set()
+            while killed < KILLS:
+                response = await client.get(path)
+                answers.add((response.status_code, response.text))
+            return answers
+
+        *answers, _ = await asyncio.gather(*(ask() for _ in range(8)), kill_at_random())
+    await database.dispose()
+    assert set().union(*filter(None, answers)) == {(200, "7")}
+
+
+def lose_connection(session: Session, kill: Callable[[int], None]) -> None:
+    driver = session.connection().connection.driver_connection
+    assert driver is not None
+    kill(driver.info.backend_pid if hasattr(driver, "info") else driver.get_server_pid())
+
+
+def read_then_read(session: Session, kill: Callable[[int], None]) -> None:
+    assert session.get_one(Counter, 1).value == 7
+    lose_connection(session, kill)
+    assert session.scalars(select(Item.name)).all() == []
+    assert session.scalars(select(Counter.value)).all() == [7]
+
+
+def read_then_write(session: Session, kill: Callable[[int], None]) -> None:
+    counter = session.get_one(Counter, 1)
+    lose_connection(session, kill)
+    counter.value += 1
+    session.flush()
+    assert session.scalar(select(Counter.value)) == 8
+
+
+def read_then_text(session: Session, kill: Callable[[int], None]) -> None:
+    assert session.get_one(Counter, 1).value == 7
+    lose_connection(session, kill)
+    session.execute(text("UPDATE counter SET value = value + 1"))
+
+
+def write_then_read(session: Session, kill: Callable[[int], None]) -> None:
+    session.execute(insert(Item).values(name="lost"))
+    lose_connection(session, kill)
+    session.scalars(select(Counter.value)).all()
+
+
+def lock_then_write(session: Session, kill: Callable[[int], None]) -> None:
+    counter = session.get_one(Counter, 1, with_for_update=True)
+    lose_connection(session, kill)
+    counter.value += 1
+    session.flush()
+
+
+def read_at_repeatable_read(session: Session, kill: Callable[[int], None]) -> None:
+    session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+    session.get_one(Counter, 1)
+    lose_connection(session, kill)
+    session.scalars(select(Item.name)).all()
+
+
+Work = Callable[[Session, Callable[[int], None]], None]
+
+
+async def run(observer: Observer, driver: str, work: Work) -> int:
+    """Run the work in a unit whose connection it may kill; returns the counter's value afterwards."""
+    await observer.connection.execute("INSERT INTO counter (id, value) VALUES (1, 7)")
+    database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
+    loop = asyncio.get_running_loop()
+
+    async def terminate(pid: int) -> None:
+        await observer.connection.fetch("SELECT pg_terminate_backend($1, 5000)", pid)
+
+    def kill(pid: int) -> None:
+        asyncio.run_coroutine_threadsafe(terminate(pid), loop).result(timeout=10)
+
+    def in_thread() -> None:
+        if driver == "psycopg2":
+            with database.sync_transaction() as session:
+                work(session, kill)
+        else:
+            asyncio.run(on_a_loop_of_its_own())
+
+    async def on_a_loop_of_its_own() -> None:
+        async with database.transaction() as session:
+            await session.run_sync(work, kill)
+        await database.dispose()
+
+    try:
+        await asyncio.to_thread(in_thread)
+    finally:
+        await database.dispose()
+    return int(await observer.connection.fetchval("SELECT value FROM counter"))
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+@pytest.mark.parametrize(("work", "value"), [(read_then_read, 7), (read_then_write, 8), (read_then_text, 8)])
+async def test_unit_that_only_read_goes_on(observer: Observer, driver: str, work: Work, value: int) -> None:
+    """Its next statement, be it the first write, runs on another connection; the session and its objects stay."""
+    assert await run(observer, driver, work) == value
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+@pytest.mark.parametrize("work", [write_then_read, lock_then_write, read_at_repeatable_read])
+async def test_unit_that_had_begun_is_told(observer: Observer, driver: str, work: Work) -> None:
+    """What was written, locked or seen went with the connection, so the error is raised."""
+    with pytest.raises(DBAPIError):
+        await run(observer, driver, work)
+    assert await observer.connection.fetchval("SELECT value FROM counter") == 7
+    assert await observer.names() == []
