@@ -36,6 +36,11 @@ class Load:
     steps: int
     seconds: float = 0
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks that makes, at least."""
+        return self.transfers + self.keys * self.steps
+
 
 class Client:
     """The client's side of the books.
