@@ -79,6 +79,8 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             unit.finish(commit=False)
             raise
         unit.finish(commit=True)
+        if delivery is not None and unit.rollback_only:
+            delivery.finish_without_effects()
         return result
     finally:
         execution.body_ended()
@@ -94,7 +96,10 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
         return event_loop.run(call)
     assert isinstance(unit, AsyncUnitOfWork)
     try:
-        return event_loop.run(_finished(unit, task, execution.delivery, call))
+        result = event_loop.run(_finished(unit, task, execution.delivery, call))
+        if execution.delivery is not None and unit.rollback_only:
+            execution.delivery.finish_without_effects()
+        return result
     finally:
         execution.body_ended()
 

@@ -22,7 +22,7 @@ class ArgumentsNotSerializable(ChatdifyDBError, TypeError):
 
 
 class DurableDispatchUnsupported(ChatdifyDBError):
-    """The task's database is not PostgreSQL, which durable dispatch is built on."""
+    """The task's database is not PostgreSQL, or it has no session: durable dispatch is built on both."""
 
 
 class AsyncTaskCancelled(ChatdifyDBError):

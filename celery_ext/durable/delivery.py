@@ -79,6 +79,11 @@ class Delivery:
             logger.warning("task %s[%s] was ended elsewhere, and is rolled back", self._task.name, self.task_id)
             raise Dropped
 
+    def finish_without_effects(self) -> None:
+        """Mark the row done of a body that succeeded and had its own transaction rolled back."""
+        with self._task.database.sync_transaction() as session:
+            self._finish(session, "done", None)
+
     def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
         """Note the next attempt, for ``ended_by``; the relay will send it."""
         self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import psycopg2
 
 from tests.chaos.client import ACCOUNTS, Client
 from tests.chaos.processes import wait_until
 
-OBSERVER: Final = "books"
-"""The name of the sessions that no fault ends."""
 BALANCE: Final = 1000
 """Of each account, in the beginning."""
 
@@ -44,16 +42,27 @@ _IDLE_IN_TRANSACTION: Final = """
     SELECT count(*) FROM pg_stat_activity
     WHERE datname = current_database() AND state IN ('idle in transaction', 'idle in transaction (aborted)')"""
 
+_SESSIONS: Final = """
+    SELECT pid FROM pg_stat_activity
+    WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid() ORDER BY pid"""
+
 
 class Books:
-    """The test's database, seen from outside.
+    """The test's database, seen from outside, on one connection for the time of the block.
 
     Parameters:
         database_url: Where it is.
     """
 
     def __init__(self, database_url: str) -> None:
-        self._url = database_url
+        self._connection = psycopg2.connect(database_url, application_name="books")
+        self._connection.autocommit = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
 
     def open_accounts(self) -> None:
         """Give every account its first balance."""
@@ -97,15 +106,19 @@ class Books:
     def _fewer_pending(self, than: int) -> bool:
         return self._number(_PENDING) < than
 
+    def terminate(self, pids: list[int]) -> None:
+        """End these sessions."""
+        self._ask(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY{pids}::int[]) AS pid")
+
+    def sessions(self) -> list[int]:
+        """The process ids of all other sessions of the database."""
+        return [pid for (pid,) in self._ask(_SESSIONS)]
+
     def _number(self, query: str) -> int:
         [(number,)] = self._ask(query)
         return int(number)
 
     def _ask(self, query: str) -> list[tuple[Any, ...]]:
-        connection = psycopg2.connect(self._url, application_name=OBSERVER)
-        try:
-            with connection, connection.cursor() as cursor:
-                cursor.execute(query)
-                return cursor.fetchall()
-        finally:
-            connection.close()
+        with self._connection.cursor() as cursor:
+            cursor.execute(query)
+            return cursor.fetchall()

@@ -9,9 +9,7 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Final, Self
 
-import psycopg2
-
-from tests.chaos.books import OBSERVER
+from tests.chaos.books import Books
 from tests.chaos.brokers import Broker
 from tests.chaos.processes import Fleet, Kind
 
@@ -25,14 +23,14 @@ class Chaos:
     Parameters:
         fleet: The processes that are killed.
         broker: The broker that forgets.
-        database_url: Where sessions are terminated.
+        books: Of the database whose sessions are terminated.
         seed: Of the dice.
     """
 
-    def __init__(self, fleet: Fleet, broker: Broker, database_url: str, seed: int) -> None:
+    def __init__(self, fleet: Fleet, broker: Broker, books: Books, seed: int) -> None:
         self.injected: Counter[str] = Counter()
         self._fleet = fleet
-        self._database_url = database_url
+        self._books = books
         self._dice = random.Random(seed)
         self._faults: dict[str, Callable[[], object]] = {
             "web killed": lambda: self._kill("web"),
@@ -77,17 +75,5 @@ class Chaos:
                 return
 
     def _terminate_sessions(self) -> None:
-        connection = psycopg2.connect(self._database_url, application_name=OBSERVER)
-        try:
-            connection.autocommit = True
-            with connection.cursor() as cursor:
-                cursor.execute(
-                    """SELECT pid FROM pg_stat_activity WHERE datname = current_database()
-                       AND backend_type = 'client backend' AND application_name <> %s ORDER BY pid""",
-                    (OBSERVER,),
-                )
-                pids = [pid for (pid,) in cursor.fetchall()]
-                chosen = self._dice.sample(pids, (len(pids) + 2) // 3)
-                cursor.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s) AS pid", (chosen,))
-        finally:
-            connection.close()
+        sessions = self._books.sessions()
+        self._books.terminate(self._dice.sample(sessions, (len(sessions) + 2) // 3))

@@ -35,9 +35,8 @@ def play(
         in_calm: The share of the tasks that may be left when the faults end, after the last request.
         environment: Further settings of the application.
     """
-    books = Books(database_url)
     began = time.monotonic()
-    with own_broker(broker_name) as broker:
+    with own_broker(broker_name) as broker, Books(database_url) as books:
         settings = {
             "DATABASE_URL": database_url,
             "CHAOS_BROKER": broker.url,
@@ -48,7 +47,7 @@ def play(
         with fleet(settings, logs) as processes:
             books.open_accounts()
             client = Client(processes.ports, seed)
-            with Chaos(processes, broker, database_url, seed) as chaos:
+            with Chaos(processes, broker, books, seed) as chaos:
                 asyncio.run(client.post(load))
                 posted = time.monotonic()
                 books.until_pending(int(load.tasks * in_calm))

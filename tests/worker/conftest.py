@@ -8,7 +8,9 @@ from threading import Thread
 
 import asyncpg
 import pytest
+from celery import Celery
 
+import celery_ext
 from celery_ext.durable.relay import Relay
 from fastapi_chatdify_db import db
 from tests.observing import Observer
@@ -36,6 +38,8 @@ async def empty_tables(database_url: str) -> AsyncIterator[Observer]:
 @pytest.fixture
 async def rows(empty_tables: Observer) -> AsyncIterator[Observer]:
     """No rows of items, and none of durable tasks."""
+    celery_ext.init_app(Celery("whoever comes first"))
+    await db.create_tables()
     await empty_tables.connection.execute("TRUNCATE durable_task RESTART IDENTITY")
     yield empty_tables
     await empty_tables.connection.execute("TRUNCATE durable_task")

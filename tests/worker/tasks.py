@@ -267,6 +267,20 @@ def append(key: str, number: int) -> None:
 
 
 @shared_task
+def rolled_back_by_itself(name: str) -> None:
+    """Succeed, and leave nothing."""
+    insert(name)
+    db.rollback_only()
+
+
+@shared_task
+async def rolled_back_by_itself_async(name: str) -> None:
+    """Likewise."""
+    db.session.add(Item(name))
+    db.rollback_only()
+
+
+@shared_task
 def start_others(name: str, count: int, fail: bool = False) -> None:
     """Store further tasks."""
     for number in range(count):

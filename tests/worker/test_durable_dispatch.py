@@ -133,6 +133,8 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
             task(unheard, "record").delay_durably(object())
         with pytest.raises(TypeError, match="missing 1 required"):
             task(unheard, "record").delay_durably()
+        with pytest.raises(DurableDispatchUnsupported, match="db_session=False"):
+            task(unheard, "without_session").delay_durably()
     with pytest.raises(OutsideUnitOfWork, match=r"async with db\.transaction\(\)"):
         task(unheard, "record").delay_durably("x")
     assert await stored(rows) == []
@@ -230,6 +232,31 @@ async def test_duplicate_messages_are_dropped(relayed: Worker, rows: Observer) -
     last = add.delay("last")
     await asyncio.to_thread(last.get, timeout=20)
     assert await rows.names() == ["last", "x"]
+
+
+async def test_rollback_only_is_done(relayed: Worker, rows: Observer) -> None:
+    """A task that rolls itself back and succeeds has succeeded."""
+    async with db.transaction():
+        ids = [relayed.task(f"rolled_back_by_itself{kind}").delay_durably("x") for kind in ("", "_async")]
+    for task_id in ids:
+        await until_status(rows, task_id, "done")
+    assert await rows.names() == []
+
+
+async def test_row_lock_is_the_lease(relayed: Worker, rows: Observer) -> None:
+    """While one process is in the task's transaction, another one drops its message at once."""
+    waiting = relayed.task("wait_for_lock")
+    await rows.connection.execute("SELECT pg_advisory_lock(11)")
+    async with db.transaction():
+        task_id = waiting.delay_durably(11)
+    await rows.until_somebody_waits_for_a_lock()
+    for _ in range(5):
+        waiting.apply_async((11,), task_id=task_id, headers={"durable": True})
+    await asyncio.to_thread(relayed.task("add_item").delay("after the duplicates").get, timeout=20)
+    query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 11"
+    assert await rows.connection.fetchval(query) == 1
+    await rows.connection.execute("SELECT pg_advisory_unlock(11)")
+    await until_status(rows, task_id, "done")
 
 
 async def test_message_that_the_broker_lost(relayed: Worker, rows: Observer) -> None:
