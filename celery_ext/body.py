@@ -124,6 +124,8 @@ async def _finished(
     except BaseException:
         await unit.finish_async(commit=False)
         raise
+    finally:
+        call.close()  # a delivery that was dropped never awaited it
     await unit.finish_async(commit=True)
     return result
 

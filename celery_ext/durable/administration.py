@@ -44,7 +44,11 @@ def failed(database: Database, limit: int) -> Sequence[Row[Any]]:
 def retry(database: Database, task_id: str | None) -> int:
     """Run a failed task again, or with None all of them; returns how many."""
     with database.sync_transaction() as session:
-        return len(session.execute(statements.RETRY_FAILED, {"id": task_id}).all())
+        rows = session.execute(statements.RETRY_FAILED, {"id": task_id}).all()
+        if keys := sorted({row.ordering_key for row in rows if row.ordering_key is not None}):
+            session.execute(statements.LOCK_KEYS, {"keys": keys})
+            session.execute(statements.RING_FORGOTTEN)
+        return len(rows)
 
 
 def cancel(database: Database, task_id: str) -> bool:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
@@ -31,27 +31,6 @@ from tests.observing import Observer
 from tests.serving import serve
 from tests.worker.application import create_app
 from tests.worker.running import Worker, brokers, task, worker
-
-
-@pytest.fixture
-async def rows(empty_tables: Observer) -> AsyncIterator[Observer]:
-    """No rows of items, and none of durable tasks."""
-    celery_ext.init_app(Celery("whoever comes first"))
-    await db.create_tables()
-    await empty_tables.connection.execute("TRUNCATE durable_task RESTART IDENTITY")
-    yield empty_tables
-    await empty_tables.connection.execute("TRUNCATE durable_task")
-
-
-@pytest.fixture
-def relayed(prefork: Worker, rows: Observer) -> Iterator[Worker]:
-    """A worker, and a relay that rings again after half a second."""
-    relay = Relay(prefork.app, db, grace=0.5)
-    thread = Thread(target=relay.run)
-    thread.start()
-    yield prefork
-    relay.stop()
-    thread.join()
 
 
 @pytest.fixture
