@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Coroutine
 from functools import wraps
@@ -17,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from celery_ext import event_loop
 from celery_ext.durable.delivery import Delivery
 from celery_ext.execution import Execution, joinable_unit
-from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, in_event_loop
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, asks_to_retry
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
     execution = Execution.beginning(task)
     if execution is None:
         call = _joined(task, body, args, kwargs) if task.db_session else body(*args, **kwargs)
-        return call if _in_a_loop() else event_loop.run(call)
+        return call if in_event_loop() else event_loop.run(call)
     call = _on_the_loop(task, body, args, kwargs)
     if (unit := execution.begin()) is None:
         return event_loop.run(call)
@@ -102,14 +101,6 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
         return result
     finally:
         execution.body_ended()
-
-
-def _in_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 async def _finished(
