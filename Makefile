@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test check bench clean
 
-demo: .venv/installed  ## a FastAPI app on a real PostgreSQL, with the curl lines to try
+demo: .venv/installed  ## Chatdify: web, worker, PostgreSQL, and a conversation of five messages
 	$(BIN)/python -m example_app
 
 test: .venv/installed  ## all tests, on the PostgreSQL at DATABASE_URL or localhost, else on an embedded one

@@ -12,6 +12,7 @@ import psycopg2.extras
 from celery import Celery, signals
 
 from celery_ext import context, event_loop
+from celery_ext.durable.administration import health_figures
 from celery_ext.durable.relay import relaying
 from celery_ext.durable.table import metadata
 from celery_ext.execution import Execution
@@ -34,6 +35,7 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
     _databases[app] = db
     if metadata not in db.metadatas:
         db.metadatas.append(metadata)
+        db.figures["durable_tasks"] = health_figures
     if relay:
         db.services.append(lambda: relaying(app, db))
     _adopt(app.Task, db)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Coroutine
 from functools import wraps
@@ -17,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from celery_ext import event_loop
 from celery_ext.durable.delivery import Delivery
 from celery_ext.execution import Execution, joinable_unit
-from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, in_event_loop
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, asks_to_retry
 
 if TYPE_CHECKING:
@@ -79,6 +78,8 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             unit.finish(commit=False)
             raise
         unit.finish(commit=True)
+        if delivery is not None and unit.rollback_only:
+            delivery.finish_without_effects()
         return result
     finally:
         execution.body_ended()
@@ -88,23 +89,18 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
     execution = Execution.beginning(task)
     if execution is None:
         call = _joined(task, body, args, kwargs) if task.db_session else body(*args, **kwargs)
-        return call if _in_a_loop() else event_loop.run(call)
+        return call if in_event_loop() else event_loop.run(call)
     call = _on_the_loop(task, body, args, kwargs)
     if (unit := execution.begin()) is None:
         return event_loop.run(call)
     assert isinstance(unit, AsyncUnitOfWork)
     try:
-        return event_loop.run(_finished(unit, task, execution.delivery, call))
+        result = event_loop.run(_finished(unit, task, execution.delivery, call))
+        if execution.delivery is not None and unit.rollback_only:
+            execution.delivery.finish_without_effects()
+        return result
     finally:
         execution.body_ended()
-
-
-def _in_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 async def _finished(
@@ -119,6 +115,8 @@ async def _finished(
     except BaseException:
         await unit.finish_async(commit=False)
         raise
+    finally:
+        call.close()  # a delivery that was dropped never awaited it
     await unit.finish_async(commit=True)
     return result
 

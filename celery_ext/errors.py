@@ -22,7 +22,7 @@ class ArgumentsNotSerializable(ChatdifyDBError, TypeError):
 
 
 class DurableDispatchUnsupported(ChatdifyDBError):
-    """The task's database is not PostgreSQL, which durable dispatch is built on."""
+    """The task's database is not PostgreSQL, or it has no session: durable dispatch is built on both."""
 
 
 class AsyncTaskCancelled(ChatdifyDBError):
@@ -56,12 +56,13 @@ def portable(error: BaseException) -> BaseException:
 def _statement_failed(error: StatementError) -> StatementFailed:
     original = error.orig
     fields = getattr(original, "diag", original)
-    details = [f"SQLSTATE {state}"] if (state := _sqlstate(original)) else []
+    details = [f"SQLSTATE {state}"] if (state := sqlstate(original)) else []
     details += [f"{name.removesuffix('_name')} {value}" for name in _NAMED if (value := getattr(fields, name, None))]
     failed = StatementFailed(": ".join(filter(None, [type(error).__name__, ", ".join(details)])))
     failed.__suppress_context__ = True  # the original's text would be in the stored traceback
     return failed.with_traceback(error.__traceback__)
 
 
-def _sqlstate(error: BaseException | None) -> str | None:
+def sqlstate(error: BaseException | None) -> str | None:
+    """PostgreSQL's code of a driver's error; None for one of the driver's own."""
     return getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)

@@ -1,1 +1,1 @@
-"""A small application on fastapi_chatdify_db: ``python -m example_app``."""
+"""Chatdify: answers Chatwoot's conversations with Dify, and hands them to humans when Dify fails."""

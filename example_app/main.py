@@ -1,81 +1,69 @@
-"""Dialogues, stored and listed: one model, and what the promise means for its routes."""
+"""The web application: ``uvicorn --factory example_app.main:create_app``."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib import import_module
+from typing import Any, Final
 
-from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
-from sqlalchemy import UniqueConstraint, select
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, mapped_column
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 
-from fastapi_chatdify_db import Base, db, get_session, health_router
+from example_app import logs, worker
+from example_app.api import conversations, health, problems, webhook
+from example_app.api.doors import BodyLimit
+from example_app.clients import close_clients
+from example_app.settings import get_settings
+from fastapi_chatdify_db import DBSessionMiddleware, db, health_router
 
-Session = Annotated[AsyncSession, Depends(get_session)]
+PREFIX: Final = "/api/v1"
 
-
-class Dialogue(Base):
-    """A conversation; that its number is unique, PostgreSQL checks at COMMIT."""
-
-    __tablename__ = "dialogue"
-    __table_args__ = (UniqueConstraint("conversation", deferrable=True, initially="DEFERRED"),)
-
-    id: Mapped[int] = mapped_column(primary_key=True, init=False)
-    conversation: Mapped[int]
-    status: Mapped[str] = mapped_column(default="pending")
+DISPATCH_TIME: Final = 0.5
+"""Seconds that a request waits for the broker to take its task. The message is stored by then: if the broker does not,
+it is dispatched by ``resume_dialogues``."""
 
 
-class NewDialogue(BaseModel):
-    """What a client sends to open a dialogue."""
-
-    conversation: Annotated[int, Field(gt=0)]
-
-
-class DialogueOut(BaseModel):
-    """What a client is told about a dialogue."""
-
-    model_config = {"from_attributes": True}
-
-    id: int
-    conversation: int
-    status: str
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """In development the tables are made at the start; elsewhere ``alembic upgrade head`` has made them."""
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(close_clients)
+        if get_settings().in_development:
+            await stack.enter_async_context(db.lifespan(app))
+        else:
+            stack.push_async_callback(db.dispose)
+        yield
 
 
-app = FastAPI(title="Dialogues")
-db.init_app(app)
-app.include_router(health_router)
+def create_app() -> FastAPI:
+    """The application, with the settings of the environment.
+
+    Raises:
+        InvalidSettings: An environment variable is missing or cannot be used; the message names it.
+    """
+    settings = get_settings()
+    settings.require_secrets()
+    logs.configure(settings)
+    db.settings = settings
+    import_module("example_app.tasks")  # registers what the dispatch sends
+    worker.app.conf.broker_connection_timeout = DISPATCH_TIME
+    app = FastAPI(title="Chatdify", summary="Answers Chatwoot's conversations with Dify", lifespan=lifespan)
+    app.add_middleware(DBSessionMiddleware)
+    app.add_middleware(BodyLimit)
+    problems.init_app(app)
+    for router in (webhook.router, conversations.router, health.router):
+        app.include_router(router, prefix=PREFIX)
+    app.include_router(health_router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI's documentation extends it
+    return app
 
 
-@app.exception_handler(IntegrityError)
-async def conflict(request: Request, error: IntegrityError) -> JSONResponse:
-    """Also reached by a constraint that only fails at COMMIT, after the endpoint returned."""
-    return JSONResponse({"detail": "There is a dialogue for this conversation."}, status_code=409)
-
-
-@app.post("/dialogues", status_code=201)
-async def open_dialogue(new: NewDialogue, session: Session) -> DialogueOut:
-    """Store a dialogue; the client reads 201 when the row is committed, and not before."""
-    dialogue = Dialogue(new.conversation)
-    session.add(dialogue)
-    await session.flush()
-    return DialogueOut.model_validate(dialogue)
-
-
-@app.get("/dialogues")
-async def list_dialogues(session: Session) -> list[DialogueOut]:
-    """All dialogues, in the order of their conversations."""
-    dialogues = await session.scalars(select(Dialogue).order_by(Dialogue.conversation))
-    return [DialogueOut.model_validate(dialogue) for dialogue in dialogues]
-
-
-@app.post("/dialogues/{conversation}/close")
-def close_dialogue(conversation: int) -> DialogueOut:
-    """The same in a ``def`` endpoint, with the synchronous session."""
-    dialogue = db.sync_session.scalar(select(Dialogue).where(Dialogue.conversation == conversation))
-    if dialogue is None:
-        raise HTTPException(404, "There is no such dialogue.")
-    dialogue.status = "closed"
-    return DialogueOut.model_validate(dialogue)
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, and the schema of the problems that its responses refer to."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        problem = problems.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= problem.pop("$defs") | {"Problem": problem}
+        app.openapi_schema = schema
+    return app.openapi_schema

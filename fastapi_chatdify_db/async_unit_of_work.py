@@ -43,7 +43,7 @@ class AsyncUnitOfWork(UnitOfWork):
 
     def session_of_writes(self, engines: Engines) -> Session:
         """Of the unit's two sessions the one in use; at first the async one, except in a thread."""
-        if engines in self._async_sessions or (engines not in self._sync_sessions and _in_a_loop()):
+        if engines in self._async_sessions or (engines not in self._sync_sessions and in_event_loop()):
             return self.async_session(engines).sync_session
         return self.sync_session(engines)
 
@@ -131,7 +131,8 @@ class AsyncUnitOfWork(UnitOfWork):
             raise told
 
 
-def _in_a_loop() -> bool:
+def in_event_loop() -> bool:
+    """Whether the running code can await."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Engine, MetaData
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from fastapi_chatdify_db import startup
@@ -22,6 +22,9 @@ from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_erro
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+
+
+Figures = Mapping[str, float | None]
 
 
 class Database:
@@ -50,6 +53,8 @@ class Database:
         """Whose tables are created; extensions add their own. One for a single dialect says so in its ``info``."""
         self.services: list[Callable[[], AbstractContextManager[object]]] = []
         """What runs beside the application, within its lifespan; entered in a thread."""
+        self.figures: dict[str, Callable[[AsyncConnection], Awaitable[Figures]]] = {}
+        """What the health check shows of this database besides its pool, by name."""
         self.engines: Final = Engines(lambda: self.settings, on_error=note_error)
 
     def __repr__(self) -> str:

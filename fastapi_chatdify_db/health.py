@@ -42,6 +42,7 @@ class DatabaseReadiness(BaseModel):
     status: Literal["ok", "unavailable"]
     reason: Reason | None = None
     pool: Pool | None = None
+    figures: dict[str, dict[str, float | None]] = {}
 
 
 class Readiness(BaseModel):
@@ -75,9 +76,11 @@ def create_health_router(*databases: Database) -> APIRouter:
 
 async def _check(database: Database) -> DatabaseReadiness:
     reason: Reason | None = None
+    figures: dict[str, dict[str, float | None]] = {}
     try:
         async with asyncio.timeout(TIME_LIMIT), database.async_engine.connect() as connection:
             await connection.execute(text("SELECT 1"))
+            figures = {name: dict(await ask(connection)) for name, ask in database.figures.items()}
     except PoolTimeout:
         reason = "no free connection"
     except TimeoutError:
@@ -86,7 +89,7 @@ async def _check(database: Database) -> DatabaseReadiness:
         logger.warning("database %s is not ready", database.name, exc_info=True)
         reason = "unavailable"
     status: Literal["ok", "unavailable"] = "ok" if reason is None else "unavailable"
-    return DatabaseReadiness(status=status, reason=reason, pool=_pool_figures(database))
+    return DatabaseReadiness(status=status, reason=reason, pool=_pool_figures(database), figures=figures)
 
 
 def _pool_figures(database: Database) -> Pool | None:

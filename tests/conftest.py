@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -26,6 +27,14 @@ _database = f"chatdify_test_{os.getpid()}"
 _OF_THE_SETTINGS = {name.upper() for name in DatabaseSettings.model_fields}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("chaos", "tests/chaos")
+    group.addoption(
+        "--chaos-seed", type=int, default=secrets.randbelow(1_000_000), help="what decides about the faults"
+    )
+    group.addoption("--chaos-seconds", type=float, default=0, help="how long to go on at least, in each run")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     global _server, _origin
     _server, _origin = _find_server()
@@ -40,8 +49,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     _resources.close()
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"PostgreSQL: {_origin}, {_server!r}"
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [f"PostgreSQL: {_origin}, {_server!r}", f"chaos: --chaos-seed {config.getoption('--chaos-seed')}"]
 
 
 def _find_server() -> tuple[URL, str]:

@@ -6,12 +6,13 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 
-from fastapi_chatdify_db import Database, DatabaseSettings, create_health_router, health, health_router
+from fastapi_chatdify_db import Database, DatabaseSettings, create_health_router, db, health, health_router
 from tests.serving import free_socket, serve
 
 
-async def test_live_and_ready(tables: None) -> None:
+async def test_live_and_ready(tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process whose database answers is live and ready, and shows its pool."""
+    monkeypatch.setattr(db, "figures", {})
     app = FastAPI()
     app.include_router(health_router)
     async with serve(app) as client:
@@ -20,7 +21,9 @@ async def test_live_and_ready(tables: None) -> None:
     assert ready.status_code == 200
     assert ready.json() == {
         "status": "ok",
-        "databases": {"db": {"status": "ok", "reason": None, "pool": {"size": 10, "in_use": 0, "overflow": 0}}},
+        "databases": {
+            "db": {"status": "ok", "reason": None, "pool": {"size": 10, "in_use": 0, "overflow": 0}, "figures": {}}
+        },
     }
 
 
@@ -67,4 +70,5 @@ async def test_exhausted_pool_is_not_ready(small_pool: Database) -> None:
         "status": "unavailable",
         "reason": "no free connection",
         "pool": {"size": 2, "in_use": 2, "overflow": 0},
+        "figures": {},
     }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from celery_ext.durable import statements
 from fastapi_chatdify_db.database import Database
@@ -13,15 +14,25 @@ from fastapi_chatdify_db.database import Database
 _PRUNED_AT_ONCE: Final = 10_000
 
 
-def figures(database: Database) -> dict[str, float | int | None]:
+def figures(database: Database) -> dict[str, float | None]:
     """How many tasks are ``pending`` (of them ``sent``, ``rerung``) and ``failed``.
 
     ``oldest_pending_age`` is in seconds, of those that are due.
     """
     with database.sync_transaction() as session:
-        row = session.execute(statements.FIGURES).one()
-        age = row.oldest_pending_age
-        return {**row._mapping, "oldest_pending_age": None if age is None else float(age)}
+        return _figures(session.execute(statements.FIGURES).one())
+
+
+async def health_figures(connection: AsyncConnection) -> dict[str, float | None]:
+    """``figures`` for the health check; empty where the table was not made."""
+    if await connection.scalar(statements.TABLE) is None:
+        return {}
+    return _figures((await connection.execute(statements.FIGURES)).one())
+
+
+def _figures(row: Row[Any]) -> dict[str, float | None]:
+    age = row.oldest_pending_age
+    return {**row._mapping, "oldest_pending_age": None if age is None else float(age)}
 
 
 def failed(database: Database, limit: int) -> Sequence[Row[Any]]:
@@ -33,7 +44,11 @@ def failed(database: Database, limit: int) -> Sequence[Row[Any]]:
 def retry(database: Database, task_id: str | None) -> int:
     """Run a failed task again, or with None all of them; returns how many."""
     with database.sync_transaction() as session:
-        return len(session.execute(statements.RETRY_FAILED, {"id": task_id}).all())
+        rows = session.execute(statements.RETRY_FAILED, {"id": task_id}).all()
+        if keys := sorted({row.ordering_key for row in rows if row.ordering_key is not None}):
+            session.execute(statements.LOCK_KEYS, {"keys": keys})
+            session.execute(statements.RING_FORGOTTEN)
+        return len(rows)
 
 
 def cancel(database: Database, task_id: str) -> bool:

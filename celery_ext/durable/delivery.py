@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import Ignore, Reject, Retry
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from celery_ext.durable import lease, statements
 from celery_ext.durable.row import HEADER, seconds_until, serialize
-from celery_ext.errors import portable
+from celery_ext.errors import portable, sqlstate
 from fastapi_chatdify_db.unit_of_work import asks_to_retry
 
 if TYPE_CHECKING:
     from celery_ext.task import Task
 
 logger: Final = logging.getLogger(__name__)
+
+# connection_exception, insufficient_resources, operator_intervention but for query_canceled:
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_OF_THE_SERVER: Final = ("08", "53", "57P")
 
 
 class Dropped(Ignore):
@@ -75,6 +79,11 @@ class Delivery:
             logger.warning("task %s[%s] was ended elsewhere, and is rolled back", self._task.name, self.task_id)
             raise Dropped
 
+    def finish_without_effects(self) -> None:
+        """Mark the row done of a body that succeeded and had its own transaction rolled back."""
+        with self._task.database.sync_transaction() as session:
+            self._finish(session, "done", None)
+
     def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
         """Note the next attempt, for ``ended_by``; the relay will send it."""
         self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])
@@ -97,7 +106,7 @@ class Delivery:
                 else:
                     self._record(session, error)
                     raise_again = True
-        except DBAPIError:
+        except (DBAPIError, PoolTimeout):
             raise_again = False
         if raise_again:
             return error
@@ -136,9 +145,14 @@ def finish_row(session: Session, task_id: str, ordering_key: str | None, status:
 
 
 def _is_passing(error: Exception) -> bool:
-    if isinstance(error, DBAPIError):
-        return error.connection_invalidated or asks_to_retry(error.orig)
-    return isinstance(error, PoolTimeout)
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, PoolTimeout)
+    if error.connection_invalidated or asks_to_retry(error.orig):
+        return True
+    state = sqlstate(error.orig)
+    if state is None:
+        return isinstance(error, OperationalError)  # psycopg2 could not connect
+    return state.startswith(_OF_THE_SERVER)
 
 
 def _text(error: BaseException | None) -> str | None:

@@ -34,7 +34,7 @@ def store(
     Raises:
         OutsideUnitOfWork: There is no unit on the task's database here.
         ArgumentsNotSerializable: The arguments are no JSON.
-        DurableDispatchUnsupported: The database is not PostgreSQL.
+        DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
     """
     engines = task.database.engines
     unit = current_unit(engines)
@@ -43,6 +43,8 @@ def store(
             f"{task.name} can only be stored with a transaction: "
             f"async with {task.database.name}.transaction(): ... (or sync_transaction), a request or a task"
         )
+    if not task.db_session:
+        raise DurableDispatchUnsupported(f"{task.name} has db_session=False; its end is marked in the session it lacks")
     if engines.sync_engine.dialect.name != "postgresql":
         raise DurableDispatchUnsupported("durable dispatch needs PostgreSQL; write task.delay_on_commit(...)")
     row = new_row(

@@ -30,7 +30,8 @@ BATCH: Final = 500
 """Rows that are claimed, and then sent, at once."""
 GRACE: Final = 10.0
 """Seconds after which a row is rung again that was sent and is neither done nor locked; doubled each time."""
-_POLL: Final = 5.0  # seconds; notifications make it a fallback
+_POLL: Final = 1.0  # second; for rows that were due and locked, else notifications make it a fallback
+_FORGOTTEN: Final = 5.0  # seconds from one search for forgotten rows to the next
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while the broker or the database is down
 _BROKER_LIMIT: Final = 10.0  # seconds for the broker to answer
 _LIMITS: Final = {  # what each of kombu's transports calls that
@@ -134,7 +135,7 @@ class Relay:
 
     def _wait(self, connection: Connection) -> None:
         now = time.monotonic()
-        if now - self._looked_for_forgotten > _POLL:
+        if now - self._looked_for_forgotten > _FORGOTTEN:
             self._looked_for_forgotten = now
             connection.execute(statements.RING_FORGOTTEN)
         until_next = connection.scalar(statements.SECONDS_UNTIL_NEXT)

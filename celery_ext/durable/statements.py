@@ -71,7 +71,10 @@ CANCEL: Final = text(
 RING_SOON: Final = text(
     """
     UPDATE durable_task SET ring_at = clock_timestamp() + make_interval(secs => 1)
-    WHERE id = :id AND status = 'pending' AND ring_at < 'infinity'
+    WHERE id IN (
+        SELECT id FROM durable_task WHERE id = :id AND status = 'pending' AND ring_at < 'infinity'
+        FOR UPDATE SKIP LOCKED
+    )
     """
 )
 
@@ -80,18 +83,23 @@ RING_NEXT_OF_KEY: Final = text(
     UPDATE durable_task SET ring_at = due_at
     WHERE ring_at = 'infinity' AND status = 'pending' AND id = (
         SELECT id FROM durable_task WHERE ordering_key = :key AND status = 'pending' ORDER BY seq LIMIT 1
+    ) AND NOT EXISTS (
+        SELECT FROM durable_task WHERE ordering_key = :key AND status = 'pending' AND ring_at < 'infinity'
     )
     RETURNING pg_notify('durable_task', '')
     """
 )
 
-# Heads of keys that nobody rang: their predecessor ended under a snapshot that did not show them.
+# Heads of keys that nobody rang: their predecessor ended under a snapshot that did not show them, or long ago.
 RING_FORGOTTEN: Final = text(
     """
-    UPDATE durable_task SET ring_at = due_at
+    UPDATE durable_task AS head SET ring_at = due_at
     WHERE status = 'pending' AND ring_at = 'infinity' AND id IN (
         SELECT DISTINCT ON (ordering_key) id FROM durable_task
         WHERE status = 'pending' AND ordering_key IS NOT NULL ORDER BY ordering_key, seq
+    ) AND NOT EXISTS (
+        SELECT FROM durable_task AS begun
+        WHERE begun.ordering_key = head.ordering_key AND begun.status = 'pending' AND begun.ring_at < 'infinity'
     )
     """
 )
@@ -108,11 +116,11 @@ RETRY: Final = text(
 )
 
 # Marked before it is sent: a worker that is faster than this transaction would find the row locked. Rows whose worker
-# is running are locked, and skipped.
+# is running are locked, and skipped. Compared with statement_timestamp(), since no index serves a volatile function.
 CLAIM: Final = text(
     """
     WITH due AS (
-        SELECT id FROM durable_task WHERE status = 'pending' AND ring_at <= clock_timestamp()
+        SELECT id FROM durable_task WHERE status = 'pending' AND ring_at <= statement_timestamp()
         ORDER BY ring_at LIMIT :batch FOR UPDATE SKIP LOCKED
     )
     UPDATE durable_task AS task
@@ -126,16 +134,22 @@ CLAIM: Final = text(
 UNCLAIM: Final = text(
     """
     UPDATE durable_task SET rings = greatest(rings - 1, 0), ring_at = clock_timestamp()
-    WHERE id = ANY(:ids) AND status = 'pending' AND ring_at < 'infinity'
+    WHERE id IN (
+        SELECT id FROM durable_task WHERE id = ANY(:ids) AND status = 'pending' AND ring_at < 'infinity'
+        FOR UPDATE SKIP LOCKED
+    )
     """
 )
 
+# What is due by now and was not claimed is locked by its worker.
 SECONDS_UNTIL_NEXT: Final = text(
     """
     SELECT extract(epoch FROM ring_at - clock_timestamp()) FROM durable_task
-    WHERE status = 'pending' AND ring_at < 'infinity' ORDER BY ring_at LIMIT 1
+    WHERE status = 'pending' AND ring_at > statement_timestamp() AND ring_at < 'infinity' ORDER BY ring_at LIMIT 1
     """
 )
+
+TABLE: Final = text("SELECT to_regclass('durable_task')")
 
 FIGURES: Final = text(
     """
@@ -156,13 +170,14 @@ FAILED: Final = text(
     """
 )
 
+# Of a key that is busy, they wait for their turn, which is the next one.
 RETRY_FAILED: Final = text(
     """
     UPDATE durable_task
-    SET status = 'pending', retries = 0, rings = 0, finished_at = NULL,
-        due_at = clock_timestamp(), ring_at = clock_timestamp()
+    SET status = 'pending', retries = 0, rings = 0, finished_at = NULL, due_at = clock_timestamp(),
+        ring_at = CASE WHEN ordering_key IS NULL THEN clock_timestamp() ELSE 'infinity' END
     WHERE status = 'failed' AND (CAST(:id AS text) IS NULL OR id = :id)
-    RETURNING id, pg_notify('durable_task', '')
+    RETURNING ordering_key, pg_notify('durable_task', '')
     """
 )
 

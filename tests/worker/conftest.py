@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from threading import Thread
 
 import asyncpg
 import pytest
+from celery import Celery
 
+import celery_ext
+from celery_ext.durable.relay import Relay
 from fastapi_chatdify_db import db
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, worker
@@ -29,6 +33,27 @@ async def empty_tables(database_url: str) -> AsyncIterator[Observer]:
     yield Observer(connection)
     await connection.close()
     await db.dispose()
+
+
+@pytest.fixture
+async def rows(empty_tables: Observer) -> AsyncIterator[Observer]:
+    """No rows of items, and none of durable tasks."""
+    celery_ext.init_app(Celery("whoever comes first"))
+    await db.create_tables()
+    await empty_tables.connection.execute("TRUNCATE durable_task RESTART IDENTITY")
+    yield empty_tables
+    await empty_tables.connection.execute("TRUNCATE durable_task")
+
+
+@pytest.fixture
+def relayed(prefork: Worker, rows: Observer) -> Iterator[Worker]:
+    """A worker, and a relay that rings again after half a second."""
+    relay = Relay(prefork.app, db, grace=0.5)
+    thread = Thread(target=relay.run)
+    thread.start()
+    yield prefork
+    relay.stop()
+    thread.join()
 
 
 Until = Callable[[Callable[[], bool]], None]

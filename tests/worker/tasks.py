@@ -267,9 +267,54 @@ def append(key: str, number: int) -> None:
 
 
 @shared_task
+def rolled_back_by_itself(name: str) -> None:
+    """Succeed, and leave nothing."""
+    insert(name)
+    db.rollback_only()
+
+
+@shared_task
+async def rolled_back_by_itself_async(name: str) -> None:
+    """Likewise."""
+    db.session.add(Item(name))
+    db.rollback_only()
+
+
+@shared_task
 def start_others(name: str, count: int, fail: bool = False) -> None:
     """Store further tasks."""
     for number in range(count):
         add_item.delay_durably(f"{name} {number}")
     if fail:
         raise ValueError(name)
+
+
+@shared_task
+def cut_off_once(name: str) -> None:
+    """Lose the database's connection before the COMMIT, the first time."""
+    insert(name)
+    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+        _terminate(db.sync_session.scalar(text("SELECT pg_backend_pid()")))
+
+
+@shared_task
+async def cut_off_once_async(name: str) -> None:
+    """The same in a coroutine, when asyncpg has read PostgreSQL's last words but not that the connection is closed."""
+    db.session.add(Item(name))
+    if await db.session.scalar(text("SELECT nextval('kills')")) == 1:
+        _terminate(await db.session.scalar(text("SELECT pg_backend_pid()")))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+
+@shared_task
+def refused_once(name: str) -> None:
+    """Find the server out of connections, the first time, as a task that was released and begins again may."""
+    insert(name)
+    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+        db.sync_session.execute(text("DO $$ BEGIN RAISE 'too many clients' USING ERRCODE = '53300'; END $$"))
+
+
+def _terminate(backend: int | None) -> None:
+    with db.sync_transaction() as session:
+        session.execute(text("SELECT pg_terminate_backend(:backend, 5000)"), {"backend": backend})

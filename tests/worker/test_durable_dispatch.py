@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
@@ -25,31 +25,12 @@ from celery_ext import ArgumentsNotSerializable, DurableDispatchUnsupported
 from celery_ext.binding import database_of
 from celery_ext.durable import administration
 from celery_ext.durable.relay import Relay
-from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, db
+from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, db, health_router
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
 from tests.worker.application import create_app
 from tests.worker.running import Worker, brokers, task, worker
-
-
-@pytest.fixture
-async def rows(empty_tables: Observer) -> AsyncIterator[Observer]:
-    """No rows of items, and none of durable tasks."""
-    await empty_tables.connection.execute("TRUNCATE durable_task RESTART IDENTITY")
-    yield empty_tables
-    await empty_tables.connection.execute("TRUNCATE durable_task")
-
-
-@pytest.fixture
-def relayed(prefork: Worker, rows: Observer) -> Iterator[Worker]:
-    """A worker, and a relay that rings again after half a second."""
-    relay = Relay(prefork.app, db, grace=0.5)
-    thread = Thread(target=relay.run)
-    thread.start()
-    yield prefork
-    relay.stop()
-    thread.join()
 
 
 @pytest.fixture
@@ -152,6 +133,8 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
             task(unheard, "record").delay_durably(object())
         with pytest.raises(TypeError, match="missing 1 required"):
             task(unheard, "record").delay_durably()
+        with pytest.raises(DurableDispatchUnsupported, match="db_session=False"):
+            task(unheard, "without_session").delay_durably()
     with pytest.raises(OutsideUnitOfWork, match=r"async with db\.transaction\(\)"):
         task(unheard, "record").delay_durably("x")
     assert await stored(rows) == []
@@ -249,6 +232,31 @@ async def test_duplicate_messages_are_dropped(relayed: Worker, rows: Observer) -
     last = add.delay("last")
     await asyncio.to_thread(last.get, timeout=20)
     assert await rows.names() == ["last", "x"]
+
+
+async def test_rollback_only_is_done(relayed: Worker, rows: Observer) -> None:
+    """A task that rolls itself back and succeeds has succeeded."""
+    async with db.transaction():
+        ids = [relayed.task(f"rolled_back_by_itself{kind}").delay_durably("x") for kind in ("", "_async")]
+    for task_id in ids:
+        await until_status(rows, task_id, "done")
+    assert await rows.names() == []
+
+
+async def test_row_lock_is_the_lease(relayed: Worker, rows: Observer) -> None:
+    """While one process is in the task's transaction, another one drops its message at once."""
+    waiting = relayed.task("wait_for_lock")
+    await rows.connection.execute("SELECT pg_advisory_lock(11)")
+    async with db.transaction():
+        task_id = waiting.delay_durably(11)
+    await rows.until_somebody_waits_for_a_lock()
+    for _ in range(5):
+        waiting.apply_async((11,), task_id=task_id, headers={"durable": True})
+    await asyncio.to_thread(relayed.task("add_item").delay("after the duplicates").get, timeout=20)
+    query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 11"
+    assert await rows.connection.fetchval(query) == 1
+    await rows.connection.execute("SELECT pg_advisory_unlock(11)")
+    await until_status(rows, task_id, "done")
 
 
 async def test_message_that_the_broker_lost(relayed: Worker, rows: Observer) -> None:
@@ -358,19 +366,23 @@ async def test_many_rows_in_one_transaction(unheard: Celery[Any], rows: Observer
 
 
 async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> None:
-    """``init_app(..., relay=True)`` relays within the web application's lifespan, and ends with it."""
+    """``init_app(..., relay=True)`` relays in the lifespan; the health check shows what is left."""
     services = list(db.services)
     celery_ext.init_app(prefork.app, relay=True)
     app = FastAPI()
     db.init_app(app)
+    app.include_router(health_router)
 
     @app.post("/")
     async def send() -> str:
+        prefork.task("add_item").apply_durably(("later",), countdown=3600)
         return prefork.task("add_item").delay_durably("x")
 
     try:
         async with serve(app) as client:
             assert await result(prefork, (await client.post("/")).json()) == "x"
+            ready = (await client.get("/health/ready")).json()
+            assert ready["databases"]["db"]["figures"]["durable_tasks"]["pending"] == 1
     finally:
         db.services[:] = services
 

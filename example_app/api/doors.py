@@ -1,0 +1,105 @@
+"""Who may come in: the API's bearer token, the webhook's signature, and how large a body may be."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from typing import Annotated, Final
+
+from fastapi import HTTPException, Query, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from example_app.settings import get_settings
+
+BODY_LIMIT: Final = 1024 * 1024
+"""Bytes; the longest message that Chatwoot takes has 150,000 characters."""
+
+_bearer: Final = HTTPBearer(auto_error=False, description="CHATDIFY_API_TOKEN")
+
+
+def require_token(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> None:
+    """Let in who has the API's token; everybody in development without one.
+
+    Raises:
+        fastapi.HTTPException: 401.
+    """
+    token = get_settings().chatdify_api_token
+    if token is None:
+        return
+    given = credentials.credentials if credentials else ""
+    if not _same(given, token):
+        raise HTTPException(401, "A bearer token is needed.", headers={"WWW-Authenticate": "Bearer"})
+
+
+async def authentic_body(
+    request: Request,
+    secret: Annotated[str | None, Query(description="For a Chatwoot that does not sign its webhooks")] = None,
+) -> bytes:
+    """The body of a webhook that Chatwoot sent: signed, or to a URL with the secret.
+
+    Raises:
+        fastapi.HTTPException: 401, also for a signature that is older than ``CHATWOOT_WEBHOOK_MAX_AGE``.
+    """
+    body = await request.body()
+    settings = get_settings()
+    key = settings.chatwoot_webhook_secret
+    signature = request.headers.get("X-Chatwoot-Signature")
+    if key is None:
+        return body
+    if signature is not None:
+        timestamp = request.headers.get("X-Chatwoot-Timestamp", "")
+        fresh = _age(timestamp) <= settings.chatwoot_webhook_max_age
+        authentic = _same(signature, sign(key, timestamp, body)) and fresh
+    else:
+        authentic = _same(secret or "", key)
+    if not authentic:
+        raise HTTPException(401, "The webhook's signature or secret is missing, wrong or too old.")
+    return body
+
+
+def sign(secret: str, timestamp: str, body: bytes) -> str:
+    """The signature that Chatwoot sends in ``X-Chatwoot-Signature``.
+
+    Parameters:
+        secret: The webhook's secret.
+        timestamp: Seconds since 1970, as in ``X-Chatwoot-Timestamp``.
+        body: The raw body.
+    """
+    signed = hmac.new(secret.encode(), f"{timestamp}.".encode() + body, hashlib.sha256)
+    return f"sha256={signed.hexdigest()}"
+
+
+class BodyLimit:
+    """Refuses request bodies beyond ``BODY_LIMIT`` with 413; the server discards the rest.
+
+    Parameters:
+        app: The application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > BODY_LIMIT:
+                # Raised where the application reads its body, so that its own handler answers.
+                raise HTTPException(413, f"The body is larger than {BODY_LIMIT} bytes.")
+            return message
+
+        await self._app(scope, receive_limited, send)
+
+
+def _same(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode(), expected.encode())
+
+
+def _age(timestamp: str) -> float:
+    """Seconds between now and then, in either direction; endless when it is no time."""
+    return abs(time.time() - int(timestamp)) if timestamp.isdecimal() and len(timestamp) < 12 else float("inf")

@@ -1,0 +1,80 @@
+"""``POST /chatwoot-webhook``: what Chatwoot tells is stored, and a task answers it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Header
+
+from example_app import dialogues, dispatch
+from example_app.api.doors import authentic_body
+from example_app.api.problems import documented
+from example_app.schemas import (
+    WEBHOOK_EXAMPLE,
+    ConversationChanged,
+    ConversationDeleted,
+    MessageCreated,
+    OtherEvent,
+    WebhookResult,
+)
+from example_app.settings import get_settings
+from example_app.steps import dify_user
+from example_app.webhook import parse, reason_to_skip
+
+router: Final = APIRouter(tags=["webhook"], responses=documented(401, 413, 422, 503))
+
+Body = Annotated[bytes, Depends(authentic_body)]
+DeliveryID = Annotated[str | None, Header(alias="X-Chatwoot-Delivery", max_length=255, pattern=r"^[\x20-\x7e]*$")]
+
+# The body is read raw, for its signature; so FastAPI has to be told what it is.
+_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["event"],
+                    "properties": {"event": {"type": "string"}},
+                },
+                "example": WEBHOOK_EXAMPLE,
+            }
+        },
+    }
+}
+
+
+@router.post("/chatwoot-webhook", openapi_extra=_BODY, response_model_exclude_none=True)
+async def chatwoot_webhook(body: Body, delivery_id: DeliveryID = None) -> WebhookResult:
+    """Take what Chatwoot tells; the same delivery or message again does nothing."""
+    event = parse(body)
+    if isinstance(event, OtherEvent):
+        return WebhookResult(status="skipped", reason="unknown event")
+    if delivery_id and not await dialogues.is_new_delivery(delivery_id, event.event):
+        return WebhookResult(status="skipped", reason="delivered before")
+    if isinstance(event, MessageCreated):
+        return await _take_message(event)
+    if isinstance(event, ConversationDeleted):
+        return await _delete(event)
+    return await _take_changes(event)
+
+
+async def _take_message(event: MessageCreated) -> WebhookResult:
+    if reason := reason_to_skip(event, get_settings()):
+        return WebhookResult(status="skipped", reason=reason)
+    dialogue_id = await dialogues.upsert_dialogue(event.conversation)
+    if not await dialogues.store_message(dialogue_id, event):
+        return WebhookResult(status="skipped", reason="received before")
+    dispatch.dispatch_processing(dialogue_id)
+    return WebhookResult(status="processing")
+
+
+async def _take_changes(event: ConversationChanged) -> WebhookResult:
+    return WebhookResult(status="success", dialogue_id=await dialogues.upsert_dialogue(event.conversation))
+
+
+async def _delete(event: ConversationDeleted) -> WebhookResult:
+    left_over = await dialogues.delete_dialogue(event.conversation)
+    if left_over is not None:
+        dispatch.dispatch_deletion(left_over, dify_user(event.conversation.id))
+    return WebhookResult(status="success")

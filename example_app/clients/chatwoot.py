@@ -1,0 +1,124 @@
+"""Chatwoot's application API: https://developers.chatwoot.com/api-reference."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pydantic import BaseModel, JsonValue, RootModel
+
+from example_app.clients.http import OutsideAPI, read
+from example_app.settings import Settings
+
+MARKER: Final = "chatdify"
+"""The key in ``content_attributes`` by which a message of ours is recognized."""
+
+
+class Team(BaseModel):
+    """A team that a conversation can be assigned to."""
+
+    id: int
+    name: str
+
+
+class Conversation(BaseModel):
+    """A conversation, as far as we look at it."""
+
+    id: int
+    status: str
+
+
+class PostedMessage(BaseModel):
+    """A message of a conversation, as far as we look at it."""
+
+    id: int
+    content_attributes: dict[str, JsonValue] | None = None
+
+
+class _Conversations(BaseModel):
+    payload: list[Conversation]
+
+
+class _ConversationsPage(BaseModel):
+    data: _Conversations
+
+
+class _Messages(BaseModel):
+    payload: list[PostedMessage]
+
+
+class _Teams(RootModel[list[Team]]):
+    pass
+
+
+class Chatwoot(OutsideAPI):
+    """One account of a Chatwoot; its methods raise ``OutsideError`` when Chatwoot does not do it.
+
+    Parameters:
+        settings: Where it is, and its keys.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        base_url = f"{settings.chatwoot_api_url.rstrip('/')}/accounts/{settings.chatwoot_account_id}"
+        super().__init__("Chatwoot", base_url, {"api_access_token": settings.chatwoot_api_key or ""}, settings)
+        self._as_admin = {"api_access_token": settings.chatwoot_admin_api_key or settings.chatwoot_api_key or ""}
+
+    async def send_message(
+        self, conversation_id: int | str, content: str, *, private: bool = False, marker: str | None = None
+    ) -> JsonValue:
+        """Post a message, or a private note; with a marker, ``has_message`` finds it again.
+
+        Raises:
+            Unanswered: It may have been posted or not.
+            OutsideError: It was not posted.
+        """
+        return await self.call_once(
+            "POST",
+            f"/conversations/{conversation_id}/messages",
+            json={
+                "content": content,
+                "message_type": "outgoing",
+                "private": private,
+                "content_attributes": {MARKER: marker} if marker else {},
+            },
+        )
+
+    async def has_message(self, conversation_id: int | str, marker: str) -> bool:
+        """Whether a message with this marker is among the latest of the conversation."""
+        path = f"/conversations/{conversation_id}/messages"
+        messages = read(_Messages, await self.call("GET", path), self.name).payload
+        return any((message.content_attributes or {}).get(MARKER) == marker for message in messages)
+
+    async def conversations(self) -> list[Conversation]:
+        """The first page of the account's conversations."""
+        answer = await self.call("GET", "/conversations", headers=self._as_admin)
+        return read(_ConversationsPage, answer, self.name).data.payload
+
+    async def conversation(self, conversation_id: int | str) -> Conversation:
+        """One conversation."""
+        answer = await self.call("GET", f"/conversations/{conversation_id}", headers=self._as_admin)
+        return read(Conversation, answer, self.name)
+
+    async def teams(self) -> list[Team]:
+        """The account's teams."""
+        return read(_Teams, await self.call("GET", "/teams"), self.name).root
+
+    async def set_labels(self, conversation_id: int, labels: list[str]) -> JsonValue:
+        """Replace the conversation's labels."""
+        return await self.call("POST", f"/conversations/{conversation_id}/labels", json={"labels": list(labels)})
+
+    async def set_custom_attributes(self, conversation_id: int, attributes: dict[str, JsonValue]) -> JsonValue:
+        """Set the conversation's custom attributes."""
+        body: JsonValue = {"custom_attributes": attributes}
+        return await self.call("POST", f"/conversations/{conversation_id}/custom_attributes", json=body)
+
+    async def set_priority(self, conversation_id: int, priority: str) -> JsonValue:
+        """Set the conversation's priority."""
+        return await self.call("POST", f"/conversations/{conversation_id}/toggle_priority", json={"priority": priority})
+
+    async def set_status(self, conversation_id: int | str, status: str) -> JsonValue:
+        """Set the conversation's status."""
+        return await self.call("POST", f"/conversations/{conversation_id}/toggle_status", json={"status": status})
+
+    async def assign_team(self, conversation_id: int, team_id: int) -> JsonValue:
+        """Assign the conversation to a team."""
+        return await self.call("POST", f"/conversations/{conversation_id}/assignments", json={"team_id": team_id})

@@ -1,0 +1,178 @@
+"""Dify's service API for chat applications: https://docs.dify.ai/api-reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Final
+
+import httpx
+from pydantic import BaseModel, JsonValue
+
+from example_app.clients.http import NotFound, OutsideAPI, OutsideError, Unanswered, as_outside_error, read
+from example_app.settings import Settings
+
+_NAME: Final = "Dify"
+_ASK: Final = "Dify, POST /chat-messages"
+
+
+class StillAnswering(OutsideError):
+    """Dify has the question, and no answer yet."""
+
+    may_pass = True
+
+
+class Question(BaseModel):
+    """What Dify is asked.
+
+    Parameters:
+        query: The customer's words.
+        user: Whose conversation it is; Dify knows a conversation only together with its user.
+        conversation_id: The conversation to go on with; None begins one.
+        inputs: The application's variables; Dify keeps those of a conversation's first message.
+    """
+
+    query: str
+    user: str
+    conversation_id: str | None = None
+    inputs: dict[str, JsonValue] = {}
+
+
+class Answer(BaseModel):
+    """What Dify answered."""
+
+    conversation_id: str
+    message_id: str
+    answer: str = ""
+
+
+class _Conversation(BaseModel):
+    id: str
+
+
+class _Conversations(BaseModel):
+    data: list[_Conversation]
+
+
+class _Message(BaseModel):
+    id: str
+    conversation_id: str
+    query: str
+    answer: str | None = None
+
+
+class _Messages(BaseModel):
+    data: list[_Message]
+
+
+class _Event(BaseModel):
+    event: str
+    conversation_id: str | None = None
+    message_id: str | None = None
+    answer: str | None = None
+
+
+class Dify(OutsideAPI):
+    """One application of a Dify; its methods raise ``OutsideError`` when Dify does not do it.
+
+    Parameters:
+        settings: Where it is, its key and its response mode.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        headers = {"Authorization": f"Bearer {settings.dify_api_key or ''}"}
+        super().__init__(_NAME, settings.dify_api_url.rstrip("/"), headers, settings)
+        self._response_mode = settings.dify_response_mode
+
+    async def ask(self, question: Question) -> Answer:
+        """Ask, and wait for the whole answer.
+
+        Raises:
+            NotFound: Dify does not know the conversation (any more).
+            Unanswered: Dify may have answered or not; ``find_answer`` knows.
+            OutsideError: Another of its subclasses: it was not answered.
+        """
+        body: JsonValue = question.model_dump(exclude_none=True) | {"response_mode": self._response_mode}
+        if self._response_mode == "streaming":
+            return await self._ask_streaming(body)
+        return _answer(await self.call_once("POST", "/chat-messages", json=body))
+
+    async def find_answer(self, query: str, user: str, conversation_id: str, known: Collection[str]) -> Answer | None:
+        """The answer to a question that was asked before, when it is not known whether Dify got it.
+
+        Parameters:
+            query: What was asked.
+            user: By whom.
+            conversation_id: Where.
+            known: The ids of the messages whose answers are known: the same words may be said twice.
+
+        Raises:
+            StillAnswering: It is under way, or was when Dify died.
+            OutsideError: Another of its subclasses: Dify did not tell.
+        """
+        parameters: dict[str, str | int] = {"conversation_id": conversation_id, "user": user, "limit": 20}
+        answer = await self.call("GET", "/messages", params=parameters)
+        for message in reversed(read(_Messages, answer, _NAME).data):
+            if message.query == query and message.id not in known:
+                if not message.answer:
+                    raise StillAnswering("Dify, GET /messages", "has no answer yet")
+                return Answer(conversation_id=message.conversation_id, message_id=message.id, answer=message.answer)
+        return None
+
+    async def latest_conversation(self, user: str) -> str | None:
+        """The id of the conversation that this user had last, or None."""
+        answer = await self.call("GET", "/conversations", params={"user": user, "limit": 1})
+        conversations = read(_Conversations, answer, _NAME).data
+        return conversations[0].id if conversations else None
+
+    async def delete_conversation(self, conversation_id: str, user: str) -> None:
+        """Delete a conversation; one that is not there counts as deleted."""
+        try:
+            await self.call("DELETE", f"/conversations/{conversation_id}", json={"user": user})
+        except NotFound:
+            return
+
+    async def _ask_streaming(self, body: JsonValue) -> Answer:
+        try:
+            async with self.client.stream("POST", "/chat-messages", json=body) as response:
+                self.check(response)
+                return await _assemble(response)
+        except httpx.TransportError as error:
+            raise as_outside_error(_ASK, error) from error
+
+
+async def _assemble(response: httpx.Response) -> Answer:
+    """Put a streamed answer together out of its server-sent events."""
+    pieces: list[str] = []
+    async for line in response.aiter_lines():
+        if not line.startswith("data:"):
+            continue
+        event = read(_Event, _parse(line.removeprefix("data:")), _NAME)
+        if event.event == "error":
+            raise Unanswered(_ASK, "answered with an error event")
+        if event.event in ("message", "agent_message"):
+            pieces.append(event.answer or "")
+        if event.event == "message_end":
+            return _answer(
+                {
+                    "conversation_id": event.conversation_id,
+                    "message_id": event.message_id,
+                    "answer": "".join(pieces),
+                }
+            )
+    raise Unanswered(_ASK, "ended before the answer did")
+
+
+def _answer(content: JsonValue) -> Answer:
+    answer = read(Answer, content, _NAME)
+    if not answer.conversation_id:
+        raise Unanswered(_ASK, "answered without a conversation")
+    return answer
+
+
+def _parse(data: str) -> JsonValue:
+    try:
+        content: JsonValue = json.loads(data)
+    except ValueError as error:
+        raise Unanswered(_ASK, "sent an event that is no JSON") from error
+    return content

@@ -1,0 +1,203 @@
+"""Calls to somebody else's HTTP API: what is retried, for how long, and the errors it ends with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from typing import ClassVar, Final, TypeVar
+
+import httpx
+from pydantic import BaseModel, JsonValue, ValidationError
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from example_app.settings import Settings
+
+M = TypeVar("M", bound=BaseModel)
+
+TRIES: Final = 3
+LONGEST_PAUSE: Final = 10.0
+"""Seconds that a call waits for ``Retry-After``; who is told to wait longer gets the error."""
+
+_backoff: Final = wait_random_exponential(multiplier=0.2, max=5.0)
+
+
+class OutsideError(Exception):
+    """An outside API did not do what it was asked; the message has nothing of what it answered.
+
+    Parameters:
+        call: What was asked of whom, for the log.
+        outcome: What became of it.
+        retry_after: Seconds that the API asked to wait.
+    """
+
+    may_pass: ClassVar[bool] = False
+    never_began: ClassVar[bool] = False
+
+    def __init__(self, call: str, outcome: str, retry_after: float = 0.0) -> None:
+        super().__init__(f"{call}: {outcome}")
+        self.retry_after = retry_after
+
+
+class NotFound(OutsideError):
+    """404: there is no such thing, or not for us."""
+
+
+class Rejected(OutsideError):
+    """The API understood and said no; saying it again does not help."""
+
+
+class Busy(OutsideError):
+    """429 or 503: nothing was done, later it may be."""
+
+    may_pass = True
+    never_began = True
+
+
+class Unreachable(OutsideError):
+    """No connection was made, so nothing was done."""
+
+    may_pass = True
+    never_began = True
+
+
+class Unanswered(OutsideError):
+    """A 5xx, a time-out, a broken or senseless answer: it may have been done or not."""
+
+    may_pass = True
+
+
+class OutsideAPI:
+    """One API, over connections that are kept.
+
+    Parameters:
+        name: How log and errors call it.
+        base_url: Prefix of every path.
+        headers: Sent with every request.
+        settings: Whose time-outs count.
+    """
+
+    def __init__(self, name: str, base_url: str, headers: dict[str, str], settings: Settings) -> None:
+        timeout = httpx.Timeout(
+            connect=settings.httpx_connect_timeout,
+            read=settings.httpx_read_timeout,
+            write=settings.httpx_write_timeout,
+            pool=settings.httpx_pool_timeout,
+        )
+        self.name = name
+        self.client = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout)
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: JsonValue = None,
+        params: dict[str, str | int] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> JsonValue:
+        """Make a call that may be made twice; retried whenever the failure may pass.
+
+        Raises:
+            OutsideError: One of its subclasses, when the last try failed.
+        """
+        retrying = self._retrying(lambda error: error.may_pass)
+        return await retrying(self._try, method, path, json=json, params=params, headers=headers)
+
+    async def call_once(self, method: str, path: str, *, json: JsonValue = None) -> JsonValue:
+        """Make a call that must not be made twice; retried only when nothing was done.
+
+        Raises:
+            Unanswered: It may have been done or not; the caller finds out before asking again.
+            OutsideError: Another of its subclasses: it was not done.
+        """
+        retrying = self._retrying(lambda error: error.never_began)
+        return await retrying(self._try, method, path, json=json)
+
+    def check(self, response: httpx.Response) -> None:
+        """Turn a status that tells of a failure into its error.
+
+        Raises:
+            OutsideError: One of its subclasses.
+        """
+        status = response.status_code
+        if response.is_success:
+            return
+        call = f"{self.name}, {response.request.method} {response.request.url.path}"
+        outcome = f"answered {status}"
+        if status in (429, 503):
+            raise Busy(call, outcome, _seconds(response.headers.get("Retry-After")))
+        if status == 404:
+            raise NotFound(call, outcome)
+        raise (Unanswered if status >= 500 else Rejected)(call, outcome)
+
+    async def _try(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: JsonValue = None,
+        params: dict[str, str | int] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> JsonValue:
+        call = f"{self.name}, {method} {path}"
+        try:
+            response = await self.client.request(method, path, json=json, params=params, headers=headers)
+        except httpx.TransportError as error:
+            raise as_outside_error(call, error) from error
+        self.check(response)
+        if not response.content.strip():
+            return None
+        try:
+            content: JsonValue = response.json()
+        except ValueError as error:
+            raise Unanswered(call, "answered no JSON") from error
+        return content
+
+    def _retrying(self, predicate: Callable[[OutsideError], bool]) -> AsyncRetrying:
+        return AsyncRetrying(
+            retry=retry_if_exception(
+                lambda error: (
+                    isinstance(error, OutsideError) and predicate(error) and error.retry_after <= LONGEST_PAUSE
+                )
+            ),
+            stop=stop_after_attempt(TRIES),
+            wait=_pause,
+            reraise=True,
+        )
+
+
+def read(model: type[M], content: JsonValue, service: str) -> M:
+    """What an API answered, as a model.
+
+    Raises:
+        Unanswered: It is something else.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise Unanswered(service, f"answered no {model.__name__.lstrip('_')}") from error
+
+
+def as_outside_error(call: str, error: httpx.TransportError) -> OutsideError:
+    """The error for what httpx raises: whether a request had been sent decides which."""
+    not_sent = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
+    return (Unreachable if not_sent else Unanswered)(call, type(error).__name__)
+
+
+def _pause(state: RetryCallState) -> float:
+    error = state.outcome and state.outcome.exception()
+    asked = error.retry_after if isinstance(error, OutsideError) else 0.0
+    return asked + _backoff(state)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """What a Retry-After header asks for: https://www.rfc-editor.org/rfc/rfc9110#field.retry-after"""
+    if retry_after is None:
+        return 0.0
+    try:
+        if retry_after.strip().isdecimal():
+            return float(retry_after)
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0

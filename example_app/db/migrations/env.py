@@ -1,0 +1,36 @@
+"""Alembic's environment: the async engine of the application's own settings."""
+
+from __future__ import annotations
+
+import asyncio
+
+from alembic import context
+from sqlalchemy import Connection
+
+from example_app.db import Base
+from example_app.settings import get_settings
+from fastapi_chatdify_db import db
+
+_TABLES = frozenset(Base.metadata.tables)
+
+
+def _is_ours(name: str | None, kind: str, _: object) -> bool:
+    # Celery's queues and results may be in the same database.
+    return kind != "table" or name in _TABLES
+
+
+def _migrate(connection: Connection) -> None:
+    context.configure(connection=connection, target_metadata=Base.metadata, include_name=_is_ours, compare_type=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def _run() -> None:
+    db.settings = get_settings()
+    async with db.async_engine.connect() as connection:
+        await connection.run_sync(_migrate)
+        await connection.commit()
+    await db.dispose()
+
+
+asyncio.run(_run())

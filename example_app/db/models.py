@@ -1,0 +1,100 @@
+"""The tables: a dialogue, its messages with their state, and the webhooks that were received."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+from uuid import UUID
+
+from sqlalchemy import BigInteger, DateTime, Enum, ForeignKey, Index, Text, func, text
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from fastapi_chatdify_db import Base
+
+Timestamp: Final = DateTime(timezone=True)
+
+
+class MessageState(StrEnum):
+    """Where a message is on its way; in ``asking``, ``posting`` and ``handing_over`` a call may be under way."""
+
+    RECEIVED = "received"
+    ASKING = "asking"
+    ANSWERED = "answered"
+    POSTING = "posting"
+    POSTED = "posted"
+    FAILED = "failed"
+    HANDING_OVER = "handing_over"
+    HANDED_OVER = "handed_over"
+    UNDELIVERABLE = "undeliverable"
+
+
+FINISHED: Final = (MessageState.POSTED, MessageState.HANDED_OVER, MessageState.UNDELIVERABLE)
+
+
+class Dialogue(Base):
+    """A Chatwoot conversation and the Dify conversation that answers it.
+
+    Its ``turn`` is the lease that lets one task at a time work on it, without holding a connection: who took it
+    last, and until when nobody else may take it.
+    """
+
+    __tablename__ = "dialogue"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, init=False)
+    chatwoot_conversation_id: Mapped[str] = mapped_column(Text, unique=True)
+    dify_conversation_id: Mapped[str | None] = mapped_column(Text, index=True, default=None)
+    status: Mapped[str] = mapped_column(Text, default="pending", server_default="pending")
+    assignee_id: Mapped[int | None] = mapped_column(BigInteger, default=None)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now(), onupdate=func.now())
+    turn: Mapped[UUID | None] = mapped_column(default=None)
+    turn_task_id: Mapped[str | None] = mapped_column(Text, default=None)
+    turn_until: Mapped[datetime | None] = mapped_column(Timestamp, default=None)
+    messages: Mapped[list[Message]] = relationship(
+        back_populates="dialogue", init=False, repr=False, order_by="Message.id", passive_deletes=True
+    )
+
+
+class Message(Base):
+    """A customer's message: what was asked, what Dify answered, and how far it got."""
+
+    __tablename__ = "message"
+    __table_args__ = (
+        # What is left to do, however many messages are done.
+        Index(
+            "ix_message_unfinished",
+            "dialogue_id",
+            "id",
+            postgresql_where=text("state NOT IN ('posted', 'handed_over', 'undeliverable')"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, init=False)
+    dialogue_id: Mapped[int] = mapped_column(ForeignKey("dialogue.id", ondelete="CASCADE"), index=True)
+    chatwoot_message_id: Mapped[int] = mapped_column(BigInteger, unique=True)
+    content: Mapped[str] = mapped_column(Text)
+    message_type: Mapped[str] = mapped_column(Text, default="incoming")
+    conversation_status: Mapped[str] = mapped_column(Text, default="pending")
+    state: Mapped[MessageState] = mapped_column(
+        Enum(MessageState, native_enum=False, length=16, values_callable=lambda states: [str(s) for s in states]),
+        default=MessageState.RECEIVED,
+    )
+    attempts: Mapped[int] = mapped_column(default=0)
+    due_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())
+    answer: Mapped[str | None] = mapped_column(Text, default=None)
+    dify_message_id: Mapped[str | None] = mapped_column(Text, default=None)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now(), onupdate=func.now())
+    dialogue: Mapped[Dialogue] = relationship(back_populates="messages", init=False, repr=False)
+
+
+class WebhookDelivery(Base):
+    """A webhook that was received, so that its repetition does nothing."""
+
+    __tablename__ = "webhook_delivery"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, init=False)
+    delivery_id: Mapped[str] = mapped_column(Text, unique=True)
+    event: Mapped[str] = mapped_column(Text)
+    received_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now(), index=True)

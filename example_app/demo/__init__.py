@@ -1,0 +1,1 @@
+"""The whole of Chatdify on one machine: ``python -m example_app``."""

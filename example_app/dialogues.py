@@ -1,0 +1,88 @@
+"""Dialogues and their messages in the database: stored without races, each webhook once."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from example_app.db.models import FINISHED, Dialogue, Message, WebhookDelivery
+from example_app.schemas import MessageCreated, WebhookConversation
+from fastapi_chatdify_db import db
+
+DELIVERIES_KEPT: Final = timedelta(days=7)
+"""Longer than anybody sends the same webhook again."""
+
+
+async def is_new_delivery(delivery_id: str, event: str) -> bool:
+    """Remember a webhook's delivery id; False when it is known. The same one at the same time waits here."""
+    known = insert(WebhookDelivery).values(delivery_id=delivery_id, event=event).on_conflict_do_nothing()
+    return (await db.session.execute(known.returning(WebhookDelivery.id))).first() is not None
+
+
+def forget_old_deliveries(session: Session) -> None:
+    """Delete what was kept long enough."""
+    session.execute(delete(WebhookDelivery).where(WebhookDelivery.received_at < func.now() - DELIVERIES_KEPT))
+
+
+async def upsert_dialogue(conversation: WebhookConversation) -> int:
+    """Find or make the conversation's dialogue and bring it up to date; any number at once make one.
+
+    Returns:
+        Its id. Its row is locked until the unit ends, so that messages of one conversation are stored one by one.
+    """
+    facts: dict[str, str | int | None] = {"status": conversation.status}
+    if "meta" in conversation.model_fields_set:
+        facts |= {"assignee_id": conversation.assignee_id}
+    statement = insert(Dialogue).values(chatwoot_conversation_id=str(conversation.id), **facts)
+    statement = statement.on_conflict_do_update(
+        index_elements=[Dialogue.chatwoot_conversation_id], set_=facts | {"updated_at": func.now()}
+    )
+    return (await db.session.execute(statement.returning(Dialogue.id))).scalar_one()
+
+
+async def store_message(dialogue_id: int, event: MessageCreated) -> bool:
+    """Store a message to be answered; False when it is stored already."""
+    statement = insert(Message).values(
+        dialogue_id=dialogue_id,
+        chatwoot_message_id=event.id,
+        content=event.content,
+        message_type=event.message_type,
+        conversation_status=event.conversation.status,
+        state="received",
+        attempts=0,
+    )
+    stored = await db.session.execute(statement.on_conflict_do_nothing().returning(Message.id))
+    return stored.first() is not None
+
+
+async def delete_dialogue(conversation: WebhookConversation) -> str | None:
+    """Delete the conversation's dialogue with its messages.
+
+    Returns:
+        The id of the Dify conversation that is left over, or None.
+    """
+    gone = delete(Dialogue).where(Dialogue.chatwoot_conversation_id == str(conversation.id))
+    return (await db.session.execute(gone.returning(Dialogue.dify_conversation_id))).scalar()
+
+
+async def find_by_conversation(conversation_id: int) -> Dialogue | None:
+    """The dialogue of a Chatwoot conversation."""
+    return await db.session.scalar(select(Dialogue).where(Dialogue.chatwoot_conversation_id == str(conversation_id)))
+
+
+async def find_by_dify_conversation(dify_conversation_id: str) -> Dialogue | None:
+    """The dialogue of a Dify conversation."""
+    return await db.session.scalar(select(Dialogue).where(Dialogue.dify_conversation_id == dify_conversation_id))
+
+
+async def waiting() -> list[Message]:
+    """The oldest unfinished message of each dialogue that nobody works on, if it is due."""
+    free = Dialogue.turn_until.is_(None) | (Dialogue.turn_until < func.now())
+    oldest = select(func.min(Message.id)).where(Message.state.not_in(FINISHED)).group_by(Message.dialogue_id)
+    found = await db.session.scalars(select(Message).join(Dialogue).where(free, Message.id.in_(oldest)))
+    now = datetime.now(UTC)
+    return [message for message in found if message.due_at <= now]

@@ -1,0 +1,144 @@
+"""A Dify on a socket: conversations that belong to users, blocking and streaming answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from example_app.fakes.faults import Faults
+
+
+@dataclass
+class DifyMessage:
+    """A question and its answer."""
+
+    query: str
+    answer: str = ""
+    id: str = field(default_factory=lambda: str(uuid4()))
+    created_at: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass
+class DifyConversation:
+    """A conversation of one user."""
+
+    user: str
+    inputs: dict[str, object]
+    id: str = field(default_factory=lambda: str(uuid4()))
+    messages: list[DifyMessage] = field(default_factory=list)
+
+
+class FakeDify:
+    """The service API of one chat application, whose answer repeats what was asked.
+
+    Parameters:
+        api_key: What the bearer has to bring.
+    """
+
+    def __init__(self, api_key: str) -> None:
+        self.conversations: dict[str, DifyConversation] = {}
+        self.forgotten: list[DifyConversation] = []
+        self.faults = Faults()
+        self.asked = asyncio.Event()
+        self.delay = 0.0
+        self._api_key = api_key
+        routes = [
+            Route("/v1/chat-messages", self._chat, methods=["POST"]),
+            Route("/v1/messages", self._messages),
+            Route("/v1/conversations", self._list),
+            Route("/v1/conversations/{id}", self._delete, methods=["DELETE"]),
+        ]
+        self.app: ASGIApp = self.faults.wrap(Starlette(routes=routes))
+
+    def of_user(self, user: str) -> list[DifyConversation]:
+        """A user's conversations, in the order in which they began."""
+        return [conversation for conversation in self.conversations.values() if conversation.user == user]
+
+    def forget(self, conversation_id: str) -> None:
+        """Know a conversation no longer, as when its application was published anew."""
+        self.forgotten.append(self.conversations.pop(conversation_id))
+
+    async def _chat(self, request: Request) -> Response:
+        body = await request.json()
+        if not self._allowed(request):
+            return _error(401, "unauthorized")
+        if not {"query", "inputs", "user"} <= body.keys() or not body["query"]:
+            return _error(400, "invalid_param")
+        conversation = self._find(body.get("conversation_id"), body["user"])
+        if conversation is None and body.get("conversation_id"):
+            return _error(404, "not_found")
+        if conversation is None:
+            conversation = DifyConversation(body["user"], body["inputs"])
+            self.conversations[conversation.id] = conversation
+        message = DifyMessage(body["query"])
+        conversation.messages.append(message)
+        self.asked.set()
+        await asyncio.sleep(self.delay)
+        message.answer = f"You said: {message.query}"
+        if body.get("response_mode") == "streaming":
+            return StreamingResponse(_events(conversation, message), media_type="text/event-stream")
+        return JSONResponse(
+            {
+                "event": "message",
+                "task_id": str(uuid4()),
+                "id": message.id,
+                "message_id": message.id,
+                "conversation_id": conversation.id,
+                "mode": "chat",
+                "answer": message.answer,
+                "metadata": {"usage": {"total_tokens": 1}, "retriever_resources": []},
+                "created_at": message.created_at,
+            }
+        )
+
+    async def _messages(self, request: Request) -> Response:
+        parameters = request.query_params
+        conversation = self._find(parameters.get("conversation_id"), parameters.get("user", ""))
+        if not self._allowed(request) or conversation is None:
+            return _error(404, "not_found")
+        data = [vars(message) | {"conversation_id": conversation.id} for message in conversation.messages]
+        return JSONResponse({"data": data[-int(parameters.get("limit", 20)) :], "has_more": False})
+
+    async def _list(self, request: Request) -> Response:
+        if not self._allowed(request):
+            return _error(401, "unauthorized")
+        found = self.of_user(request.query_params.get("user", ""))
+        return JSONResponse({"data": [{"id": conversation.id} for conversation in reversed(found)], "has_more": False})
+
+    async def _delete(self, request: Request) -> Response:
+        body = await request.json()
+        conversation = self._find(request.path_params["id"], body.get("user", ""))
+        if not self._allowed(request) or conversation is None:
+            return _error(404, "not_found")
+        del self.conversations[conversation.id]
+        return Response(status_code=204)
+
+    def _allowed(self, request: Request) -> bool:
+        return request.headers.get("Authorization") == f"Bearer {self._api_key}"
+
+    def _find(self, conversation_id: str | None, user: str) -> DifyConversation | None:
+        conversation = self.conversations.get(conversation_id or "")
+        return conversation if conversation is not None and conversation.user == user else None
+
+
+async def _events(conversation: DifyConversation, message: DifyMessage) -> AsyncIterator[str]:
+    ids = {"conversation_id": conversation.id, "message_id": message.id}
+    yield "event: ping\n\n"
+    half = len(message.answer) // 2
+    for piece in (message.answer[:half], message.answer[half:]):
+        yield f"data: {json.dumps({'event': 'agent_message', 'answer': piece} | ids)}\n\n"
+    yield f"data: {json.dumps({'event': 'message_end'} | ids)}\n\n"
+
+
+def _error(status: int, code: str) -> JSONResponse:
+    return JSONResponse({"code": code, "message": code, "status": status}, status)

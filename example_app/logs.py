@@ -1,0 +1,53 @@
+"""Logging: the level, Sentry when it is wanted, and the webhook's secret kept out of the access log."""
+
+from __future__ import annotations
+
+import logging
+import re
+from importlib import import_module
+from typing import Final
+
+from example_app.settings import Settings
+from fastapi_chatdify_db import InvalidSettings
+
+logger: Final = logging.getLogger("chatdify")
+
+_SECRET: Final = re.compile(r"(?<=[?&]secret=)[^&\s]*")
+
+
+class _WithoutSecret(logging.Filter):
+    """Strikes the webhook's secret out of what uvicorn logs about a request."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(_SECRET.sub("***", arg) if isinstance(arg, str) else arg for arg in record.args)
+        return True
+
+
+_without_secret: Final = _WithoutSecret()
+
+
+def configure(settings: Settings) -> None:
+    """Log to standard error, and to Sentry when it has a DSN.
+
+    Raises:
+        InvalidSettings: ``SENTRY_DSN`` is set and ``sentry-sdk`` is not installed.
+    """
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.access").addFilter(_without_secret)
+    if settings.sentry_dsn:
+        _report_to_sentry(settings)
+
+
+def _report_to_sentry(settings: Settings) -> None:
+    try:
+        sentry_sdk = import_module("sentry_sdk")
+    except ImportError as error:
+        raise InvalidSettings("SENTRY_DSN: pip install sentry-sdk, or leave it out") from error
+    sentry_sdk.init(
+        dsn=settings.sentry_dsn,
+        environment=settings.sentry_environment,
+        traces_sample_rate=settings.sentry_traces_sample_rate,
+        send_default_pii=False,
+    )

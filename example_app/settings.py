@@ -1,0 +1,154 @@
+"""Every setting of Chatdify, read from the environment (and ``.env``) in this one place."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated, Literal
+from urllib.parse import quote
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from fastapi_chatdify_db import DatabaseSettings, InvalidSettings
+
+Secret = Annotated[str | None, Field(repr=False)]
+Count = Annotated[int, Field(ge=0)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+Status = Literal["open", "pending", "resolved", "snoozed"]
+
+
+class Settings(DatabaseSettings):
+    """The environment variables of the names below in upper case; those of ``DatabaseSettings`` besides.
+
+    Parameters:
+        environment: ``development`` opens the doors that have no secret; anything else refuses to start without one.
+        log_level: Of the root logger.
+        api_base_url: Where Chatwoot and Dify reach this application.
+        chatdify_api_token: The bearer token of the API.
+        chatwoot_webhook_secret: Chatwoot's signing secret; older versions carry it in the webhook's URL.
+        chatwoot_webhook_max_age: Seconds after which a signed webhook is refused.
+        redis_host: Of the default broker and result backend, as the next three.
+        celery_broker_url: In place of ``redis_broker``.
+        celery_result_backend: In place of ``redis_backend``.
+        celery_task_default_queue: The queue of the tasks.
+        celery_worker_concurrency: Processes of a worker.
+        celery_task_time_limit: Seconds until a task's process is killed.
+        celery_task_soft_time_limit: Seconds until a task is cancelled.
+        celery_task_max_retries: How often a failed call to Dify or Chatwoot is made again.
+        celery_worker_max_tasks_per_child: Tasks until a worker's process is replaced.
+        celery_worker_prefetch_multiplier: Messages that each process may reserve.
+        celery_retry_countdown: Seconds until the first retry; the pauses double.
+        dify_response_mode: Agent apps only stream.
+        chatwoot_admin_api_key: Used to read conversations; the ordinary key when missing.
+        allowed_conversation_statuses: The bot answers in conversations of these statuses, separated by commas.
+        allowed_message_types: The bot answers messages of these directions, separated by commas.
+        enable_team_cache: Whether the teams' names are kept.
+        team_cache_ttl_hours: Hours for which they are kept.
+        httpx_connect_timeout: Seconds, as the next three; ``httpx_pool_timeout`` is the wait for a free connection.
+        sentry_dsn: Where to report errors; needs ``sentry-sdk``.
+        sentry_traces_sample_rate: Share of the requests and tasks that are traced.
+        bot_error_message_internal: The private note for the agents.
+        bot_conversation_opened_message_external: What the customer is told.
+    """
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", validate_by_name=True)
+
+    environment: str = "production"
+    log_level: Literal["CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG"] = "INFO"
+    api_base_url: str = "http://localhost:8000/api/v1"
+    chatdify_api_token: Secret = None
+    chatwoot_webhook_secret: Secret = None
+    chatwoot_webhook_max_age: PositiveSeconds = 300.0
+
+    postgres_host: Annotated[str, Field(validation_alias="DB_HOST")] = "postgres"
+    postgres_port: Annotated[int, Field(ge=1, le=65535, validation_alias="DB_PORT")] = 5432
+    postgres_db: str = "chatdify"
+    db_application_name: str = "chatdify"
+
+    redis_host: str = "redis"
+    redis_port: Annotated[int, Field(ge=1, le=65535)] = 6379
+    redis_broker: Secret = None
+    redis_backend: Secret = None
+    celery_broker_url: Secret = None
+    celery_result_backend: Secret = None
+    celery_task_default_queue: str = "chatdify"
+    celery_worker_concurrency: Annotated[int, Field(ge=1)] = 4
+    celery_task_time_limit: PositiveSeconds = 300.0
+    celery_task_soft_time_limit: PositiveSeconds = 240.0
+    celery_task_max_retries: Count = 3
+    celery_worker_max_tasks_per_child: Annotated[int, Field(ge=1)] = 100
+    celery_worker_prefetch_multiplier: Count = 1
+    celery_retry_countdown: Annotated[float, Field(ge=0)] = 5.0
+
+    dify_api_url: str = "https://api.dify.ai/v1"
+    dify_api_key: Secret = None
+    dify_response_mode: Literal["blocking", "streaming"] = "blocking"
+
+    chatwoot_api_url: str = "https://app.chatwoot.com/api/v1"
+    chatwoot_api_key: Secret = None
+    chatwoot_admin_api_key: Secret = None
+    chatwoot_account_id: Annotated[int, Field(ge=1)] = 1
+    allowed_conversation_statuses: Annotated[tuple[Status, ...], NoDecode] = ("open", "pending")
+    allowed_message_types: Annotated[tuple[Literal["incoming", "outgoing"], ...], NoDecode] = ("incoming",)
+    enable_team_cache: bool = False
+    team_cache_ttl_hours: Annotated[float, Field(ge=0)] = 24.0
+
+    httpx_connect_timeout: PositiveSeconds = 30.0
+    httpx_read_timeout: PositiveSeconds = 120.0
+    httpx_write_timeout: PositiveSeconds = 30.0
+    httpx_pool_timeout: PositiveSeconds = 30.0
+
+    sentry_dsn: Secret = None
+    sentry_environment: str = "development"
+    sentry_traces_sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+    bot_error_message_internal: str = "Bot unexpectedly broke down, conversation moved to open status"
+    bot_conversation_opened_message_external: str = (
+        "Your conversation has been transferred to operators. Don't worry, they will contact you!"
+    )
+
+    @field_validator("allowed_conversation_statuses", "allowed_message_types", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @property
+    def in_development(self) -> bool:
+        """Whether doors without a secret stand open, and the tables are made at the start."""
+        return self.environment == "development"
+
+    @property
+    def broker_url(self) -> str:
+        """Where Celery's messages go."""
+        return self.celery_broker_url or self.redis_broker or f"redis://{self.redis_host}:{self.redis_port}/0"
+
+    @property
+    def result_backend(self) -> str:
+        """Where Celery's results are kept."""
+        return self.celery_result_backend or self.redis_backend or f"redis://{self.redis_host}:{self.redis_port}/1"
+
+    def require_secrets(self) -> None:
+        """What the web application asks before it starts.
+
+        Raises:
+            InvalidSettings: A door would stand open outside development.
+        """
+        missing = [name for name in ("chatdify_api_token", "chatwoot_webhook_secret") if not getattr(self, name)]
+        if missing and not self.in_development:
+            names = " and ".join(name.upper() for name in missing)
+            raise InvalidSettings(f"{names}: set it, or ENVIRONMENT=development for open doors on your own machine")
+
+    def webhook_url(self) -> str:
+        """The URL to enter in Chatwoot; with the secret, for versions that do not sign."""
+        url = f"{self.api_base_url}/chatwoot-webhook"
+        return url + (f"?secret={quote(self.chatwoot_webhook_secret)}" if self.chatwoot_webhook_secret else "")
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The process's settings, read at their first use.
+
+    Raises:
+        InvalidSettings: An environment variable cannot be used; the message names it.
+    """
+    return Settings()

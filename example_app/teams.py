@@ -1,0 +1,54 @@
+"""The ids of Chatwoot's teams by name, kept for a while when the settings say so."""
+
+from __future__ import annotations
+
+import time
+
+from example_app.clients.chatwoot import Chatwoot, Team
+from example_app.settings import get_settings
+
+_SECONDS_PER_HOUR = 3600
+
+
+class TeamDirectory:
+    """Looks teams up by name, in whatever case."""
+
+    def __init__(self) -> None:
+        self._teams: list[Team] = []
+        self._read_at = float("-inf")
+
+    async def find(self, chatwoot: Chatwoot, name: str) -> Team | None:
+        """The team of that name; a name that is not known is looked for in Chatwoot before it is None.
+
+        Raises:
+            OutsideError: Chatwoot did not answer.
+        """
+        return (self._is_fresh() and _named(self._teams, name)) or _named(await self.refresh(chatwoot), name)
+
+    async def refresh(self, chatwoot: Chatwoot) -> list[Team]:
+        """Read the teams from Chatwoot.
+
+        Raises:
+            OutsideError: Chatwoot did not answer.
+        """
+        self._teams = await chatwoot.teams()
+        self._read_at = time.monotonic()
+        return self._teams
+
+    @property
+    def names(self) -> list[str]:
+        """The teams that were there at the last look."""
+        return [team.name for team in self._teams]
+
+    def _is_fresh(self) -> bool:
+        settings = get_settings()
+        age = time.monotonic() - self._read_at
+        return settings.enable_team_cache and age < settings.team_cache_ttl_hours * _SECONDS_PER_HOUR
+
+
+def _named(teams: list[Team], name: str) -> Team | None:
+    return next((team for team in teams if team.name.casefold() == name.casefold()), None)
+
+
+directory = TeamDirectory()
+"""This process's directory."""

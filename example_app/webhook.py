@@ -1,0 +1,73 @@
+"""Chatwoot's webhooks: read, and judged whether the bot is meant. Decisions on data, no I/O."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from example_app.clients.chatwoot import MARKER
+from example_app.schemas import ConversationChanged, ConversationDeleted, MessageCreated, OtherEvent, WebhookEvent
+from example_app.settings import Settings
+
+_KINDS: Final = {
+    "message_created": "message",
+    "conversation_created": "changed",
+    "conversation_updated": "changed",
+    "conversation_status_changed": "changed",
+    "conversation_deleted": "deleted",
+}
+
+
+def _kind(payload: Any) -> str:
+    event = payload.get("event") if isinstance(payload, dict) else None
+    return _KINDS.get(event, "other") if isinstance(event, str) else "other"
+
+
+_event: Final[TypeAdapter[WebhookEvent]] = TypeAdapter(
+    Annotated[
+        Annotated[MessageCreated, Tag("message")]
+        | Annotated[ConversationChanged, Tag("changed")]
+        | Annotated[ConversationDeleted, Tag("deleted")]
+        | Annotated[OtherEvent, Tag("other")],
+        Discriminator(_kind),
+    ]
+)
+
+
+def parse(body: bytes) -> WebhookEvent:
+    """Read a webhook's body.
+
+    Raises:
+        fastapi.exceptions.RequestValidationError: It is no JSON, or lacks what its event has.
+    """
+    try:
+        payload = from_json(body)
+        if _kind(payload) in ("changed", "deleted"):
+            payload = payload | {"conversation": payload.get("conversation") or payload}
+        return _event.validate_python(payload)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_input=False, include_url=False)) from None
+    except ValueError:
+        raise RequestValidationError([{"loc": ("body",), "msg": "not JSON", "type": "json_invalid"}]) from None
+
+
+def reason_to_skip(event: MessageCreated, settings: Settings) -> str | None:
+    """Why the bot does not answer a message, or None."""
+    content = (event.content or "").strip()
+    own = tuple(filter(None, (settings.bot_error_message_internal, settings.bot_conversation_opened_message_external)))
+    if event.sender is not None and event.sender.type == "agent_bot":
+        return "agent_bot message"
+    if content.startswith(own) or MARKER in (event.content_attributes or {}):
+        return "the bot's own message"
+    if event.private:
+        return "private note"
+    if event.message_type not in settings.allowed_message_types:
+        return "not a message of an allowed type"
+    if not content:
+        return "empty message"
+    if event.conversation.status not in settings.allowed_conversation_statuses:
+        return "conversation has another status"
+    return None

@@ -1,0 +1,69 @@
+"""The Celery application: ``celery -A example_app.worker worker --beat``."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from celery import Celery
+from celery.signals import setup_logging
+from kombu.transport import sqlalchemy as sqlalchemy_transport
+from sqlalchemy import NullPool
+
+import celery_ext
+from example_app import logs
+from example_app.settings import Settings, get_settings
+from fastapi_chatdify_db import db
+
+RESUME_EVERY: Final = 30.0
+"""Seconds between two looks for messages whose task got lost."""
+
+POLLING_INTERVAL: Final = 0.05
+"""Seconds between two looks into a queue that is a PostgreSQL table."""
+
+
+def _transport_options(settings: Settings) -> dict[str, Any]:
+    if settings.broker_url.startswith("redis"):
+        # Redis hands a task out again after this time, whether it is running or not.
+        return {"visibility_timeout": 2 * settings.celery_task_time_limit}
+    if settings.broker_url.startswith("sqla+"):
+        # A pool would be inherited by the processes that a worker forks, and two would speak on one connection.
+        return {"poolclass": NullPool}
+    return {}
+
+
+def _configuration() -> dict[str, Any]:
+    settings = get_settings()
+    db.settings = settings
+    return {
+        "broker_url": settings.broker_url,
+        "result_backend": settings.result_backend,
+        "broker_transport_options": _transport_options(settings),
+        "task_default_queue": settings.celery_task_default_queue,
+        "broker_connection_retry_on_startup": True,
+        "worker_concurrency": settings.celery_worker_concurrency,
+        "worker_max_tasks_per_child": settings.celery_worker_max_tasks_per_child,
+        "worker_prefetch_multiplier": settings.celery_worker_prefetch_multiplier,
+        "task_time_limit": settings.celery_task_time_limit,
+        "task_soft_time_limit": settings.celery_task_soft_time_limit,
+        # A worker that dies in the middle of a task: another one does it. Every task here may run twice.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "timezone": "UTC",
+        "beat_schedule": {
+            "resume": {"task": "chatdify.resume_dialogues", "schedule": RESUME_EVERY},
+            "forget": {"task": "chatdify.forget_old_deliveries", "schedule": 3600.0},
+        },
+    }
+
+
+# The transport hands its option polling_interval on to create_engine(), which refuses it.
+sqlalchemy_transport.Transport.polling_interval = POLLING_INTERVAL
+
+app = Celery("chatdify", task_cls=celery_ext.Task, include=["example_app.tasks"])
+app.add_defaults(_configuration)
+celery_ext.init_app(app)
+
+
+@setup_logging.connect
+def _set_up_logging(**_: object) -> None:
+    logs.configure(get_settings())

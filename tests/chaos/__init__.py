@@ -1,0 +1,1 @@
+"""Everything dies at random, and the books balance."""

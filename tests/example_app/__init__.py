@@ -1,0 +1,1 @@
+"""Chatdify: each file tests one promise of the application, over sockets."""

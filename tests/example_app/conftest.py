@@ -1,0 +1,142 @@
+"""Chatdify in this process, or as processes, between a fake Chatwoot and a fake Dify."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+import httpx
+import psycopg2
+import pytest
+from kombu import Connection, Queue
+from sqlalchemy import make_url
+
+from example_app.api.doors import sign
+from example_app.clients import close_clients
+from example_app.fakes.chatwoot import FakeChatwoot
+from example_app.fakes.dify import FakeDify
+from example_app.fakes.serving import served
+from example_app.main import create_app
+from example_app.settings import get_settings
+from example_app.worker import app as celery_app
+from fastapi_chatdify_db import db
+from tests.serving import serve
+
+API_TOKEN = "api-token"
+WEBHOOK_SECRET = "webhook-secret"
+RABBITMQ = "amqp://guest:guest@localhost:5672//"
+
+_numbers = itertools.count()
+
+Configure = Callable[..., None]
+
+
+@pytest.fixture
+def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Configure]:
+    """Set environment variables and let the application read them anew."""
+
+    def configure(**variables: str | None) -> None:
+        for name, value in variables.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        get_settings.cache_clear()
+
+    configure(
+        ENVIRONMENT="test",
+        CHATDIFY_API_TOKEN=API_TOKEN,
+        CHATWOOT_WEBHOOK_SECRET=WEBHOOK_SECRET,
+        CHATWOOT_API_KEY="chatwoot-key",
+        DIFY_API_KEY="dify-key",
+        HTTPX_READ_TIMEOUT="1",
+        CELERY_BROKER_URL="memory://",
+        CELERY_RESULT_BACKEND="cache+memory://",
+        CELERY_RETRY_COUNTDOWN="0",
+    )
+    assert celery_app.conf.broker_url == "memory://"
+    yield configure
+    get_settings.cache_clear()
+
+
+@dataclass
+class Outside:
+    """The fake APIs, as the application's settings name them."""
+
+    chatwoot: FakeChatwoot
+    dify: FakeDify
+
+
+@pytest.fixture
+async def outside(configure: Configure, tables: None) -> AsyncIterator[Outside]:
+    """Both fakes on sockets, and the application's tables."""
+    chatwoot = FakeChatwoot("chatwoot-key", "http://127.0.0.1:9/nobody-listens", WEBHOOK_SECRET)
+    dify = FakeDify("dify-key")
+    async with served(chatwoot.app) as chatwoot_url, served(dify.app) as dify_url:
+        configure(CHATWOOT_API_URL=f"{chatwoot_url}/api/v1", DIFY_API_URL=f"{dify_url}/v1")
+        yield Outside(chatwoot, dify)
+        await close_clients()
+        await chatwoot.close()
+
+
+@pytest.fixture
+async def client(configure: Configure, tables: None) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application on a socket, with its token."""
+    async with serve(create_app()) as client:
+        client.headers["Authorization"] = f"Bearer {API_TOKEN}"
+        yield client
+
+
+def signed(body: bytes, timestamp: str, delivery: str | None = None) -> dict[str, str]:
+    """The headers with which Chatwoot sends a webhook."""
+    headers = {"X-Chatwoot-Timestamp": timestamp, "X-Chatwoot-Signature": sign(WEBHOOK_SECRET, timestamp, body)}
+    return headers | ({"X-Chatwoot-Delivery": delivery} if delivery else {})
+
+
+async def rows(query: str) -> list[tuple[object, ...]]:
+    """What a query finds in the run's database."""
+    async with db.async_engine.connect() as connection:
+        return [tuple(row) for row in await connection.exec_driver_sql(query)]
+
+
+async def write(statement: str) -> None:
+    """Change something in the run's database."""
+    async with db.async_engine.begin() as connection:
+        await connection.exec_driver_sql(statement)
+
+
+@pytest.fixture
+def own_database(database_url: str) -> Iterator[str]:
+    """The URL of an empty database, with room for a broker's tables, dropped in the end."""
+    name = f"chatdify_test_{os.getpid()}_{next(_numbers)}"
+    _administer(database_url, f"CREATE DATABASE {name}")
+    yield make_url(database_url).set(database=name).render_as_string(hide_password=False)
+    _administer(database_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["postgresql", "rabbitmq"])
+def broker(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str]]:
+    """A broker's URL (None: tables of the database) and the name of a queue of our own."""
+    queue = f"chatdify-{os.getpid()}-{next(_numbers)}"
+    if request.param == "postgresql":
+        yield None, queue
+        return
+    try:
+        socket.create_connection(("localhost", 5672), 1).close()
+    except OSError:
+        pytest.skip("no RabbitMQ at localhost:5672")
+    yield RABBITMQ, queue
+    with Connection(RABBITMQ) as connection:
+        Queue(queue, channel=connection.channel()).delete()
+
+
+def _administer(database_url: str, statement: str) -> None:
+    connection = psycopg2.connect(database_url)
+    try:
+        connection.autocommit = True
+        connection.cursor().execute(statement)
+    finally:
+        connection.close()

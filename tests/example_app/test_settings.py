@@ -1,0 +1,87 @@
+"""Settings come from the documented variables, and a wrong one is named in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from example_app.main import create_app
+from example_app.settings import Settings, get_settings
+from example_app.worker import app as celery_app
+from fastapi_chatdify_db import InvalidSettings
+from tests.example_app.conftest import Configure
+
+EXAMPLE = Path(__file__).parents[2] / ".env.example"
+
+
+def names() -> dict[str, str]:
+    """The environment variable of each setting."""
+    return {name: str(field.validation_alias or name).upper() for name, field in Settings.model_fields.items()}
+
+
+def test_example_file_has_every_setting_with_its_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """.env.example names exactly the settings there are; read as a .env file it changes none."""
+    documented = re.findall(r"^# ([A-Z_]+)=", EXAMPLE.read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(names().values())
+    for variable in names().values():
+        monkeypatch.delenv(variable, raising=False)
+    given = tmp_path / "env"
+    lines = re.findall(r"^# ([A-Z_]+=.+)$", EXAMPLE.read_text(), re.MULTILINE)
+    given.write_text("\n".join(lines))
+    assert Settings(_env_file=given) == Settings(_env_file=None)  # type: ignore[call-arg]  # pydantic-settings' own
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DB_PORT", "many"),
+        ("ALLOWED_CONVERSATION_STATUSES", "open,closed"),
+        ("DIFY_RESPONSE_MODE", "shouting"),
+        ("HTTPX_READ_TIMEOUT", "0"),
+        ("CELERY_WORKER_CONCURRENCY", "0"),
+        ("SENTRY_TRACES_SAMPLE_RATE", "2"),
+    ],
+)
+def test_wrong_value_is_named(configure: Configure, variable: str, value: str) -> None:
+    """A value that cannot be used is an error of one line with the variable's name."""
+    configure(**{variable: value})
+    with pytest.raises(InvalidSettings, match=f"^{variable}") as raised:
+        get_settings()
+    assert "\n" not in str(raised.value)
+
+
+def test_parts_of_the_database_url(configure: Configure) -> None:
+    """Without DATABASE_URL, DB_HOST, DB_PORT and POSTGRES_* name the database."""
+    configure(DATABASE_URL=None, DB_HOST="db", DB_PORT="5433", POSTGRES_USER="me", POSTGRES_PASSWORD="secret")
+    url = get_settings().url().render_as_string(hide_password=False)
+    assert url == "postgresql://me:secret@db:5433/chatdify"
+    assert "secret" not in repr(get_settings())
+
+
+def test_broker_defaults_to_redis(configure: Configure) -> None:
+    """Redis' host and port, its two URLs, or Celery's own, in that order of precedence from the last."""
+    configure(CELERY_BROKER_URL=None, CELERY_RESULT_BACKEND=None, REDIS_HOST="r", REDIS_PORT="1")
+    assert (get_settings().broker_url, get_settings().result_backend) == ("redis://r:1/0", "redis://r:1/1")
+    configure(REDIS_BROKER="redis://other/5")
+    assert get_settings().broker_url == "redis://other/5"
+
+
+def test_webhook_url_for_older_versions(configure: Configure) -> None:
+    """The URL to enter in Chatwoot has the secret, escaped."""
+    configure(CHATWOOT_WEBHOOK_SECRET="a&b")
+    assert get_settings().webhook_url() == "http://localhost:8000/api/v1/chatwoot-webhook?secret=a%26b"
+
+
+def test_sentry_needs_its_package(configure: Configure) -> None:
+    """A DSN without the package is an error that says what to install."""
+    configure(SENTRY_DSN="https://key@sentry.invalid/1")
+    with pytest.raises(InvalidSettings, match="pip install sentry-sdk"):
+        create_app()
+
+
+def test_worker_survives_its_processes(configure: Configure) -> None:
+    """A task whose process dies is delivered again."""
+    assert celery_app.conf.task_acks_late
+    assert celery_app.conf.task_reject_on_worker_lost

@@ -1,0 +1,94 @@
+"""A durable task that is interrupted, held up or retried by hand: run to its end, once, and in its turn."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import event
+
+from celery_ext.durable import administration, statements
+from fastapi_chatdify_db import db
+from tests.observing import Observer
+from tests.worker.running import Worker
+from tests.worker.test_durable_dispatch import until_status
+
+
+@pytest.mark.parametrize("name", ["cut_off_once", "cut_off_once_async", "refused_once"])
+async def test_database_lost_before_the_commit(relayed: Worker, rows: Observer, name: str) -> None:
+    """What is wrong with the server or the connection is no failure of the task: it is run again."""
+    await rows.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
+    async with db.transaction():
+        task_id = relayed.task(name).delay_durably("x")
+    await until_status(rows, task_id, "done")
+    assert await rows.names() == ["x"]
+    await rows.connection.execute("DROP SEQUENCE kills")
+
+
+async def test_dropped_coroutine(relayed: Worker, rows: Observer) -> None:
+    """A duplicate message of an ``async def`` task is dropped without a word."""
+    task = relayed.task("release_and_wait")
+    async with db.transaction():
+        task_id = task.delay_durably("x", 9)
+    await until_status(rows, task_id, "done")
+    for _ in range(200):
+        task.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
+    await asyncio.to_thread(relayed.task("add_item").delay("last").get, timeout=20)
+    assert "never awaited" not in relayed.log
+
+
+async def test_long_task_leaves_the_relay_at_rest(relayed: Worker, rows: Observer) -> None:
+    """A row whose worker takes longer than the grace time is looked at now and then, not all the time."""
+    seen: list[str] = []
+
+    def count(_: object, __: object, statement: str, *___: object) -> None:
+        seen.append(statement)
+
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    async with db.transaction():
+        task_id = relayed.task("wait_for_lock").delay_durably(9)
+    await rows.until_somebody_waits_for_a_lock()
+    while not await rows.connection.fetchval("SELECT ring_at < clock_timestamp() FROM durable_task"):
+        await asyncio.sleep(0.02)
+    event.listen(db.sync_engine, "before_cursor_execute", count)
+    await rows.connection.execute("SELECT pg_sleep(2)")
+    event.remove(db.sync_engine, "before_cursor_execute", count)
+    await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+    await until_status(rows, task_id, "done")
+    assert 0 < len(seen) < 20
+
+
+async def test_lost_connection_to_the_broker_does_not_wait_for_tasks(relayed: Worker, rows: Observer) -> None:
+    """Rows that are to be sent again, since the broker is gone, are left alone while their workers run."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    async with db.transaction():
+        task_id = relayed.task("wait_for_lock").delay_durably(9)
+    await rows.until_somebody_waits_for_a_lock()
+    async with asyncio.timeout(5), db.transaction() as session:
+        await session.execute(statements.UNCLAIM, {"ids": [task_id]})
+        await session.execute(statements.RING_SOON, {"id": task_id})
+    await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+    await until_status(rows, task_id, "done")
+
+
+async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None:
+    """Failed tasks of a busy key wait until what runs has ended, and then go first, in their order."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    add, append, wait = (relayed.task(name) for name in ("add_item", "append", "wait_for_lock"))
+    async with db.transaction():
+        failing = [add.apply_durably((f"failed {n}", "raise"), ordering_key="a") for n in range(3)]
+        wait.apply_durably((9,), ordering_key="a")
+        last = append.apply_durably(("a", 4), ordering_key="a")
+    await rows.until_somebody_waits_for_a_lock()
+    for number, task_id in enumerate(failing):
+        arguments = f'[["a {number}"], {{}}]'
+        await rows.connection.execute("UPDATE durable_task SET arguments = $1 WHERE id = $2", arguments, task_id)
+    assert administration.retry(db, None) == 3
+    async with db.transaction():
+        other = append.apply_durably(("b", 1), ordering_key="b")
+    await until_status(rows, other, "done")
+    assert await rows.names() == ["b 1"]
+    await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+    await until_status(rows, last, "done")
+    in_order = await rows.connection.fetch("SELECT name FROM item ORDER BY id")
+    assert [row["name"] for row in in_order] == ["b 1", "a 0", "a 1", "a 2", "a 4"]
