@@ -38,6 +38,7 @@ class AsyncUnitOfWork(UnitOfWork):
         session = self._async_sessions.get(engines)
         if session is None:
             session = self._async_sessions[engines] = engines.new_async_session(self.isolation_level)
+            self._sessions.append(session.sync_session)
             self.untouched = False
         return session
 
@@ -58,7 +59,7 @@ class AsyncUnitOfWork(UnitOfWork):
         Raises:
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
-        if self._callbacks or any(session.in_transaction() for session in self._every_session()):
+        if self._callbacks or any(session.in_transaction() for session in self._sessions):
             await _run_to_completion(self._finish_async(commit=commit))
 
     async def __aenter__(self) -> Self:
@@ -72,9 +73,6 @@ class AsyncUnitOfWork(UnitOfWork):
             await self.finish_async(commit=error is None)
         finally:
             self.close()
-
-    def _every_session(self) -> list[Session]:
-        return [*(session.sync_session for session in self._async_sessions.values()), *super()._every_session()]
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:

@@ -80,6 +80,7 @@ class UnitOfWork:
         """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
         self._callbacks: CallbackQueue | None = None
         self._sync_sessions: dict[Engines, Session] = {}
+        self._sessions: list[Session] = []  # every one, also what is behind an async one
 
     @cached_property
     def id(self) -> int:
@@ -91,6 +92,7 @@ class UnitOfWork:
         session = self._sync_sessions.get(engines)
         if session is None:
             session = self._sync_sessions[engines] = engines.new_sync_session(self.isolation_level)
+            self._sessions.append(session)
             self.untouched = False
         return session
 
@@ -122,7 +124,7 @@ class UnitOfWork:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
         self.closed = True
         if not self.untouched:
-            for session in self._every_session():
+            for session in self._sessions:
                 try:
                     session.close()
                 except IllegalStateChangeError:
@@ -169,9 +171,6 @@ class UnitOfWork:
 
     def _next_callback(self) -> AfterCommit | None:
         return None if self._callbacks is None else self._callbacks.pop_due()
-
-    def _every_session(self) -> list[Session]:
-        return list(self._sync_sessions.values())
 
     def _commit(self) -> None:
         sessions = [session for session in self._sync_sessions.values() if session.in_transaction()]
