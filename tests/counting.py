@@ -63,7 +63,10 @@ class CountingProxy:
         self._sockets.register(server, selectors.EVENT_READ, (client, server, client))
 
     def _pass_on(self, client: socket.socket, source: socket.socket, target: socket.socket) -> None:
-        data = source.recv(65_536)
+        try:
+            data = source.recv(65_536)
+        except ConnectionResetError:  # the process at that end was killed
+            data = b""
         if source is not client:
             self._client_spoke_last.discard(client)
         elif data and client not in self._client_spoke_last:
