@@ -63,18 +63,19 @@ class CountingProxy:
         self._sockets.register(server, selectors.EVENT_READ, (client, server, client))
 
     def _pass_on(self, client: socket.socket, source: socket.socket, target: socket.socket) -> None:
+        if source.fileno() < 0:
+            return  # the other end's closing, seen in the same turn, closed both
         try:
             data = source.recv(65_536)
-        except ConnectionResetError:  # the process at that end was killed
-            data = b""
-        if source is not client:
-            self._client_spoke_last.discard(client)
-        elif data and client not in self._client_spoke_last:
-            self._client_spoke_last.add(client)
-            self.round_trips += 1
-        if data:
+            if source is not client:
+                self._client_spoke_last.discard(client)
+            elif data and client not in self._client_spoke_last:
+                self._client_spoke_last.add(client)
+                self.round_trips += 1
             target.sendall(data)
-        else:
+        except ConnectionError:  # the process at that end was killed
+            data = b""
+        if not data:
             for end in (source, target):
                 self._sockets.unregister(end)
                 end.close()

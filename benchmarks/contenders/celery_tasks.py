@@ -11,7 +11,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.orm import sessionmaker
 
 CONTENDER = os.environ["BENCHMARK_CONTENDER"]
-URL = os.environ["DATABASE_URL"]
+URL = os.environ["BENCHMARK_URL"].replace("+asyncpg", "+psycopg2")
 
 app = Celery("benchmark", broker=os.environ["BENCHMARK_BROKER"], backend=os.environ["BENCHMARK_BACKEND"])
 app.conf.update(task_default_queue=os.environ["BENCHMARK_QUEUE"], worker_prefetch_multiplier=64)
