@@ -8,23 +8,9 @@ from pathlib import Path
 from benchmarks.peers import HERE
 from benchmarks.plot import draw
 from benchmarks.results import Results
-from benchmarks.tables import markdown
+from benchmarks.tables import insert, markdown
 
 DOCS = HERE.parent / "docs"
-BEGIN, END = "<!-- results: begin, written by benchmarks.report -->", "<!-- results: end -->"
-
-
-def insert(page: str, tables: str) -> str:
-    """The page with what stands between its markers replaced.
-
-    Raises:
-        ValueError: The page lacks a marker.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page needs the lines {BEGIN} and {END}")
-    return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
 
 
 def main() -> None:

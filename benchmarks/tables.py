@@ -1,4 +1,4 @@
-"""A run as Markdown tables."""
+"""A run as Markdown tables, and their place in a page."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ TITLES = {
     "task: nothing": "Celery task that touches no database",
     "dispatch": "Insert one row and dispatch a task durably",
 }
+BEGIN, END = "<!-- results: begin, written by benchmarks.report -->", "<!-- results: end -->"
 
 
 def markdown(results: Results) -> str:
@@ -29,6 +30,19 @@ def markdown(results: Results) -> str:
     if results.figures:
         parts.append(_figures(results.figures))
     return "\n\n".join([*parts, _versions(results.versions)])
+
+
+def insert(page: str, tables: str) -> str:
+    """The page with what stands between its markers replaced.
+
+    Raises:
+        ValueError: The page lacks a marker.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page needs the lines {BEGIN} and {END}")
+    return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
 
 
 def _compared(comparison: Comparison) -> str:
@@ -63,11 +77,11 @@ def _figures(figures: Iterable[Figure]) -> str:
 
 
 def _versions(versions: dict[str, dict[str, str]]) -> str:
-    rows = [
-        (contender, ", ".join(f"{package} {version}" for package, version in packages.items()))
-        for contender, packages in versions.items()
-    ]
-    return "**Versions**\n\n" + _table(("contender", "packages"), rows)
+    alike: dict[str, list[str]] = {}
+    for contender, packages in versions.items():
+        alike.setdefault(", ".join(f"{name} {version}" for name, version in packages.items()), []).append(contender)
+    rows = [("; ".join(contenders), packages) for packages, contenders in alike.items()]
+    return "**Versions**\n\n" + _table(("contenders", "packages"), rows)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
