@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import psycopg2
 from sqlalchemy import URL, make_url
 
-DATABASE = "chatdify_benchmark"
+DATABASE = f"chatdify_benchmark_{os.getpid()}"
 TABLES = (
     "CREATE TABLE benchmark_item (id int PRIMARY KEY, name text NOT NULL, visits int NOT NULL) WITH (fillfactor = 50)",
     "INSERT INTO benchmark_item SELECT n, 'benchmark', 0 FROM generate_series(1, 10000) AS n",
@@ -25,7 +25,7 @@ def scratch_database() -> Iterator[URL]:
     given = os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1:5432/postgres")
     server = make_url(given).set(drivername="postgresql")
     own = server.set(database=DATABASE)
-    execute(server, f"DROP DATABASE IF EXISTS {DATABASE} WITH (FORCE)", f"CREATE DATABASE {DATABASE}")
+    execute(server, f"CREATE DATABASE {DATABASE}")
     try:
         execute(own, *TABLES)
         yield own

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import socket
 import statistics
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg2
 from sqlalchemy import URL
@@ -21,6 +24,21 @@ from benchmarks.results import Comparison, Figure, Results
 from benchmarks.workloads import WORKLOADS
 
 LATEST = HERE / "results" / "latest.json"
+
+
+def require_brokers(names: Iterable[str], broker: str) -> None:
+    """Say at once what is missing, not in ten minutes.
+
+    Raises:
+        SystemExit: A broker is not there, and something chosen needs it.
+    """
+    needed = {tasks.NAME: tasks.BROKER, durable.NAME: durable.BROKERS[broker]}
+    for name in set(needed).intersection(names):
+        address = urlsplit(needed[name])
+        try:
+            socket.create_connection((address.hostname, address.port), timeout=2).close()
+        except OSError:
+            sys.exit(f"{name} needs a broker at {address.hostname}:{address.port}; or leave it out: --only plain read")
 
 
 def machine(url: URL, arguments: argparse.Namespace) -> dict[str, str]:
@@ -67,6 +85,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=LATEST, help="the run as JSON (benchmarks/results/latest.json)")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
     arguments = parser.parse_args()
+    require_brokers(arguments.only, arguments.broker)
     with scratch_database() as url:
         results = Results(machine(url, arguments))
         for name in arguments.only:
