@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-check clean
 
 demo: .venv/installed  ## Chatdify: web, worker, PostgreSQL, and a conversation of five messages
 	$(BIN)/python -m example_app
@@ -15,8 +15,11 @@ check: .venv/installed  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed  ## ratios against the six-line pattern and four peers
-	$(BIN)/python -m benchmarks.run
+bench: .venv/bench-installed  ## everything against the six-line pattern and its peers; make bench ARGS='--only read --rounds 9'
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-check: .venv/bench-installed  ## the same, failing when a bar is missed
+	$(BIN)/python -m benchmarks.run --check $(ARGS)
 
 clean:
 	rm -rf .venv
@@ -25,4 +28,8 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/bench-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@

@@ -1,30 +1,31 @@
-"""What durable dispatch costs: ``python -m benchmarks.durable``."""
+"""What durable dispatch costs, and how fast its relay is."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psycopg2
 import psycopg2.extensions
 from celery import Celery
 from kombu import Queue
-from sqlalchemy import make_url
+from sqlalchemy import URL
 
-from benchmarks.run import execute, scratch_database
-from benchmarks.servers import HERE, OURS, SERVER_CORE, Contender, pin, rate, serving, wait_for_answer
+from benchmarks.databases import environment as shared_environment
+from benchmarks.generators import generate
+from benchmarks.peers import DISPATCHING, HERE
+from benchmarks.results import Comparison, Figure, Measure
+from benchmarks.servers import SERVER_CORE, pin, serving, wait_for_answer
+from benchmarks.workloads import Workload
+from celery_ext.durable.statements import CLAIM
 
-DISPATCHING = Contender("durable", "dispatching", "dispatching", ("--editable", ".[fastapi,relay]", "celery[redis]"))
+NAME = "durable"
 BROKERS = {"redis": "redis://127.0.0.1:6379/10", "rabbitmq": "amqp://guest:guest@127.0.0.1:5672//"}
-TABLES = (
-    "CREATE TABLE benchmark_entry (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, name text NOT NULL)",
-    "CREATE TABLE benchmark_started (number int PRIMARY KEY, at float8 NOT NULL)",
-)
+DELAY = "plain delay after the commit"
 ADD = """INSERT INTO durable_task (id, name, arguments, options, due_at, ring_at, status, finished_at)
          SELECT '{kind}-' || n, 'dispatching.start', '[[' || n || '], {{}}]', '{{"headers": {{"durable": true}}}}',
                 now(), now(), '{status}', CASE WHEN '{status}' = 'done' THEN now() END
@@ -54,18 +55,19 @@ def purge(broker: str) -> None:
         Queue("benchmark-dispatch").bind(connection.default_channel).delete()
 
 
-def requests(environment: dict[str, str], rounds: int) -> float:
-    """Requests with one durable dispatch, as a ratio to the same with plain ``delay`` after the commit."""
-    ratios = []
-    with serving(DISPATCHING, environment) as port:
-        wait_for_answer(port, "/durable", b"null")
-        for path in ("/durable", "/delay"):
-            rate(port, path, 1, 0)
+def requests(environment: dict[str, str], rounds: int, seconds: int) -> Comparison:
+    """Requests that insert and dispatch: durably, and with plain ``delay`` after the commit."""
+    measures = {"/durable": Measure("ours"), "/delay": Measure(DELAY)}
+    with serving(DISPATCHING, environment) as server:
+        wait_for_answer(server.port, "/durable", b"null")
+        workloads = {path: Workload(path, (path,), b"null", {}) for path in measures}
+        for workload in workloads.values():
+            generate(server.port, workload, 1)
         for turn in range(rounds):
-            order = ("/durable", "/delay") if turn % 2 else ("/delay", "/durable")
-            rates = {path: rate(port, path, 3, 0) for path in order}
-            ratios.append(rates["/durable"] / rates["/delay"])
-    return statistics.median(ratios)
+            for path in ("/durable", "/delay") if turn % 2 else ("/delay", "/durable"):
+                answered, took = generate(server.port, workloads[path], seconds)
+                measures[path].rates.append(answered / took)
+    return Comparison("dispatch", "requests", [*measures.values()], {DELAY: 0.8})
 
 
 def relayed(environment: dict[str, str], database: psycopg2.extensions.connection, count: int = 20_000) -> float:
@@ -104,8 +106,6 @@ def latencies(environment: dict[str, str], database: psycopg2.extensions.connect
 
 def scan(database: psycopg2.extensions.connection) -> float:
     """Milliseconds to find and claim 500 of 5,000 pending rows."""
-    from celery_ext.durable.statements import CLAIM
-
     cursor = database.cursor()
     claim = CLAIM.text.replace(":batch", "500").replace(":grace", "10")
     times = []
@@ -148,56 +148,27 @@ def wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def main() -> None:
-    """Measure and report; with ``--check``, fail when a target is missed."""
-    parser = argparse.ArgumentParser(prog="benchmarks.durable", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--broker", choices=BROKERS, default="rabbitmq")
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    broker = BROKERS[arguments.broker]
-    assert OURS.name
-    reached = []
-
-    def report(what: str, value: float, wanted: str, ok: bool) -> None:
-        reached.append(ok)
-        print(f"{what}: {value:.2f}, wanted {wanted}{'' if ok else '  NOT REACHED'}", flush=True)
-
-    with scratch_database() as url:
-        plain = make_url(url).set(drivername="postgresql").render_as_string(False)
-        execute(plain, *TABLES)
-        environment = {
-            "BENCHMARK_URL": url,
-            "BENCHMARK_BROKER": broker,
-            "DATABASE_URL": plain,
-            "DB_POOL_SIZE": "10",
-            "DB_MAX_OVERFLOW": "20",
-            "PYTHONPATH": str(HERE.parent),
-        }
-        purge(broker)
-        ratio = requests(environment, arguments.rounds)
-        report("requests with a durable dispatch, as a ratio to delay after the commit", ratio, ">= 0.8", ratio >= 0.8)
-        database = psycopg2.connect(plain)
-        database.autocommit = True
-        pin(os.getpid(), SERVER_CORE)
+def measure(url: URL, broker: str, rounds: int, seconds: int) -> tuple[Comparison, list[Figure]]:
+    """The ratio of the requests, and the figures of the relay."""
+    environment = shared_environment(url) | {"BENCHMARK_BROKER": BROKERS[broker], "PYTHONPATH": str(HERE.parent)}
+    purge(BROKERS[broker])
+    comparison = requests(environment, rounds, seconds)
+    database = psycopg2.connect(url.render_as_string(hide_password=False))
+    database.autocommit = True
+    pin(os.getpid(), SERVER_CORE)
+    try:
         rows = relayed(environment, database)
-        report(f"rows relayed to {arguments.broker} per second", rows, ">= 2000", rows >= 2000)
-        purge(broker)
-        seconds = latencies(environment, database)
-        p50, p99 = (seconds[int(len(seconds) * part)] * 1000 for part in (0.5, 0.99))
-        report("commit to start when idle, p50 in ms", p50, "< 20", p50 < 20)
-        report("commit to start when idle, p99 in ms", p99, "< 200", p99 < 200)
+        purge(BROKERS[broker])
+        waited = latencies(environment, database)
+        p50, p99 = (waited[int(len(waited) * part)] * 1000 for part in (0.5, 0.99))
         without, with_million = scans(database)
-        report(
-            f"claim 500 rows, ms without done rows {without:.2f}, with a million {with_million:.2f}; ratio",
-            with_million / without,
-            "<= 1.5",
-            with_million / without <= 1.5,
-        )
+    finally:
         database.close()
-        purge(broker)
-    sys.exit(0 if all(reached) or not arguments.check else 1)
-
-
-if __name__ == "__main__":
-    main()
+        purge(BROKERS[broker])
+    return comparison, [
+        Figure(NAME, f"rows relayed to {broker} per second", rows, at_least=2000),
+        Figure(NAME, "commit to start when idle, p50 in ms", p50, at_most=20),
+        Figure(NAME, "commit to start when idle, p99 in ms", p99, at_most=200),
+        Figure(NAME, "ms to claim 500 rows, no done rows there", without),
+        Figure(NAME, "the same with a million done rows, as a ratio", with_million / without, at_most=1.5),
+    ]

@@ -1,31 +1,33 @@
-"""The load: keep-alive clients in a process of their own; prints the successful requests per second."""
+"""The load: keep-alive clients in a process of their own; prints how many were answered 200, and the seconds."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
-async def client(port: int, path: str, until: float) -> int:
-    """Ask for ``path`` again and again until the given time; returns how many answers were 200."""
-    request = f"GET {path} HTTP/1.1\r\nHost: benchmark\r\n\r\n".encode()
+async def client(port: int, paths: Iterator[str], until: float) -> tuple[int, int]:
+    """Ask for the next of the paths until the given time; returns how many answers were 200, and how many not."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    answered = 0
+    answered = refused = 0
     try:
         while time.perf_counter() < until:
-            writer.write(request)
+            writer.write(f"GET {next(paths)} HTTP/1.1\r\nHost: benchmark\r\n\r\n".encode())
             async with asyncio.timeout(until - time.perf_counter() + 0.001):
                 head = await reader.readuntil(b"\r\n\r\n")
                 _, _, rest = head.lower().partition(b"content-length: ")
                 await reader.readexactly(int(rest.split(b"\r\n", 1)[0]))
-            answered += head.startswith(b"HTTP/1.1 200")
+            good = head.startswith(b"HTTP/1.1 200")
+            answered, refused = answered + good, refused + (not good)
     except TimeoutError:
         pass  # the time is up
     finally:
         writer.close()
-    return answered
+    return answered, refused
 
 
 async def slow_reader(port: int, path: str) -> None:
@@ -38,28 +40,31 @@ async def slow_reader(port: int, path: str) -> None:
         writer.close()
 
 
-async def run(arguments: argparse.Namespace) -> float:
-    """Requests per second of the fast clients."""
+async def run(arguments: argparse.Namespace) -> tuple[int, int]:
+    """How many requests of the fast clients were answered 200, and how many were not."""
     slow = [asyncio.create_task(slow_reader(arguments.port, "/large")) for _ in range(arguments.slow)]
     if slow:
         await asyncio.sleep(1)  # until all of them are reading
     until = time.perf_counter() + arguments.seconds
-    clients = [client(arguments.port, arguments.path, until) for _ in range(arguments.clients)]
-    answered = sum(await asyncio.gather(*clients))
+    paths = itertools.cycle(arguments.paths)
+    clients = [client(arguments.port, paths, until) for _ in range(arguments.clients)]
+    counts = await asyncio.gather(*clients)
     for task in slow:
         task.cancel()
-    return answered / float(arguments.seconds)
+    return sum(answered for answered, _ in counts), sum(refused for _, refused in counts)
 
 
 def main() -> None:
-    """Run for the given time and print the rate."""
+    """Run for the given time and report."""
     parser = argparse.ArgumentParser(prog=Path(__file__).stem, description=__doc__)
     parser.add_argument("port", type=int)
-    parser.add_argument("path")
+    parser.add_argument("paths", nargs="+")
     parser.add_argument("--clients", type=int, default=8)  # fewer than a pool keeps open, so that none is opened anew
     parser.add_argument("--slow", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=2.0)
-    print(asyncio.run(run(parser.parse_args())))
+    arguments = parser.parse_args()
+    answered, refused = asyncio.run(run(arguments))
+    print("answered", answered, "refused", refused, "seconds", arguments.seconds)
 
 
 if __name__ == "__main__":

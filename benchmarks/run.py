@@ -1,116 +1,124 @@
-"""The one command: every scenario, all contenders in turn, and the ratios of this run."""
+"""The one command: every workload, all contenders in turn, the ratios of this run, and what was missed."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
+import socket
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg2
-from sqlalchemy import make_url
+from sqlalchemy import URL
 
-from benchmarks.servers import AUTOCOMMIT, BARE, OURS, PEERS, SIX_LINE, Contender, rate, serving, wait_for_answer
+from benchmarks import durable, sockets, tasks, web
+from benchmarks.databases import scratch_database
+from benchmarks.generators import wrk
+from benchmarks.peers import DISPATCHING, HERE, OURS
+from benchmarks.results import Comparison, Figure, Results
+from benchmarks.workloads import WORKLOADS
 
-DATABASE = "chatdify_benchmark"
-ROW = b'{"id":1,"name":"benchmark"}'
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What is asked of which contenders, and by how much we want to be ahead of each."""
-
-    name: str
-    path: str
-    answer: bytes
-    targets: dict[Contender, float]
-    slow_readers: int = 0
-    max_overflow: int = 20
+LATEST = HERE / "results" / "latest.json"
 
 
-SCENARIOS = (
-    Scenario("plain", "/plain", b'{"hello":"world"}', {BARE: 0.97}),
-    Scenario("read", "/read", ROW, {SIX_LINE: 1.6, **dict.fromkeys(PEERS, 1.4), AUTOCOMMIT: 0.95}),
-    Scenario("slow-readers", "/read", ROW, {SIX_LINE: 8.0}, slow_readers=30, max_overflow=0),
-)
+def require_brokers(names: Iterable[str], broker: str) -> None:
+    """Say at once what is missing, not in ten minutes.
+
+    Raises:
+        SystemExit: A broker is not there, and something chosen needs it.
+    """
+    needed = {tasks.NAME: tasks.BROKER, durable.NAME: durable.BROKERS[broker]}
+    for name in set(needed).intersection(names):
+        address = urlsplit(needed[name])
+        try:
+            socket.create_connection((address.hostname, address.port), timeout=2).close()
+        except OSError:
+            sys.exit(f"{name} needs a broker at {address.hostname}:{address.port}; or leave it out: --only plain read")
 
 
-@contextmanager
-def scratch_database() -> Iterator[str]:
-    """A database with one row; yields its URL for asyncpg."""
-    server = make_url(os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1:5432/postgres"))
-    own = server.set(drivername="postgresql", database=DATABASE)
-    execute(server.set(drivername="postgresql").render_as_string(False), f"CREATE DATABASE {DATABASE}")
-    try:
-        execute(
-            own.render_as_string(False),
-            "CREATE TABLE benchmark_item (id int PRIMARY KEY, name text NOT NULL)",
-            "INSERT INTO benchmark_item VALUES (1, 'benchmark')",
-        )
-        yield own.set(drivername="postgresql+asyncpg").render_as_string(False)
-    finally:
-        execute(server.set(drivername="postgresql").render_as_string(False), f"DROP DATABASE {DATABASE} WITH (FORCE)")
-
-
-def execute(url: str, *statements: str) -> None:
-    """Run statements outside any transaction, as CREATE DATABASE wants."""
-    connection = psycopg2.connect(url)
-    connection.autocommit = True
-    for statement in statements:
-        connection.cursor().execute(statement)
+def machine(url: URL, arguments: argparse.Namespace) -> dict[str, str]:
+    """What the figures depend on besides the packages."""
+    connection = psycopg2.connect(url.render_as_string(hide_password=False))
+    postgresql = str(connection.get_parameter_status("server_version")).split()[0]
     connection.close()
+    return {
+        "Date": datetime.now(UTC).date().isoformat(),
+        "Cores": str(os.cpu_count()),
+        "Python": platform.python_version(),
+        "PostgreSQL": postgresql,
+        "Load": "wrk" if wrk() else "Python",
+        "Rounds": f"{arguments.rounds} of {arguments.seconds} s",
+    }
 
 
-def measure(scenario: Scenario, url: str, rounds: int, seconds: float) -> dict[Contender, list[float]]:
-    """The rates of each contender by round. In every round all of them run once, in another order."""
-    contenders = [OURS, *scenario.targets]
-    environment = {"BENCHMARK_URL": url, "DB_POOL_SIZE": "10", "DB_MAX_OVERFLOW": str(scenario.max_overflow)}
-    rates: dict[Contender, list[float]] = {contender: [] for contender in contenders}
-    with ExitStack() as running:
-        ports = {contender: running.enter_context(serving(contender, environment)) for contender in contenders}
-        for port in ports.values():
-            wait_for_answer(port, scenario.path, scenario.answer)
-            rate(port, scenario.path, 1, 0)
-        for number in range(rounds):
-            turn = number % len(contenders)
-            for contender in [*contenders[turn:], *contenders[:turn]]:
-                rates[contender].append(rate(ports[contender], scenario.path, seconds, scenario.slow_readers))
-    return rates
+def show(comparison: Comparison) -> None:
+    """Print one workload's ratios."""
+    ours, *others = comparison.measures
+    counted = "" if ours.round_trips is None else f", {ours.round_trips:g} round trips"
+    print(f"\n{comparison.name}: ours {statistics.median(ours.rates):.0f} {comparison.unit}/s{counted}")
+    for other in others:
+        ratio = comparison.ratio(other)
+        wanted = "" if ratio.bar is None else f", wanted {ratio.bar}x{'' if ratio.reached else '  NOT REACHED'}"
+        spread = f"{ratio.lowest:.2f} to {ratio.highest:.2f}"
+        print(f"  {ratio.median:6.2f}x  ({spread})  {other.contender}{wanted}", flush=True)
 
 
-def report(scenario: Scenario, rates: dict[Contender, list[float]]) -> bool:
-    """Print the ratios of one scenario; returns whether each reaches its target."""
-    reached = True
-    print(f"\n{scenario.name}: ours {statistics.median(rates[OURS]):.0f} requests/s")
-    for contender, target in scenario.targets.items():
-        ratios = [ours / max(theirs, 0.1) for ours, theirs in zip(rates[OURS], rates[contender], strict=True)]
-        median = statistics.median(ratios)
-        reached &= median >= target
-        print(
-            f"  {median:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})  {contender.name},"
-            f" wanted {target}x{'' if median >= target else '  NOT REACHED'}",
-            flush=True,
-        )
-    return reached
+def show_figure(figure: Figure) -> None:
+    """Print one figure."""
+    wanted = f", wanted {figure.wanted}" if figure.wanted else ""
+    print(f"  {figure.what}: {figure.value:.4g}{wanted}{'  NOT REACHED' if figure.missed() else ''}", flush=True)
 
 
 def main() -> None:
-    """Measure and report; with ``--check``, fail when a target is missed."""
+    """Measure and report; with ``--check``, fail when a bar is missed."""
+    names = [*(workload.name for workload in WORKLOADS), sockets.NAME, tasks.NAME, durable.NAME]
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--only", choices=[scenario.name for scenario in SCENARIOS])
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--only", choices=names, nargs="+", default=names, metavar="WORKLOAD", help=", ".join(names))
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (5)")
+    parser.add_argument("--seconds", type=int, default=2, help="seconds of load, a contender and round (2)")
+    parser.add_argument("--broker", choices=durable.BROKERS, default="rabbitmq", help="for durable (rabbitmq)")
+    parser.add_argument("--output", type=Path, default=LATEST, help="the run as JSON (benchmarks/results/latest.json)")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
     arguments = parser.parse_args()
-    chosen = [scenario for scenario in SCENARIOS if arguments.only in (None, scenario.name)]
-    for contender in dict.fromkeys([OURS, *(each for scenario in chosen for each in scenario.targets)]):
-        print(f"{contender.name}: {contender.versions()}")
+    require_brokers(arguments.only, arguments.broker)
     with scratch_database() as url:
-        reached = [report(each, measure(each, url, arguments.rounds, arguments.seconds)) for each in chosen]
-    sys.exit(0 if all(reached) or not arguments.check else 1)
+        results = Results(machine(url, arguments))
+        for name in arguments.only:
+            measure(name, url, arguments, results)
+            results.write(arguments.output)
+    missed = results.missed()
+    print("\nNot reached:" if missed else "\nEvery bar is reached.", *missed, sep="\n  ")
+    sys.exit(1 if missed and arguments.check else 0)
+
+
+def measure(name: str, url: URL, arguments: argparse.Namespace, results: Results) -> None:
+    """Measure what is called so, show it, and add it to the results."""
+    comparisons: list[Comparison] = []
+    figures: list[Figure] = []
+    if name == sockets.NAME:
+        figures = sockets.measure(url)
+    elif name == tasks.NAME:
+        comparisons = tasks.measure(url, arguments.rounds)
+    elif name == durable.NAME:
+        results.versions[DISPATCHING.name] = DISPATCHING.versions()
+        comparison, figures = durable.measure(url, arguments.broker, arguments.rounds, arguments.seconds)
+        comparisons = [comparison]
+    else:
+        workload = next(workload for workload in WORKLOADS if workload.name == name)
+        for contender in (OURS, *workload.against):
+            results.versions.setdefault(contender.name, contender.versions())
+        comparisons = [web.measure(workload, url, arguments.rounds, arguments.seconds)]
+    for comparison in comparisons:
+        show(comparison)
+    for figure in figures:
+        show_figure(figure)
+    results.comparisons += comparisons
+    results.figures += figures
 
 
 if __name__ == "__main__":

@@ -1,44 +1,44 @@
-"""Celery tasks through ``celery_ext`` against the same by hand: ``python -m benchmarks.tasks``."""
+"""Celery tasks through ``celery_ext`` against the same by hand."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from celery import Celery
-from sqlalchemy import make_url
+from sqlalchemy import URL
 
-from benchmarks.run import execute, scratch_database
-from benchmarks.servers import HERE, LOAD_CORE, SERVER_CORE, pin
+from benchmarks.databases import environment
+from benchmarks.peers import HERE
+from benchmarks.results import Comparison, Measure
+from benchmarks.servers import LOAD_CORE, SERVER_CORE, pin
 
+NAME = "tasks"
 BROKER, BACKEND = "redis://127.0.0.1:6379/10", "redis://127.0.0.1:6379/11"
-TARGETS = {"insert": ("by-hand", 0.95), "nothing": ("bare", 0.98)}
+BY_HAND, BARE = "session by hand, its defaults", "bare Celery"
+TARGETS = {"insert": (BY_HAND, 1.0), "nothing": (BARE, 0.98)}
+NUMBER = 2000  # tasks a round
 
 
 @contextmanager
-def worker(contender: str, url: str) -> Iterator[Celery]:
+def worker(contender: str, url: URL) -> Iterator[Celery]:
     """A worker of one process on a core of its own; yields the application that sends to it."""
-    queue = f"benchmark-{contender}"
-    environment = {
+    queue = f"benchmark-{contender.split()[0]}"
+    own = {
         "BENCHMARK_CONTENDER": contender,
         "BENCHMARK_BROKER": BROKER,
         "BENCHMARK_BACKEND": BACKEND,
-        "BENCHMARK_URL": url,
-        "DATABASE_URL": url,
-        "DB_POOL_SIZE": "10",
-        "DB_MAX_OVERFLOW": "20",
+        "BENCHMARK_QUEUE": queue,
         "PYTHONPATH": str(HERE.parent),
     }
     command = [sys.executable, "-m", "celery", "-A", "celery_tasks", "worker", "-c", "1", "-l", "WARNING"]
     process = subprocess.Popen(
         [*command, "-n", f"{queue}@benchmark", "--without-gossip", "--without-mingle", "--without-heartbeat"],
         cwd=HERE / "contenders",
-        env=os.environ | environment,
+        env=os.environ | environment(url) | own,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -69,35 +69,16 @@ def rate(app: Celery, task: str, number: int) -> float:
     return float(number / (last.get(timeout=120) - started))
 
 
-def main() -> None:
-    """Measure in interleaved rounds and report the ratios; with ``--check``, fail when a target is missed."""
-    parser = argparse.ArgumentParser(prog="benchmarks.tasks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--number", type=int, default=3000)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    reached = True
+def measure(url: URL, rounds: int) -> list[Comparison]:
+    """A task that inserts a row, and one that does nothing, in interleaved rounds."""
     pin(os.getpid(), LOAD_CORE)
-    with scratch_database() as url, ExitStack() as running:
-        plain = make_url(url).set(drivername="postgresql").render_as_string(False)
-        execute(plain, "CREATE TABLE benchmark_entry (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, name text)")
-        apps = {name: running.enter_context(worker(name, url)) for name in ("ours", "by-hand", "bare")}
-        for task, (peer, target) in TARGETS.items():
-            rates: dict[str, list[float]] = {"ours": [], peer: []}
-            for turn in range(arguments.rounds):
-                for contender in (("ours", peer), (peer, "ours"))[turn % 2]:
-                    rates[contender].append(rate(apps[contender], task, arguments.number))
-            ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates[peer], strict=True)]
-            median = statistics.median(ratios)
-            reached &= median >= target
-            print(
-                f"{task}: ours {statistics.median(rates['ours']):.0f} tasks/s, {median:.2f}x"
-                f" ({min(ratios):.2f} to {max(ratios):.2f}) {peer}, wanted {target}x"
-                f"{'' if median >= target else '  NOT REACHED'}",
-                flush=True,
-            )
-    sys.exit(0 if reached or not arguments.check else 1)
-
-
-if __name__ == "__main__":
-    main()
+    found = []
+    with ExitStack() as running:
+        apps = {name: running.enter_context(worker(name, url)) for name in ("ours", BY_HAND, BARE)}
+        for task, (peer, bar) in TARGETS.items():
+            measures = {name: Measure(name) for name in ("ours", peer)}
+            for turn in range(rounds):
+                for name in (("ours", peer), (peer, "ours"))[turn % 2]:
+                    measures[name].rates.append(rate(apps[name], task, NUMBER))
+            found.append(Comparison(f"task: {task}", "tasks", [*measures.values()], {peer: bar}))
+    return found

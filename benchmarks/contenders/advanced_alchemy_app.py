@@ -11,7 +11,8 @@ from advanced_alchemy.extensions.fastapi import (
     SQLAlchemyAsyncConfig,
 )
 from fastapi import Depends, FastAPI
-from model import POOL, URL, Item, as_json
+from model import POOL, URL
+from routes import add_routes
 from sqlalchemy.ext.asyncio import AsyncSession
 
 config = SQLAlchemyAsyncConfig(
@@ -22,9 +23,4 @@ config = SQLAlchemyAsyncConfig(
 )
 app = FastAPI()
 alchemy = AdvancedAlchemy(config=config, app=app)
-Session = Annotated[AsyncSession, Depends(alchemy.provide_session())]
-
-
-@app.get("/read")
-async def read(session: Session) -> dict[str, object]:
-    return as_json(await session.get(Item, 1))
+add_routes(app, Annotated[AsyncSession, Depends(alchemy.provide_session())])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import FastAPI, WebSocket
 from model import URL, Base
 
 from fastapi_chatdify_db import Database, DatabaseSettings
@@ -15,3 +15,10 @@ db.init_app(app, middleware=False)
 @app.get("/plain")
 async def plain() -> dict[str, str]:
     return {"hello": "world"}
+
+
+@app.websocket("/socket")
+async def socket(websocket: WebSocket) -> None:
+    await websocket.accept()
+    await websocket.send_json({"id": 1, "name": "benchmark"})
+    await websocket.receive()  # idle from here on

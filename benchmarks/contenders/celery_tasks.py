@@ -6,25 +6,15 @@ import os
 import time
 
 from celery import Celery
-from model import POOL, Base
-from sqlalchemy import Identity, create_engine, text
-from sqlalchemy.orm import Mapped, mapped_column, sessionmaker
+from model import POOL, Entry
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import sessionmaker
 
 CONTENDER = os.environ["BENCHMARK_CONTENDER"]
-URL = os.environ["DATABASE_URL"].replace("+asyncpg", "+psycopg2")
+URL = os.environ["BENCHMARK_URL"].replace("+asyncpg", "+psycopg2")
 
 app = Celery("benchmark", broker=os.environ["BENCHMARK_BROKER"], backend=os.environ["BENCHMARK_BACKEND"])
-app.conf.update(task_default_queue=f"benchmark-{CONTENDER}", worker_prefetch_multiplier=64)
-
-
-class Entry(Base):
-    """A row that a task inserts."""
-
-    __tablename__ = "benchmark_entry"
-
-    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
-    name: Mapped[str]
-
+app.conf.update(task_default_queue=os.environ["BENCHMARK_QUEUE"], worker_prefetch_multiplier=64)
 
 if CONTENDER == "ours":
     import celery_ext

@@ -5,7 +5,7 @@ from __future__ import annotations
 from context_async_sqlalchemy import DBConnect, db_session
 from context_async_sqlalchemy.asgi_utils import ASGIHTTPDBSessionMiddleware
 from fastapi import FastAPI
-from model import POOL, URL, Item, as_json
+from model import POOL, URL, insert_one, modify_one, read_one, read_twenty
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 
@@ -24,5 +24,19 @@ app.add_middleware(ASGIHTTPDBSessionMiddleware)
 
 @app.get("/read")
 async def read() -> dict[str, object]:
-    session = await db_session(connection)
-    return as_json(await session.get(Item, 1))
+    return await read_one(await db_session(connection))
+
+
+@app.get("/read-20")
+async def read_20() -> list[dict[str, object]]:
+    return await read_twenty(await db_session(connection))
+
+
+@app.get("/modify")
+async def modify() -> dict[str, bool]:
+    return await modify_one(await db_session(connection))
+
+
+@app.get("/insert")
+async def insert() -> dict[str, bool]:
+    return insert_one(await db_session(connection))

@@ -7,8 +7,7 @@ import time
 
 from celery import Celery
 from fastapi import FastAPI
-from model import Base
-from sqlalchemy import Identity
+from model import Base, Entry
 from sqlalchemy.orm import Mapped, mapped_column
 
 import celery_ext
@@ -19,15 +18,6 @@ celery_app.conf.update(task_default_queue="benchmark-dispatch", task_ignore_resu
 celery_ext.init_app(celery_app)
 app = FastAPI()
 db.init_app(app)
-
-
-class Entry(Base):
-    """The row that a request inserts, and a task reads."""
-
-    __tablename__ = "benchmark_entry"
-
-    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
-    name: Mapped[str]
 
 
 class Started(Base):

@@ -6,7 +6,8 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from model import POOL, URL, Item, as_json
+from model import POOL, URL
+from routes import add_routes
 
 os.environ["sqlalchemy_url"] = URL
 os.environ["sqlalchemy_pool_pre_ping"] = "true"
@@ -26,8 +27,4 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(lifespan=lifespan)
 fastapi_sqla.setup_middlewares(app)
-
-
-@app.get("/read")
-async def read(session: AsyncSession) -> dict[str, object]:  # not postponed: FastAPI reads the annotation
-    return as_json(await session.get(Item, 1))
+add_routes(app, AsyncSession)

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 from typing import Annotated
 
 from fastapi import Depends, FastAPI
-from fastapi.responses import StreamingResponse
-from model import POOL, URL, Item, as_json, large_body
+from model import POOL, URL
+from routes import add_routes
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 engine = create_async_engine(URL, pool_timeout=30, pool_recycle=1800, pool_pre_ping=True, **POOL)
@@ -21,15 +21,4 @@ async def get_session() -> AsyncGenerator[AsyncSession]:
             yield session
 
 
-Session = Annotated[AsyncSession, Depends(get_session)]
-
-
-@app.get("/read")
-async def read(session: Session) -> dict[str, object]:
-    return as_json(await session.get(Item, 1))
-
-
-@app.get("/large")
-async def large(session: Session) -> StreamingResponse:
-    await session.get(Item, 1)
-    return StreamingResponse(large_body())
+add_routes(app, Annotated[AsyncSession, Depends(get_session)])
