@@ -88,7 +88,7 @@ class Books:
             TimeoutError: That does not come to pass.
         """
         self.until_pending(0)
-        wait_until("no session is idle in transaction", lambda: self._number(_IDLE_IN_TRANSACTION) == 0, 10)
+        wait_until("no session is idle in transaction", lambda: self._number(_IDLE_IN_TRANSACTION) == 0, 30)
 
     def violations(self, client: Client) -> dict[str, object]:
         """Every way in which the promise is broken, with the first examples."""
@@ -103,9 +103,6 @@ class Books:
             broken["steps that were acknowledged and not taken"] = set(client.steps.items()) ^ set(taken.items())
         return broken
 
-    def _fewer_pending(self, than: int) -> bool:
-        return self._number(_PENDING) < than
-
     def terminate(self, pids: list[int]) -> None:
         """End these sessions."""
         self._ask(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY{pids}::int[]) AS pid")
@@ -113,6 +110,9 @@ class Books:
     def sessions(self) -> list[int]:
         """The process ids of all other sessions of the database."""
         return [pid for (pid,) in self._ask(_SESSIONS)]
+
+    def _fewer_pending(self, than: int) -> bool:
+        return self._number(_PENDING) < than
 
     def _number(self, query: str) -> int:
         [(number,)] = self._ask(query)

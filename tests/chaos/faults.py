@@ -13,7 +13,7 @@ from tests.chaos.books import Books
 from tests.chaos.brokers import Broker
 from tests.chaos.processes import Fleet, Kind
 
-_BETWEEN: Final = 1.2
+_BETWEEN: Final = 2.0
 """Seconds from one fault to the next, on average."""
 
 

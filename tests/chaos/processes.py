@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Final, Literal
@@ -144,7 +145,7 @@ class Fleet:
             TimeoutError: They do not answer.
         """
         for port in self.ports:
-            wait_until(f"the web server on port {port} answers", lambda port=port: _answers(port), 60)  # type: ignore[misc]
+            wait_until(f"the web server on port {port} answers", partial(_answers, port), 60)
 
     def ended_by_themselves(self) -> list[str]:
         """Whose logs to read: web servers and relays that ended without having been killed.

@@ -27,7 +27,7 @@ def test_everything_dies_and_the_books_balance(
     """Every acknowledged transfer is applied once and every key's steps in order, although everything dies."""
     load = replace(load, seconds=pytestconfig.getoption("--chaos-seconds"))
     seed = pytestconfig.getoption("--chaos-seed")
-    violations, figures = play(broker_name, own_database, load, seed, tmp_path, in_calm=0.05)
+    violations, figures = play(broker_name, own_database, load, seed, tmp_path, in_calm=0.25)
     with capsys.disabled():
         print(f"\n{figures}")
     assert not violations
