@@ -13,9 +13,9 @@ from typing import Final
 import httpx
 
 ACCOUNTS: Final = 50
-_AT_ONCE: Final = 3
+_AT_ONCE: Final = 2
 """Requests of each kind in flight: about as fast as the workers, or else rows wait long, and are rung ever later."""
-_STEPS_IN_A_REQUEST: Final = 10
+_STEPS_IN_A_REQUEST: Final = 25
 _PATIENCE: Final = 90.0
 """Seconds within which a request is said yes to, at last."""
 
