@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from example_app.db.models import FINISHED, Dialogue, Message, WebhookDelivery
+from example_app.db.models import Dialogue, Message, WebhookDelivery
 from example_app.schemas import MessageCreated, WebhookConversation
 from fastapi_chatdify_db import db
 
@@ -44,8 +44,8 @@ async def upsert_dialogue(conversation: WebhookConversation) -> int:
     return (await db.session.execute(statement.returning(Dialogue.id))).scalar_one()
 
 
-async def store_message(dialogue_id: int, event: MessageCreated) -> bool:
-    """Store a message to be answered; False when it is stored already."""
+async def store_message(dialogue_id: int, event: MessageCreated) -> int | None:
+    """Store a message to be answered; returns its id, or None when it is stored already."""
     statement = insert(Message).values(
         dialogue_id=dialogue_id,
         chatwoot_message_id=event.id,
@@ -55,18 +55,13 @@ async def store_message(dialogue_id: int, event: MessageCreated) -> bool:
         state="received",
         attempts=0,
     )
-    stored = await db.session.execute(statement.on_conflict_do_nothing().returning(Message.id))
-    return stored.first() is not None
+    return (await db.session.execute(statement.on_conflict_do_nothing().returning(Message.id))).scalar()
 
 
-async def delete_dialogue(conversation: WebhookConversation) -> str | None:
-    """Delete the conversation's dialogue with its messages.
-
-    Returns:
-        The id of the Dify conversation that is left over, or None.
-    """
+async def delete_dialogue(conversation: WebhookConversation) -> bool:
+    """Delete the conversation's dialogue with its messages; False when there is none."""
     gone = delete(Dialogue).where(Dialogue.chatwoot_conversation_id == str(conversation.id))
-    return (await db.session.execute(gone.returning(Dialogue.dify_conversation_id))).scalar()
+    return (await db.session.execute(gone.returning(Dialogue.id))).first() is not None
 
 
 async def find_by_conversation(conversation_id: int) -> Dialogue | None:
@@ -77,12 +72,3 @@ async def find_by_conversation(conversation_id: int) -> Dialogue | None:
 async def find_by_dify_conversation(dify_conversation_id: str) -> Dialogue | None:
     """The dialogue of a Dify conversation."""
     return await db.session.scalar(select(Dialogue).where(Dialogue.dify_conversation_id == dify_conversation_id))
-
-
-async def waiting() -> list[Message]:
-    """The oldest unfinished message of each dialogue that nobody works on, if it is due."""
-    free = Dialogue.turn_until.is_(None) | (Dialogue.turn_until < func.now())
-    oldest = select(func.min(Message.id)).where(Message.state.not_in(FINISHED)).group_by(Message.dialogue_id)
-    found = await db.session.scalars(select(Message).join(Dialogue).where(free, Message.id.in_(oldest)))
-    now = datetime.now(UTC)
-    return [message for message in found if message.due_at <= now]

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+import celery_ext
 from example_app import logs, worker
 from example_app.api import conversations, health, problems, webhook
 from example_app.api.doors import BodyLimit
 from example_app.clients import close_clients
 from example_app.settings import get_settings
-from fastapi_chatdify_db import DBSessionMiddleware, db, health_router
+from fastapi_chatdify_db import db, health_router
 
 PREFIX: Final = "/api/v1"
 
-DISPATCH_TIME: Final = 0.5
-"""Seconds that a request waits for the broker to take its task. The message is stored by then: if the broker does not,
-it is dispatched by ``resume_dialogues``."""
-
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """In development the tables are made at the start; elsewhere ``alembic upgrade head`` has made them."""
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(close_clients)
-        if get_settings().in_development:
-            await stack.enter_async_context(db.lifespan(app))
-        else:
-            stack.push_async_callback(db.dispose)
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    """What the application opens besides the database."""
+    try:
         yield
+    finally:
+        await close_clients()
 
 
 def create_app() -> FastAPI:
@@ -46,10 +40,11 @@ def create_app() -> FastAPI:
     settings.require_secrets()
     logs.configure(settings)
     db.settings = settings
-    import_module("example_app.tasks")  # registers what the dispatch sends
-    worker.app.conf.broker_connection_timeout = DISPATCH_TIME
+    db.creates_tables = settings.in_development  # elsewhere "alembic upgrade head" has made them
+    import_module("example_app.tasks")  # registers what the dispatch stores
+    celery_ext.init_app(worker.app, relay=True)
     app = FastAPI(title="Chatdify", summary="Answers Chatwoot's conversations with Dify", lifespan=lifespan)
-    app.add_middleware(DBSessionMiddleware)
+    db.init_app(app)
     app.add_middleware(BodyLimit)
     problems.init_app(app)
     for router in (webhook.router, conversations.router, health.router):

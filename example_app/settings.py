@@ -33,7 +33,7 @@ class Settings(DatabaseSettings):
         celery_task_default_queue: The queue of the tasks.
         celery_worker_concurrency: Processes of a worker.
         celery_task_time_limit: Seconds until a task's process is killed.
-        celery_task_soft_time_limit: Seconds until a task is cancelled.
+        celery_task_soft_time_limit: Seconds until an attempt to ask or to post is cancelled, and made again.
         celery_task_max_retries: How often a failed call to Dify or Chatwoot is made again.
         celery_worker_max_tasks_per_child: Tasks until a worker's process is replaced.
         celery_worker_prefetch_multiplier: Messages that each process may reserve.

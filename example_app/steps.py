@@ -6,21 +6,14 @@ on it looks first whether it has been done.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
 from sqlalchemy import select
 
-from example_app import dispatch, turns
 from example_app.clients import get_chatwoot, get_dify
 from example_app.clients.dify import Answer, Question, StillAnswering
-from example_app.clients.http import NotFound, OutsideError
+from example_app.clients.http import NotFound
 from example_app.db.models import Message, MessageState
-from example_app.logs import logger
 from example_app.settings import get_settings
-from example_app.turns import Done, Step
 from fastapi_chatdify_db import db
-
-Work = Callable[[Step], Awaitable[Done]]
 
 
 def dify_user(chatwoot_conversation_id: str | int) -> str:
@@ -28,45 +21,10 @@ def dify_user(chatwoot_conversation_id: str | int) -> str:
     return f"chatwoot-conversation-{chatwoot_conversation_id}"
 
 
-async def ask(dialogue_id: int, task_id: str | None) -> str:
-    """Ask Dify about the oldest message that waits for it."""
-    return await _do(dialogue_id, task_id, MessageState.RECEIVED, _ask)
-
-
-async def respond(dialogue_id: int, task_id: str | None) -> str:
-    """Post Dify's answer into the Chatwoot conversation."""
-    return await _do(dialogue_id, task_id, MessageState.ANSWERED, _respond)
-
-
-async def hand_over(dialogue_id: int, task_id: str | None) -> str:
-    """Open the conversation for a human, and say so to the customer and to the agents."""
-    return await _do(dialogue_id, task_id, MessageState.FAILED, _hand_over)
-
-
-async def _do(dialogue_id: int, task_id: str | None, state: MessageState, work: Work) -> str:
-    step = await turns.begin(dialogue_id, task_id, state)
-    if step is None:
-        return "nothing to do"
-    await db.release()  # from here on no connection is held
-    try:
-        done = await work(step)
-    except OutsideError as error:
-        logger.warning("dialogue %d, message %d, attempt %d: %s", dialogue_id, step.message.id, step.attempt, error)
-        await turns.put_off(step, may_pass=error.may_pass, retry_after=error.retry_after)
-        return "failed"
-    except Exception:
-        logger.exception("dialogue %d, message %d, attempt %d", dialogue_id, step.message.id, step.attempt)
-        await turns.put_off(step, may_pass=True, retry_after=0.0)
-        return "failed"
-    if not await turns.finish(step, done):
-        await _tidy_up(step, done)
-        return "overtaken"
-    return done.state
-
-
-async def _ask(step: Step) -> Done:
+async def ask(message: Message) -> MessageState:
+    """Ask Dify, in the dialogue's conversation there."""
     dify = await get_dify()
-    message, dialogue = step.message, step.dialogue
+    dialogue = message.dialogue
     question = Question(
         query=message.content,
         user=dify_user(dialogue.chatwoot_conversation_id),
@@ -77,7 +35,7 @@ async def _ask(step: Step) -> Done:
             "message_direction": message.message_type,
         },
     )
-    answer = await _earlier_answer(question, step) if step.attempt > 1 else None
+    answer = await _earlier_answer(question, message) if message.attempts > 1 else None
     if answer is None:
         try:
             answer = await dify.ask(question)
@@ -86,60 +44,55 @@ async def _ask(step: Step) -> Done:
                 raise
             # Dify forgot the conversation: begin anew.
             answer = await dify.ask(question.model_copy(update={"conversation_id": None}))
-    return Done(
-        MessageState.ANSWERED,
-        message={"answer": answer.answer.replace("\0", ""), "dify_message_id": answer.message_id},
-        dialogue={"dify_conversation_id": answer.conversation_id},
-    )
+    message.answer = answer.answer.replace("\0", "")
+    message.dify_message_id = answer.message_id
+    dialogue.dify_conversation_id = answer.conversation_id
+    return MessageState.ANSWERED
 
 
-async def _earlier_answer(question: Question, step: Step) -> Answer | None:
+async def _earlier_answer(question: Question, message: Message) -> Answer | None:
     """What Dify answered to an earlier attempt; the conversation that it stands in becomes the question's."""
     dify = await get_dify()
     # The user has one, and it need not be the one we know: an earlier attempt may have begun it.
-    question.conversation_id = await dify.latest_conversation(question.user)
+    question.conversation_id = next(iter(await dify.conversations(question.user)), None)
     if question.conversation_id is None:
         return None
-    mine = Message.dialogue_id == step.dialogue.id
+    mine = Message.dialogue_id == message.dialogue_id
     known = await db.session.scalars(select(Message.dify_message_id).where(mine))
     ids = [message_id for message_id in known if message_id is not None]
     await db.release()
     try:
         return await dify.find_answer(question.query, question.user, question.conversation_id, ids)
     except StillAnswering:
-        if step.attempt > get_settings().celery_task_max_retries:
+        if message.attempts > get_settings().celery_task_max_retries:
             return None  # it never will
         raise
 
 
-async def _respond(step: Step) -> Done:
-    if step.message.answer:
-        await _post_once(step, step.message.answer, "answer")
-    return Done(MessageState.POSTED, message={}, dialogue={})
+async def respond(message: Message) -> MessageState:
+    """Post Dify's answer into the Chatwoot conversation."""
+    if message.answer:
+        await _post_once(message, message.answer, "answer")
+    return MessageState.POSTED
 
 
-async def _hand_over(step: Step) -> Done:
+async def hand_over(message: Message) -> MessageState:
+    """Open the conversation for a human, and say so to the customer and to the agents."""
     settings = get_settings()
     chatwoot = await get_chatwoot()
-    await chatwoot.set_status(step.dialogue.chatwoot_conversation_id, "open")
-    if step.message.conversation_status == "pending" and settings.bot_error_message_internal:
-        await _post_once(step, settings.bot_error_message_internal, "note", private=True)
+    await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
+    if message.conversation_status == "pending" and settings.bot_error_message_internal:
+        await _post_once(message, settings.bot_error_message_internal, "note", private=True)
     if settings.bot_conversation_opened_message_external:
-        await _post_once(step, settings.bot_conversation_opened_message_external, "opened")
-    return Done(MessageState.HANDED_OVER, message={}, dialogue={"status": "open"})
+        await _post_once(message, settings.bot_conversation_opened_message_external, "opened")
+    message.dialogue.status = "open"
+    return MessageState.HANDED_OVER
 
 
-async def _post_once(step: Step, content: str, what: str, *, private: bool = False) -> None:
+async def _post_once(message: Message, content: str, what: str, *, private: bool = False) -> None:
     chatwoot = await get_chatwoot()
-    conversation = step.dialogue.chatwoot_conversation_id
-    marker = f"{step.message.chatwoot_message_id}:{what}"
-    if step.attempt > 1 and await chatwoot.has_message(conversation, marker):
+    conversation = message.dialogue.chatwoot_conversation_id
+    marker = f"{message.chatwoot_message_id}:{what}"
+    if message.attempts > 1 and await chatwoot.has_message(conversation, marker):
         return
     await chatwoot.send_message(conversation, content, private=private, marker=marker)
-
-
-async def _tidy_up(step: Step, done: Done) -> None:
-    """A dialogue that was deleted while Dify answered leaves a conversation over, which nobody else knows of."""
-    left_over = done.dialogue.get("dify_conversation_id")
-    if left_over and await turns.is_gone(step.dialogue.id):
-        dispatch.dispatch_deletion(left_over, dify_user(step.dialogue.chatwoot_conversation_id))

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-from celery.signals import worker_ready
+from typing import Final
 
 import celery_ext
+from celery_ext.durable import administration
 from example_app import dialogues, dispatch, steps
+from example_app.attempts import attempt
 from example_app.clients import get_dify
 from example_app.clients.http import OutsideError
+from example_app.db.models import MessageState
 from example_app.settings import get_settings
 from example_app.worker import app
 from fastapi_chatdify_db import db
 
-
-@app.task(bind=True, name=dispatch.PROCESS)
-async def process_message_with_dify(self: celery_ext.Task, dialogue_id: int) -> str:
-    """Ask Dify about the dialogue's oldest message that waits for it; returns the message's state."""
-    return await steps.ask(dialogue_id, self.request.id)
+TASKS_KEPT: Final = 7
+"""Days for which the rows of tasks that are done are kept."""
 
 
-@app.task(bind=True, name=dispatch.RESPOND)
-async def handle_dify_response(self: celery_ext.Task, dialogue_id: int) -> str:
+# max_retries=None: the attempts are counted with the message, where a worker that dies counts as well.
+@app.task(bind=True, name=dispatch.PROCESS, max_retries=None)
+async def process_message_with_dify(self: celery_ext.Task, message_id: int) -> str:
+    """Ask Dify about a message; returns the message's state."""
+    return await attempt(self, message_id, steps.ask, MessageState.FAILED)
+
+
+@app.task(bind=True, name=dispatch.RESPOND, max_retries=None)
+async def handle_dify_response(self: celery_ext.Task, message_id: int) -> str:
     """Post Dify's answer; returns the message's state."""
-    return await steps.respond(dialogue_id, self.request.id)
+    return await attempt(self, message_id, steps.respond, MessageState.FAILED)
 
 
-@app.task(bind=True, name=dispatch.HAND_OVER)
-async def handle_dify_error(self: celery_ext.Task, dialogue_id: int) -> str:
+@app.task(bind=True, name=dispatch.HAND_OVER, max_retries=None)
+async def handle_dify_error(self: celery_ext.Task, message_id: int) -> str:
     """Hand the conversation to a human; returns the message's state."""
-    return await steps.hand_over(dialogue_id, self.request.id)
+    return await attempt(self, message_id, steps.hand_over, MessageState.UNDELIVERABLE)
 
 
 @app.task(bind=True, name=dispatch.DELETE)
-async def delete_dify_conversation(self: celery_ext.Task, dify_conversation_id: str, user: str) -> None:
-    """Delete a conversation in Dify, as the user that it belongs to."""
+async def delete_dify_conversation(self: celery_ext.Task, chatwoot_conversation_id: str) -> None:
+    """Delete what Dify has of a conversation that Chatwoot deleted."""
     dify = await get_dify()
     settings = get_settings()
+    user = steps.dify_user(chatwoot_conversation_id)
+    await db.release()
     try:
-        await dify.delete_conversation(dify_conversation_id, user)
+        for conversation in await dify.conversations(user):
+            await dify.delete_conversation(conversation, user)
     except OutsideError as error:
         if not error.may_pass:
             raise
@@ -45,21 +55,8 @@ async def delete_dify_conversation(self: celery_ext.Task, dify_conversation_id: 
         raise self.retry(exc=error, countdown=pause, max_retries=settings.celery_task_max_retries) from error
 
 
-@app.task(name="chatdify.resume_dialogues")
-async def resume_dialogues() -> int:
-    """Dispatch again for messages whose task got lost: a broker was down, or forgot; returns how many dialogues."""
-    waiting = await dialogues.waiting()
-    for message in waiting:
-        dispatch.dispatch_for(message)
-    return len(waiting)
-
-
-@worker_ready.connect
-def _resume_at_start(**_: object) -> None:
-    resume_dialogues.delay()
-
-
 @app.task(name="chatdify.forget_old_deliveries")
 def forget_old_deliveries() -> None:
-    """Delete the webhook deliveries that are older than anybody repeats them."""
+    """Delete the webhook deliveries that are older than anybody repeats them, and what is left of old tasks."""
     dialogues.forget_old_deliveries(db.sync_session)
+    administration.prune(db, TASKS_KEPT)

@@ -14,17 +14,11 @@ from example_app import logs
 from example_app.settings import Settings, get_settings
 from fastapi_chatdify_db import db
 
-RESUME_EVERY: Final = 30.0
-"""Seconds between two looks for messages whose task got lost."""
-
 POLLING_INTERVAL: Final = 0.05
 """Seconds between two looks into a queue that is a PostgreSQL table."""
 
 
 def _transport_options(settings: Settings) -> dict[str, Any]:
-    if settings.broker_url.startswith("redis"):
-        # Redis hands a task out again after this time, whether it is running or not.
-        return {"visibility_timeout": 2 * settings.celery_task_time_limit}
     if settings.broker_url.startswith("sqla+"):
         # A pool would be inherited by the processes that a worker forks, and two would speak on one connection.
         return {"poolclass": NullPool}
@@ -44,13 +38,8 @@ def _configuration() -> dict[str, Any]:
         "worker_max_tasks_per_child": settings.celery_worker_max_tasks_per_child,
         "worker_prefetch_multiplier": settings.celery_worker_prefetch_multiplier,
         "task_time_limit": settings.celery_task_time_limit,
-        "task_soft_time_limit": settings.celery_task_soft_time_limit,
-        # A worker that dies in the middle of a task: another one does it. Every task here may run twice.
-        "task_acks_late": True,
-        "task_reject_on_worker_lost": True,
         "timezone": "UTC",
         "beat_schedule": {
-            "resume": {"task": "chatdify.resume_dialogues", "schedule": RESUME_EVERY},
             "forget": {"task": "chatdify.forget_old_deliveries", "schedule": 3600.0},
         },
     }

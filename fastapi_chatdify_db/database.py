@@ -48,7 +48,8 @@ class Database:
         self.name = name
         self.base = base
         self._given_settings = settings
-        self._creates_tables = create_tables
+        self.creates_tables = create_tables
+        """Whether the lifespan creates the tables that do not exist."""
         self.metadatas: list[MetaData] = [base.metadata]
         """Whose tables are created; extensions add their own. One for a single dialect says so in its ``info``."""
         self.services: list[Callable[[], AbstractContextManager[object]]] = []
@@ -184,7 +185,7 @@ class Database:
         """
         try:
             await startup.wait_for_database(self.async_engine, self.settings.db_startup_timeout)
-            if self._creates_tables:
+            if self.creates_tables:
                 await self.create_tables()
             async with startup.services(self.services):
                 yield

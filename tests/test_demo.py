@@ -25,7 +25,7 @@ async def curl(client: httpx.AsyncClient, arguments: list[str]) -> httpx.Respons
 
 
 async def test_demo_answers_five_messages_and_serves_what_it_prints() -> None:
-    """On an embedded PostgreSQL: five answers, each printed curl line works; Ctrl-C leaves no process behind."""
+    """Five answers, one past a killed worker; each printed curl line works; Ctrl-C leaves no process behind."""
     with free_socket() as listener:
         port = str(listener.getsockname()[1])
     theirs = ("DATABASE_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "XDG_RUNTIME_DIR")
@@ -38,10 +38,11 @@ async def test_demo_answers_five_messages_and_serves_what_it_prints() -> None:
         stderr=asyncio.subprocess.STDOUT,
     )
     assert demo.stdout is not None
-    printed = (await asyncio.wait_for(demo.stdout.readuntil(b"Ctrl-C"), 120)).decode()
+    printed = (await asyncio.wait_for(demo.stdout.readuntil(b"Ctrl-C"), 240)).decode()
     assert "Warning" not in printed
     assert len(re.findall(r"^  answer +You said: ", printed, re.MULTILINE)) == 5
     assert printed.count("posted") >= 5
+    assert "kill -9 of the worker" in printed
     lines = re.findall(r"^  curl (.+)$", printed, re.MULTILINE)
     assert len(lines) == 2
     async with httpx.AsyncClient(timeout=30) as client:

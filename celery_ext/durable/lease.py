@@ -29,6 +29,8 @@ def hold(database: Database, task_id: str) -> bool:
         if connection is None or connection.invalidated:
             connection = database.sync_engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             _connections[database], _held[database] = connection, set()
+        if task_id in _held[database]:
+            return True  # PostgreSQL counts: a second lock would outlive the one unlock
         held = bool(connection.scalar(_HOLD, {"id": task_id}))
         if held:
             _held[database].add(task_id)

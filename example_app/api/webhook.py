@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Header
 from example_app import dialogues, dispatch
 from example_app.api.doors import authentic_body
 from example_app.api.problems import documented
+from example_app.db.models import MessageState
 from example_app.schemas import (
     WEBHOOK_EXAMPLE,
     ConversationChanged,
@@ -18,7 +19,6 @@ from example_app.schemas import (
     WebhookResult,
 )
 from example_app.settings import get_settings
-from example_app.steps import dify_user
 from example_app.webhook import parse, reason_to_skip
 
 router: Final = APIRouter(tags=["webhook"], responses=documented(401, 413, 422, 503))
@@ -63,9 +63,10 @@ async def _take_message(event: MessageCreated) -> WebhookResult:
     if reason := reason_to_skip(event, get_settings()):
         return WebhookResult(status="skipped", reason=reason)
     dialogue_id = await dialogues.upsert_dialogue(event.conversation)
-    if not await dialogues.store_message(dialogue_id, event):
+    message_id = await dialogues.store_message(dialogue_id, event)
+    if message_id is None:
         return WebhookResult(status="skipped", reason="received before")
-    dispatch.dispatch_processing(dialogue_id)
+    dispatch.dispatch_step(message_id, MessageState.RECEIVED, str(event.conversation.id))
     return WebhookResult(status="processing")
 
 
@@ -74,7 +75,6 @@ async def _take_changes(event: ConversationChanged) -> WebhookResult:
 
 
 async def _delete(event: ConversationDeleted) -> WebhookResult:
-    left_over = await dialogues.delete_dialogue(event.conversation)
-    if left_over is not None:
-        dispatch.dispatch_deletion(left_over, dify_user(event.conversation.id))
+    if await dialogues.delete_dialogue(event.conversation):
+        dispatch.dispatch_deletion(str(event.conversation.id))
     return WebhookResult(status="success")

@@ -119,11 +119,10 @@ class Dify(OutsideAPI):
                 return Answer(conversation_id=message.conversation_id, message_id=message.id, answer=message.answer)
         return None
 
-    async def latest_conversation(self, user: str) -> str | None:
-        """The id of the conversation that this user had last, or None."""
-        answer = await self.call("GET", "/conversations", params={"user": user, "limit": 1})
-        conversations = read(_Conversations, answer, _NAME).data
-        return conversations[0].id if conversations else None
+    async def conversations(self, user: str) -> list[str]:
+        """The ids of this user's conversations, the latest first, twenty at most."""
+        answer = await self.call("GET", "/conversations", params={"user": user, "limit": 20})
+        return [conversation.id for conversation in read(_Conversations, answer, _NAME).data]
 
     async def delete_conversation(self, conversation_id: str, user: str) -> None:
         """Delete a conversation; one that is not there counts as deleted."""

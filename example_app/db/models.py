@@ -5,9 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 from typing import Final
-from uuid import UUID
 
-from sqlalchemy import BigInteger, DateTime, Enum, ForeignKey, Index, Text, func, text
+from sqlalchemy import BigInteger, DateTime, Enum, ForeignKey, Text, func
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from fastapi_chatdify_db import Base
@@ -16,15 +15,12 @@ Timestamp: Final = DateTime(timezone=True)
 
 
 class MessageState(StrEnum):
-    """Where a message is on its way; in ``asking``, ``posting`` and ``handing_over`` a call may be under way."""
+    """Where a message is on its way."""
 
     RECEIVED = "received"
-    ASKING = "asking"
     ANSWERED = "answered"
-    POSTING = "posting"
     POSTED = "posted"
     FAILED = "failed"
-    HANDING_OVER = "handing_over"
     HANDED_OVER = "handed_over"
     UNDELIVERABLE = "undeliverable"
 
@@ -33,11 +29,7 @@ FINISHED: Final = (MessageState.POSTED, MessageState.HANDED_OVER, MessageState.U
 
 
 class Dialogue(Base):
-    """A Chatwoot conversation and the Dify conversation that answers it.
-
-    Its ``turn`` is the lease that lets one task at a time work on it, without holding a connection: who took it
-    last, and until when nobody else may take it.
-    """
+    """A Chatwoot conversation and the Dify conversation that answers it."""
 
     __tablename__ = "dialogue"
 
@@ -48,9 +40,6 @@ class Dialogue(Base):
     assignee_id: Mapped[int | None] = mapped_column(BigInteger, default=None)
     created_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now(), onupdate=func.now())
-    turn: Mapped[UUID | None] = mapped_column(default=None)
-    turn_task_id: Mapped[str | None] = mapped_column(Text, default=None)
-    turn_until: Mapped[datetime | None] = mapped_column(Timestamp, default=None)
     messages: Mapped[list[Message]] = relationship(
         back_populates="dialogue", init=False, repr=False, order_by="Message.id", passive_deletes=True
     )
@@ -60,15 +49,6 @@ class Message(Base):
     """A customer's message: what was asked, what Dify answered, and how far it got."""
 
     __tablename__ = "message"
-    __table_args__ = (
-        # What is left to do, however many messages are done.
-        Index(
-            "ix_message_unfinished",
-            "dialogue_id",
-            "id",
-            postgresql_where=text("state NOT IN ('posted', 'handed_over', 'undeliverable')"),
-        ),
-    )
 
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, init=False)
     dialogue_id: Mapped[int] = mapped_column(ForeignKey("dialogue.id", ondelete="CASCADE"), index=True)
@@ -80,8 +60,7 @@ class Message(Base):
         Enum(MessageState, native_enum=False, length=16, values_callable=lambda states: [str(s) for s in states]),
         default=MessageState.RECEIVED,
     )
-    attempts: Mapped[int] = mapped_column(default=0)
-    due_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())
+    attempts: Mapped[int] = mapped_column(default=0)  # at the step that comes next
     answer: Mapped[str | None] = mapped_column(Text, default=None)
     dify_message_id: Mapped[str | None] = mapped_column(Text, default=None)
     created_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())

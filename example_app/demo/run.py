@@ -7,7 +7,7 @@ import asyncio
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -59,9 +59,9 @@ async def _run(console: Console, directory: Path, database_url: str, port: int) 
         async with chatdify(directory, database_url, broker_url, port, _SETTINGS) as stack:
             console.print(f"[bold]Chatwoot[/]    {stack.chatwoot_url} (fake)")
             console.print(f"[bold]Dify[/]        {stack.dify_url} (fake)")
-            async with stack.web(), stack.worker():
+            async with stack.web(), AsyncExitStack() as workers:
                 console.print(f"[bold]Web[/]         {stack.url}\n[bold]Worker[/]      2 processes\n")
-                await tell(stack, console)
+                await tell(stack, console, workers)
                 _print_urls(console, stack)
                 await asyncio.Event().wait()
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
+from asyncio.subprocess import Process
+from contextlib import AsyncExitStack
 from typing import Final
 
 from rich.console import Console
@@ -22,25 +26,29 @@ TIME_LIMIT: Final = 60.0
 
 _MESSAGES: Final = (
     ("Hello, is anybody there?", None),
-    ("Where is my parcel?", Fault("POST", "/chat-messages", 503, times=2)),
-    ("It was due yesterday.", Fault("POST", "/chat-messages", 429, retry_after="1")),
+    ("Where is my parcel?", Fault("POST", "/chat-messages", 429, times=2, retry_after="1")),
+    ("It was due yesterday.", None),
     ("Is the [bold]blue[/bold] one still to be had?", None),
     ("Thank you!", Fault("POST", "/messages", 502, too_late=True)),
 )
 _COMMENTS: Final = {
-    1: "Dify answers 503 twice: asked again",
-    2: "Dify answers 429, Retry-After: 1: asked again a second later",
+    1: "Dify answers 429, Retry-After: 1, twice: asked again a second later",
+    2: "kill -9 of the worker while Dify answers: another one finds the answer, 10 s after the task was sent",
     3: "Dify has forgotten the conversation: it begins anew",
     4: "Chatwoot takes the answer and says 502: it is there, so it is not posted twice",
 }
 
 
-async def tell(stack: Stack, console: Console) -> None:
+async def tell(stack: Stack, console: Console, workers: AsyncExitStack) -> None:
     """Send the messages, print what becomes of them, then the database's rows.
+
+    Parameters:
+        workers: Where workers are started, and ended by whoever owns it.
 
     Raises:
         TimeoutError: An answer did not arrive within ``TIME_LIMIT`` seconds.
     """
+    worker = await workers.enter_async_context(stack.worker())
     for number, (content, fault) in enumerate(_MESSAGES):
         if comment := _COMMENTS.get(number):
             console.print(f"  [yellow]fault[/]     {comment}")
@@ -49,8 +57,20 @@ async def tell(stack: Stack, console: Console) -> None:
         if number == 3:
             for conversation in list(stack.dify.conversations):
                 stack.dify.forget(conversation)
+        killing = asyncio.create_task(_replace(stack, worker, workers)) if number == 2 else None
         await _exchange(stack, console, content, number)
+        if killing is not None:
+            await killing
     await _show_rows(console)
+
+
+async def _replace(stack: Stack, worker: Process, workers: AsyncExitStack) -> None:
+    stack.dify.asked.clear()
+    stack.dify.answering.clear()
+    await stack.dify.asked.wait()
+    os.killpg(worker.pid, signal.SIGKILL)
+    stack.dify.answering.set()
+    await workers.enter_async_context(stack.worker("another"))
 
 
 async def _exchange(stack: Stack, console: Console, content: str, answered: int) -> None:

@@ -50,6 +50,8 @@ class FakeDify:
         self.forgotten: list[DifyConversation] = []
         self.faults = Faults()
         self.asked = asyncio.Event()
+        self.answering = asyncio.Event()
+        self.answering.set()
         self.delay = 0.0
         self._api_key = api_key
         routes = [
@@ -84,6 +86,7 @@ class FakeDify:
         conversation.messages.append(message)
         self.asked.set()
         await asyncio.sleep(self.delay)
+        await self.answering.wait()
         message.answer = f"You said: {message.query}"
         if body.get("response_mode") == "streaming":
             return StreamingResponse(_events(conversation, message), media_type="text/event-stream")

@@ -205,9 +205,8 @@ async def test_database_down_is_unhealthy(client: httpx.AsyncClient, monkeypatch
     async def refuse(*_: object, **__: object) -> None:
         raise ConnectionRefusedError
 
-    await db.dispose()
     with monkeypatch.context() as patch:
-        patch.setattr("asyncpg.connect", refuse)
+        patch.setattr("sqlalchemy.ext.asyncio.AsyncSession.execute", refuse)
         response = await client.get("/api/v1/health")
     assert (response.status_code, response.json()["detail"]) == (503, "The database does not answer.")
 

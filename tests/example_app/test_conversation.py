@@ -132,13 +132,36 @@ async def test_worker_killed_in_the_middle_of_an_answer(own_database: str, broke
     """After kill -9 of the process that waits for Dify, the message is answered once, in the one conversation."""
     url, queue = broker
     async with chatdify(tmp_path, own_database, url, settings=quick(queue)) as stack, stack.web():
-        stack.dify.delay = 0.9
+        stack.dify.answering.clear()  # a process that waits for its next task would take the pool's lock with it
         async with stack.worker() as worker:
             await stack.chatwoot.say(7, "Hello")
             await stack.chatwoot.say(7, "Hello again")
             await asyncio.wait_for(stack.dify.asked.wait(), 60)
             connected(worker.pid, httpx.URL(stack.dify_url).port).send_signal(signal.SIGKILL)
-            await until_answered(stack, {7: 2}, 60)
+            stack.dify.answering.set()
+            await until_answered(stack, {7: 2}, 120)
+            await until_states(own_database, {"posted": 2})
+        assert stack.chatwoot.conversation(7).answers() == ["You said: Hello", "You said: Hello again"]
+        [conversation] = stack.dify.conversations.values()
+        assert [message.query for message in conversation.messages] == ["Hello", "Hello again"]
+
+
+async def test_all_of_a_worker_killed_in_the_middle_of_an_answer(
+    own_database: str, broker: Broker, tmp_path: Path
+) -> None:
+    """After kill -9 of a worker with all its processes, another one answers, once."""
+    url, queue = broker
+    async with chatdify(tmp_path, own_database, url, settings=quick(queue)) as stack, stack.web():
+        stack.dify.answering.clear()
+        async with stack.worker() as worker:
+            await stack.chatwoot.say(7, "Hello")
+            await stack.chatwoot.say(7, "Hello again")
+            await asyncio.wait_for(stack.dify.asked.wait(), 60)
+            os.killpg(worker.pid, signal.SIGKILL)
+            await worker.wait()
+        stack.dify.answering.set()
+        async with stack.worker("another"):
+            await until_answered(stack, {7: 2}, 120)
             await until_states(own_database, {"posted": 2})
         assert stack.chatwoot.conversation(7).answers() == ["You said: Hello", "You said: Hello again"]
         [conversation] = stack.dify.conversations.values()
@@ -146,7 +169,7 @@ async def test_worker_killed_in_the_middle_of_an_answer(own_database: str, broke
 
 
 async def test_broker_that_does_not_answer(own_database: str, tmp_path: Path) -> None:
-    """With a frozen broker the webhook is answered within Chatwoot's patience; the message is answered later."""
+    """With a frozen broker the webhook is answered at once; the message is answered with the next one."""
     queue = f"frozen-{os.getpid()}"
     async with chatdify(tmp_path, own_database, settings=quick(queue)) as stack:
         with free_socket() as frozen:  # connects, and never says a word
@@ -156,6 +179,5 @@ async def test_broker_that_does_not_answer(own_database: str, tmp_path: Path) ->
                 async with asyncio.timeout(5):
                     assert (await stack.chatwoot.say(7, "Hello")).json() == {"status": "processing"}
                 assert await states(own_database) == {"received": 1}
-            assert "was not sent after the commit" in stack.log("web")
         async with stack.web(), stack.worker():
             await until_answered(stack, {7: 1}, 60)

@@ -9,7 +9,6 @@ import pytest
 
 from example_app.main import create_app
 from example_app.settings import Settings, get_settings
-from example_app.worker import app as celery_app
 from fastapi_chatdify_db import InvalidSettings
 from tests.example_app.conftest import Configure
 
@@ -79,9 +78,3 @@ def test_sentry_needs_its_package(configure: Configure) -> None:
     configure(SENTRY_DSN="https://key@sentry.invalid/1")
     with pytest.raises(InvalidSettings, match="pip install sentry-sdk"):
         create_app()
-
-
-def test_worker_survives_its_processes(configure: Configure) -> None:
-    """A task whose process dies is delivered again."""
-    assert celery_app.conf.task_acks_late
-    assert celery_app.conf.task_reject_on_worker_lost

@@ -4,41 +4,70 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from uuid import uuid4
 
 import pytest
+from celery.exceptions import Ignore
 
 from example_app import dialogues, steps
+from example_app.clients.http import OutsideError, Rejected, Unanswered
 from example_app.dialogues import delete_dialogue, store_message, upsert_dialogue
+from example_app.dispatch import DELETE, HAND_OVER, RESPOND, dispatch_deletion
 from example_app.fakes.faults import Fault
 from example_app.schemas import MessageCreated, WebhookConversation
-from example_app.steps import ask, dify_user, hand_over, respond
-from example_app.tasks import delete_dify_conversation, forget_old_deliveries, resume_dialogues
+from example_app.steps import dify_user
+from example_app.tasks import (
+    delete_dify_conversation,
+    forget_old_deliveries,
+    handle_dify_error,
+    handle_dify_response,
+    process_message_with_dify,
+)
 from fastapi_chatdify_db import db
 from tests.example_app.conftest import Configure, Outside, rows, write
 
-Step = Callable[[int, str | None], Awaitable[str]]
+Step = Callable[[int], Awaitable[str]]
 ASK = ("POST", "/chat-messages")
 
-
-async def run(step: Step, dialogue_id: int, task_id: str | None = None) -> str:
-    """Do a step as its task does."""
-    async with db.transaction():
-        return await step(dialogue_id, task_id or str(uuid4()))
+ask: Step = process_message_with_dify
+respond: Step = handle_dify_response
+hand_over: Step = handle_dify_error
 
 
-async def receive(outside: Outside, *contents: str, status: str = "pending", first: int = 1) -> int:
-    """Store messages of conversation 7; returns the dialogue's id."""
+async def run(step: Step, message_id: int) -> str:
+    """Do a step as a worker does: returns the message's state, or "again" when the task asks to be retried."""
+    try:
+        async with db.transaction():
+            return await step(message_id)
+    except OutsideError:
+        return "again"
+
+
+async def until_answered(outside: Outside) -> None:
+    """Return when Dify has an answer to every question."""
+    while any(not message.answer for each in outside.dify.conversations.values() for message in each.messages):
+        await asyncio.sleep(0.01)
+
+
+async def receive(outside: Outside, *contents: str, status: str = "pending") -> list[int]:
+    """Store messages of conversation 7; returns their ids."""
     outside.chatwoot.conversation(7)
+    stored = []
     async with db.transaction():
-        for number, content in enumerate(contents, first):
+        for number, content in enumerate(contents, 1):
             conversation = WebhookConversation(id=7, status=status)
             dialogue_id = await upsert_dialogue(conversation)
             event = MessageCreated(
                 event="message_created", id=number, content=content, message_type="incoming", conversation=conversation
             )
-            assert await store_message(dialogue_id, event)
-    return dialogue_id
+            message_id = await store_message(dialogue_id, event)
+            assert message_id is not None
+            stored.append(message_id)
+    return stored
+
+
+async def dispatched() -> list[tuple[object, ...]]:
+    """The tasks that are stored, and the lines that they wait in."""
+    return await rows("SELECT name, arguments::json -> 0 ->> 0, ordering_key FROM durable_task ORDER BY seq")
 
 
 async def states() -> list[str]:
@@ -48,8 +77,8 @@ async def states() -> list[str]:
 
 async def test_question_carries_what_dify_needs(outside: Outside) -> None:
     """Dify gets the conversation's own user and inputs, and its conversation is stored."""
-    dialogue = await receive(outside, "Hello")
-    assert await run(ask, dialogue) == "answered"
+    [message] = await receive(outside, "Hello")
+    assert await run(ask, message) == "answered"
     [conversation] = outside.dify.conversations.values()
     assert conversation.user == dify_user(7)
     assert conversation.inputs == {
@@ -58,21 +87,17 @@ async def test_question_carries_what_dify_needs(outside: Outside) -> None:
         "message_direction": "incoming",
     }
     assert await rows("SELECT dify_conversation_id FROM dialogue") == [(conversation.id,)]
-    assert await run(respond, dialogue) == "posted"
+    assert await dispatched() == [(RESPOND, str(message), "tell 7")]
+    assert await run(respond, message) == "posted"
     assert outside.chatwoot.conversation(7).answers() == ["You said: Hello"]
+    assert len(await dispatched()) == 1
 
 
 @pytest.mark.parametrize("mode", ["blocking", "streaming"])
 async def test_either_response_mode(outside: Outside, configure: Configure, mode: str) -> None:
     """A streamed answer is put together from its pieces."""
     configure(DIFY_RESPONSE_MODE=mode)
-    await receive(outside, "Hello 🎉")
-    dialogue = await receive(outside, "again", first=2)
-    assert [await run(ask, dialogue), await run(respond, dialogue), await run(ask, dialogue)] == [
-        "answered",
-        "posted",
-        "answered",
-    ]
+    assert [await run(ask, message) for message in await receive(outside, "Hello 🎉", "again")] == ["answered"] * 2
     assert await rows("SELECT answer FROM message ORDER BY id") == [("You said: Hello 🎉",), ("You said: again",)]
     assert len(outside.dify.conversations) == 1
 
@@ -84,9 +109,9 @@ async def test_passing_faults_are_retried(
 ) -> None:
     """After a 429, 503 or 500 Dify is asked again, until it answers."""
     configure(DIFY_RESPONSE_MODE=mode)
-    dialogue = await receive(outside, "Hello")
+    [message] = await receive(outside, "Hello")
     outside.dify.faults.add(Fault(*ASK, status, times=2, retry_after=retry_after))
-    while await run(ask, dialogue) != "answered":
+    while await run(ask, message) != "answered":
         pass
     [conversation] = outside.dify.conversations.values()
     assert len(conversation.messages) == 1
@@ -94,12 +119,9 @@ async def test_passing_faults_are_retried(
 
 async def test_lost_answer_is_found_again(outside: Outside) -> None:
     """Dify answered, and its answer did not arrive: it is looked up, not asked for again."""
-    dialogue = await receive(outside, "Hello", "Hello")
-    for _ in range(2):
+    for message in await receive(outside, "Hello", "Hello"):
         outside.dify.faults.add(Fault(*ASK, 504, too_late=True, delay=1.5))
-        assert await run(ask, dialogue) == "failed"
-        assert await run(ask, dialogue) == "answered"
-        assert await run(respond, dialogue) == "posted"
+        assert [await run(ask, message), await run(ask, message)] == ["again", "answered"]
     [conversation] = outside.dify.conversations.values()
     assert [message.query for message in conversation.messages] == ["Hello", "Hello"]
     assert await rows("SELECT count(DISTINCT dify_message_id) FROM message") == [(2,)]
@@ -107,40 +129,38 @@ async def test_lost_answer_is_found_again(outside: Outside) -> None:
 
 async def test_post_whose_answer_was_lost_is_not_repeated(outside: Outside) -> None:
     """Chatwoot took the answer and said 502: it is found there, not posted again."""
-    dialogue = await receive(outside, "Hello")
-    await run(ask, dialogue)
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
     outside.chatwoot.faults.add(Fault("POST", "/messages", 502, too_late=True))
-    assert [await run(respond, dialogue), await run(respond, dialogue)] == ["failed", "posted"]
+    assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
     assert len(outside.chatwoot.conversation(7).answers()) == 1
 
 
 async def test_post_that_chatwoot_refused_is_repeated(outside: Outside) -> None:
     """Chatwoot said 500 and did nothing: the answer is posted in the second attempt."""
-    dialogue = await receive(outside, "Hello")
-    await run(ask, dialogue)
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
     outside.chatwoot.faults.add(Fault("POST", "/messages", 500))
-    assert [await run(respond, dialogue), await run(respond, dialogue)] == ["failed", "posted"]
+    assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
     assert len(outside.chatwoot.conversation(7).answers()) == 1
 
 
 async def test_forgotten_conversation_starts_anew(outside: Outside) -> None:
     """A conversation that Dify no longer knows is followed by a new one, whose id is stored."""
-    dialogue = await receive(outside, "Hello", "again")
-    await run(ask, dialogue)
-    await run(respond, dialogue)
+    first, second = await receive(outside, "Hello", "again")
+    await run(ask, first)
     outside.dify.forget(*outside.dify.conversations)
-    assert await run(ask, dialogue) == "answered"
+    assert await run(ask, second) == "answered"
     assert await rows("SELECT dify_conversation_id FROM dialogue") == [(*outside.dify.conversations,)]
 
 
 async def test_conversation_that_replaced_a_forgotten_one_is_found_again(outside: Outside) -> None:
     """An answer that was lost together with the new conversation's id is found in that conversation."""
-    dialogue = await receive(outside, "Hello", "again")
-    await run(ask, dialogue)
-    await run(respond, dialogue)
+    first, second = await receive(outside, "Hello", "again")
+    await run(ask, first)
     outside.dify.forget(*outside.dify.conversations)
     outside.dify.faults.add(Fault(*ASK, 500, every=2, too_late=True))  # the first one answers 404
-    assert [await run(ask, dialogue), await run(ask, dialogue)] == ["failed", "answered"]
+    assert [await run(ask, second), await run(ask, second)] == ["again", "answered"]
     [conversation] = outside.dify.conversations.values()
     assert [message.query for message in conversation.messages] == ["again"]
     assert await rows("SELECT dify_conversation_id FROM dialogue") == [(conversation.id,)]
@@ -148,22 +168,23 @@ async def test_conversation_that_replaced_a_forgotten_one_is_found_again(outside
 
 async def test_empty_answer_posts_nothing(outside: Outside) -> None:
     """Where Dify has nothing to say, the message is done."""
-    dialogue = await receive(outside, "Hello")
-    await run(ask, dialogue)
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
     await write("UPDATE message SET answer = ''")
-    assert await run(respond, dialogue) == "posted"
+    assert await run(respond, message) == "posted"
     assert outside.chatwoot.conversation(7).answers() == []
 
 
 @pytest.mark.parametrize(("status", "notes"), [("pending", 1), ("open", 0)])
 async def test_failure_for_good_hands_over(outside: Outside, status: str, notes: int) -> None:
     """A human gets the conversation: opened, with a note if it was pending, and the customer is told, once."""
-    dialogue = await receive(outside, "Hello", status=status)
+    [message] = await receive(outside, "Hello", status=status)
     outside.dify.faults.add(Fault(*ASK, 400))
-    assert await run(ask, dialogue) == "failed"
+    assert await run(ask, message) == "failed"
     assert await states() == ["failed"]
+    assert await dispatched() == [(HAND_OVER, str(message), "tell 7")]
     outside.chatwoot.faults.add(Fault("POST", "/messages", 502, times=2, too_late=True))
-    while await run(hand_over, dialogue) == "failed":
+    while await run(hand_over, message) == "again":
         pass
     conversation = outside.chatwoot.conversation(7)
     assert (conversation.status, len(conversation.notes()), len(conversation.answers())) == ("open", notes, 1)
@@ -173,148 +194,129 @@ async def test_failure_for_good_hands_over(outside: Outside, status: str, notes:
 
 async def test_retries_end(outside: Outside) -> None:
     """After CELERY_TASK_MAX_RETRIES more attempts Dify's failure is for good, and Chatwoot's too."""
-    dialogue = await receive(outside, "Hello")
+    [message] = await receive(outside, "Hello")
     outside.dify.faults.add(Fault(*ASK, 500, times=1000))
-    assert [await run(ask, dialogue) for _ in range(5)] == ["failed"] * 4 + ["nothing to do"]
-    assert await states() == ["failed"]
+    assert [await run(ask, message) for _ in range(4)] == ["again"] * 3 + ["failed"]
     outside.chatwoot.faults.add(Fault("POST", "", 500, times=1000))
-    assert [await run(hand_over, dialogue) for _ in range(5)] == ["failed"] * 4 + ["nothing to do"]
-    assert await states() == ["undeliverable"]
+    assert [await run(hand_over, message) for _ in range(4)] == ["again"] * 3 + ["undeliverable"]
+    assert len(await dispatched()) == 1
+
+
+async def test_answer_that_chatwoot_does_not_take(outside: Outside) -> None:
+    """An answer that can't be posted hands the conversation over."""
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
+    outside.chatwoot.faults.add(Fault("POST", "/messages", 422))
+    assert await run(respond, message) == "failed"
+    assert (await dispatched())[-1] == (HAND_OVER, str(message), "tell 7")
 
 
 async def test_worker_that_dies_over_a_message_each_time(outside: Outside) -> None:
     """A message over which its worker died four times is given up."""
-    dialogue = await receive(outside, "Hello")
-    await write("UPDATE message SET state = 'asking', attempts = 4")
-    assert await run(ask, dialogue) == "nothing to do"
-    assert await states() == ["failed"]
+    [message] = await receive(outside, "Hello")
+    await write("UPDATE message SET attempts = 4")
+    assert await run(ask, message) == "failed"
+    assert outside.dify.conversations == {}
 
 
 async def test_unforeseen_exception_is_an_attempt(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug of ours ends the turn as well, so that the message is not stuck."""
-    dialogue = await receive(outside, "Hello")
+    """A bug of ours is tried again too, and in the end a human gets the message."""
+    [message] = await receive(outside, "Hello")
     with monkeypatch.context() as patch:
         patch.setattr(steps, "Question", None)
-        assert await run(ask, dialogue) == "failed"
-    assert await run(ask, dialogue) == "answered"
+        for _ in range(3):
+            with pytest.raises(TypeError):
+                await run(ask, message)
+        assert await run(ask, message) == "failed"
 
 
-async def test_one_turn_at_a_time(outside: Outside) -> None:
-    """Of ten tasks at once one asks; a second message is not asked before the first is posted."""
-    dialogue = await receive(outside, "first", "second")
-    outside.dify.delay = 0.2
-    results = await asyncio.gather(*(run(ask, dialogue) for _ in range(10)))
-    assert sorted(results) == ["answered"] + ["nothing to do"] * 9
-    assert await run(ask, dialogue) == "nothing to do"
-    assert await states() == ["answered", "received"]
+async def test_answer_that_takes_too_long_is_an_attempt(outside: Outside, configure: Configure) -> None:
+    """After CELERY_TASK_SOFT_TIME_LIMIT an attempt ends, and is followed by another."""
+    configure(CELERY_TASK_SOFT_TIME_LIMIT="0.2", HTTPX_READ_TIMEOUT="60")
+    [message] = await receive(outside, "Hello")
+    outside.dify.answering.clear()
+    with pytest.raises(TimeoutError):
+        await run(ask, message)
+    outside.dify.answering.set()
+    await until_answered(outside)
+    assert await run(ask, message) == "answered"
 
 
-async def test_redelivered_task_takes_its_turn_over(outside: Outside) -> None:
-    """The turn of a worker that died goes to the same task when it is delivered again, and to no other one."""
-    dialogue = await receive(outside, "Hello")
-    outside.dify.delay = 3
-    died = asyncio.create_task(run(ask, dialogue, "task-1"))
+async def test_worker_that_died_while_dify_answered(outside: Outside) -> None:
+    """The attempt that follows does not ask again, and waits for the answer to come."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.answering.clear()
+    died = asyncio.create_task(run(ask, message))
     await outside.dify.asked.wait()
     died.cancel()
     await asyncio.gather(died, return_exceptions=True)
-    outside.dify.delay = 0
-    assert await run(ask, dialogue, "task-2") == "nothing to do"
-    assert await run(ask, dialogue, "task-1") == "failed"  # Dify is still at it
-    for conversation in outside.dify.conversations.values():
-        conversation.messages[0].answer = "at last"
-    assert await run(ask, dialogue) == "answered"
-    assert await rows("SELECT answer FROM message") == [("at last",)]
+    assert await run(ask, message) == "again"
+    outside.dify.answering.set()
+    await until_answered(outside)
+    assert await run(ask, message) == "answered"
+    [conversation] = outside.dify.conversations.values()
+    assert len(conversation.messages) == 1
 
 
 async def test_answer_that_never_comes_is_asked_for_again(outside: Outside) -> None:
     """A Dify that died over the question is asked again in the last attempt, in the same conversation."""
-    dialogue = await receive(outside, "Hello")
+    [message] = await receive(outside, "Hello")
     outside.dify.faults.add(Fault(*ASK, 504, too_late=True))
-    assert await run(ask, dialogue) == "failed"
+    assert await run(ask, message) == "again"
     [conversation] = outside.dify.conversations.values()
     conversation.messages[0].answer = ""
-    assert [await run(ask, dialogue) for _ in range(3)] == ["failed", "failed", "answered"]
+    assert [await run(ask, message) for _ in range(3)] == ["again", "again", "answered"]
     assert [*outside.dify.conversations.values()] == [conversation]
-
-
-async def test_turn_runs_out(outside: Outside) -> None:
-    """A turn that nobody ended is anybody's after the tasks' time limit."""
-    dialogue = await receive(outside, "Hello")
-    await write("UPDATE dialogue SET turn_task_id = 'dead', turn_until = now() + interval '1 minute'")
-    assert await run(ask, dialogue) == "nothing to do"
-    await write("UPDATE dialogue SET turn_until = now() - interval '1 second'")
-    assert await run(ask, dialogue) == "answered"
-
-
-async def test_task_that_lost_its_turn_stores_nothing(outside: Outside) -> None:
-    """Who comes back after another took over leaves the other's work alone."""
-    dialogue = await receive(outside, "Hello")
-    outside.dify.delay = 0.5
-    slow = asyncio.create_task(run(ask, dialogue, "task-1"))
-    await outside.dify.asked.wait()
-    await write("UPDATE dialogue SET turn = gen_random_uuid()")
-    assert await slow == "overtaken"
-    assert await states() == ["asking"]
 
 
 async def test_no_connection_is_held_while_dify_thinks(outside: Outside) -> None:
     """During the call the pool has all of its connections, and no transaction is open."""
-    dialogue = await receive(outside, "Hello")
-    outside.dify.delay = 0.5
-    asking = asyncio.create_task(run(ask, dialogue))
+    [message] = await receive(outside, "Hello")
+    outside.dify.answering.clear()
+    asking = asyncio.create_task(run(ask, message))
     await outside.dify.asked.wait()
     assert "Current Checked out connections: 0" in db.async_engine.pool.status()
     idle = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%' AND datname = current_database()"
     assert await rows(idle) == [(0,)]
+    outside.dify.answering.set()
     assert await asking == "answered"
 
 
-async def test_dialogue_deleted_while_dify_answers(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Dify conversation that nobody else knows of is deleted."""
-    deleted: list[tuple[str, str]] = []
-    monkeypatch.setattr("example_app.dispatch.dispatch_deletion", lambda *args: deleted.append(args))
-    dialogue = await receive(outside, "Hello")
-    outside.dify.delay = 0.5
-    asking = asyncio.create_task(run(ask, dialogue))
+async def test_dialogue_deleted_while_dify_answers(outside: Outside) -> None:
+    """Nothing is stored or posted; the deletion in Dify waits for the question to be answered."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.answering.clear()
+    asking = asyncio.create_task(run(ask, message))
     await outside.dify.asked.wait()
     async with db.transaction():
-        await delete_dialogue(WebhookConversation(id=7))
-    assert await asking == "overtaken"
-    assert deleted == [(*outside.dify.conversations, dify_user(7))]
+        assert await delete_dialogue(WebhookConversation(id=7))
+        dispatch_deletion("7")
+    outside.dify.answering.set()
+    with pytest.raises(Ignore):
+        await asking
+    with pytest.raises(Ignore):
+        await run(respond, message)
+    assert await dispatched() == [(DELETE, "7", "ask 7")]
 
 
-async def test_deletion_in_dify(outside: Outside) -> None:
-    """DELETE brings the conversation's user; one that is gone is deleted."""
-    dialogue = await receive(outside, "Hello")
-    await run(ask, dialogue)
-    [conversation] = outside.dify.conversations
+async def test_deletion_in_dify(outside: Outside, configure: Configure) -> None:
+    """All that the conversation's user has in Dify is deleted, and nobody else's; what is gone is fine."""
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
     async with db.transaction():
-        await delete_dify_conversation(conversation, dify_user(8))
-        assert list(outside.dify.conversations) == [conversation]
-        await delete_dify_conversation(conversation, dify_user(7))
-        await delete_dify_conversation(conversation, dify_user(7))
+        await delete_dify_conversation("8")
+        assert len(outside.dify.conversations) == 1
+        outside.dify.faults.add(Fault("DELETE", "", 500, times=3))
+        with pytest.raises(Unanswered):
+            await delete_dify_conversation("7")
+        outside.dify.faults.add(Fault("DELETE", "", 400))
+        with pytest.raises(Rejected):
+            await delete_dify_conversation("7")
+        outside.dify.faults.add(Fault("DELETE", "", 404))
+        await delete_dify_conversation("7")
+        assert len(outside.dify.conversations) == 1
+        await delete_dify_conversation("7")
     assert outside.dify.conversations == {}
-
-
-async def test_lost_tasks_are_dispatched_again(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever state a message waits in, its dialogue is found; not one whose turn is taken or which is not due."""
-    dispatched: list[str] = []
-    monkeypatch.setattr("example_app.dispatch.dispatch_for", lambda message: dispatched.append(message.state))
-    await receive(outside, "first", "second")
-    for change, expected in (
-        ("UPDATE message SET state = 'answered' WHERE content = 'first'", ["answered"]),
-        ("UPDATE message SET state = 'posted' WHERE content = 'first'", ["received"]),
-        ("UPDATE message SET due_at = now() + interval '1 minute'", []),
-        ("UPDATE message SET due_at = now()", ["received"]),
-        ("UPDATE dialogue SET turn_until = now() + interval '1 minute'", []),
-        ("UPDATE dialogue SET turn_until = now() - interval '1 second'", ["received"]),
-        ("UPDATE message SET state = 'handed_over'", []),
-    ):
-        await write(change)
-        dispatched.clear()
-        async with db.transaction():
-            assert await resume_dialogues() == len(expected)
-        assert dispatched == expected
 
 
 async def test_old_deliveries_are_forgotten(outside: Outside) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from example_app.dispatch import PROCESS
 from example_app.schemas import WEBHOOK_EXAMPLE
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside, rows, signed, write
 
@@ -28,13 +29,16 @@ async def deliver(client: httpx.AsyncClient, payload: Any, delivery: str | None 
 
 
 async def test_message_is_stored_and_processing(client: httpx.AsyncClient) -> None:
-    """A customer's message makes its dialogue, and waits for its answer."""
+    """A customer's message makes its dialogue, and is stored with the task that answers it."""
     response = await deliver(client, message())
     assert response.json() == {"status": "processing"}
     assert await rows("SELECT chatwoot_conversation_id, status FROM dialogue") == [("7", "pending")]
     assert await rows("SELECT chatwoot_message_id, content, state FROM message") == [
         (1041, "Where is my parcel?", "received")
     ]
+    [(message_id,)] = await rows("SELECT id FROM message")
+    task = "SELECT name, arguments::json -> 0 ->> 0, ordering_key, status FROM durable_task"
+    assert await rows(task) == [(PROCESS, str(message_id), "ask 7", "pending")]
 
 
 async def test_twenty_first_webhooks_at_once_make_one_dialogue(client: httpx.AsyncClient) -> None:

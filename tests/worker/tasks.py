@@ -257,6 +257,8 @@ async def release_and_wait(name: str, key: int) -> None:
     await db.release()
     async with db.transaction() as waiting:
         await waiting.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": key})
+    await db.session.execute(text("SELECT 1"))
+    await db.release()
     db.session.add(Item(f"{name} ended"))
 
 

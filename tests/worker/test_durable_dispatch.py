@@ -32,6 +32,11 @@ from tests.serving import serve
 from tests.worker.application import create_app
 from tests.worker.running import Worker, brokers, task, worker
 
+ADVISORY_LOCKS = """
+    SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = database
+    WHERE locktype = 'advisory' AND datname = current_database()
+"""
+
 
 @pytest.fixture
 def unheard(rows: Observer) -> Iterator[Celery[celery_ext.Task]]:
@@ -281,7 +286,7 @@ async def test_worker_killed_in_the_middle(relayed: Worker, rows: Observer) -> N
 
 
 async def test_lease_outlives_the_transaction(relayed: Worker, rows: Observer) -> None:
-    """After ``db.release()`` no second copy starts while the first one waits; its end is marked once."""
+    """After ``db.release()`` no second copy starts while the first one waits; its end is marked once, and frees all."""
     released = relayed.task("release_and_wait")
     await rows.connection.execute("SELECT pg_advisory_lock(9)")
     async with db.transaction():
@@ -294,6 +299,9 @@ async def test_lease_outlives_the_transaction(relayed: Worker, rows: Observer) -
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
     await until_status(rows, task_id, "done")
     assert await rows.names() == ["other", "x begun", "x ended"]
+    async with asyncio.timeout(20):
+        while await rows.connection.fetchval(ADVISORY_LOCKS):
+            await asyncio.sleep(0.02)
 
 
 async def test_lease_ends_with_its_process(rows: Observer) -> None:

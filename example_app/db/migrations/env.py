@@ -7,11 +7,13 @@ import asyncio
 from alembic import context
 from sqlalchemy import Connection
 
+from celery_ext.durable.table import metadata as durable_tasks
 from example_app.db import Base
 from example_app.settings import get_settings
 from fastapi_chatdify_db import db
 
-_TABLES = frozenset(Base.metadata.tables)
+_METADATA = [Base.metadata, durable_tasks]
+_TABLES = frozenset(name for metadata in _METADATA for name in metadata.tables)
 
 
 def _is_ours(name: str | None, kind: str, _: object) -> bool:
@@ -20,7 +22,7 @@ def _is_ours(name: str | None, kind: str, _: object) -> bool:
 
 
 def _migrate(connection: Connection) -> None:
-    context.configure(connection=connection, target_metadata=Base.metadata, include_name=_is_ours, compare_type=True)
+    context.configure(connection=connection, target_metadata=_METADATA, include_name=_is_ours, compare_type=True)
     with context.begin_transaction():
         context.run_migrations()
 

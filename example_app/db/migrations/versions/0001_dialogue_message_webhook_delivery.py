@@ -1,9 +1,11 @@
-"""Create the dialogue, its messages and the received webhooks."""
+"""Create the dialogue, its messages, the received webhooks and the durable tasks."""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
+
+from celery_ext.durable.table import metadata as durable_tasks
 
 revision = "0001"
 down_revision = None
@@ -21,9 +23,6 @@ def upgrade() -> None:
         sa.Column("assignee_id", sa.BigInteger(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("turn", sa.Uuid(), nullable=True),
-        sa.Column("turn_task_id", sa.Text(), nullable=True),
-        sa.Column("turn_until", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_dialogue")),
         sa.UniqueConstraint("chatwoot_conversation_id", name=op.f("uq_dialogue_chatwoot_conversation_id")),
     )
@@ -50,12 +49,9 @@ def upgrade() -> None:
             "state",
             sa.Enum(
                 "received",
-                "asking",
                 "answered",
-                "posting",
                 "posted",
                 "failed",
-                "handing_over",
                 "handed_over",
                 "undeliverable",
                 name="messagestate",
@@ -65,7 +61,6 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.Column("attempts", sa.Integer(), nullable=False),
-        sa.Column("due_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("answer", sa.Text(), nullable=True),
         sa.Column("dify_message_id", sa.Text(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
@@ -77,21 +72,11 @@ def upgrade() -> None:
         sa.UniqueConstraint("chatwoot_message_id", name=op.f("uq_message_chatwoot_message_id")),
     )
     op.create_index(op.f("ix_message_dialogue_id"), "message", ["dialogue_id"], unique=False)
-    op.create_index(
-        "ix_message_unfinished",
-        "message",
-        ["dialogue_id", "id"],
-        unique=False,
-        postgresql_where=sa.text("state NOT IN ('posted', 'handed_over', 'undeliverable')"),
-    )
+    durable_tasks.create_all(op.get_bind())
 
 
 def downgrade() -> None:
-    op.drop_index(
-        "ix_message_unfinished",
-        table_name="message",
-        postgresql_where=sa.text("state NOT IN ('posted', 'handed_over', 'undeliverable')"),
-    )
+    durable_tasks.drop_all(op.get_bind())
     op.drop_index(op.f("ix_message_dialogue_id"), table_name="message")
     op.drop_table("message")
     op.drop_index(op.f("ix_webhook_delivery_received_at"), table_name="webhook_delivery")

@@ -1,0 +1,76 @@
+"""An attempt at one step of a message: counted before it begins, tried again later, given up after a few.
+
+The task's row in the database sees to it that there is an attempt, and no other one at the same time; what came of it
+is committed with that row's end and with the task of the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from celery.exceptions import Ignore
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import joinedload
+from sqlalchemy.orm.exc import StaleDataError
+
+import celery_ext
+from example_app.clients.http import OutsideError
+from example_app.db.models import Message, MessageState
+from example_app.dispatch import dispatch_step
+from example_app.logs import logger
+from example_app.settings import get_settings
+from fastapi_chatdify_db import db
+
+Work = Callable[[Message], Awaitable[MessageState]]
+"""Does a step outside, holding no connection; notes what came of it and returns the message's next state."""
+
+
+async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: MessageState) -> MessageState:
+    """Do ``work`` once, and dispatch what is next.
+
+    Parameters:
+        task: Who does it, to be retried.
+        message_id: Whose step it is.
+        work: The step.
+        given_up: The message's state after ``CELERY_TASK_MAX_RETRIES`` more failures, or one that will not pass.
+
+    Returns:
+        The message's new state.
+
+    Raises:
+        celery.exceptions.Retry: It failed, and is tried again later.
+        celery.exceptions.Ignore: The dialogue was deleted.
+    """
+    try:
+        message = await db.session.get(Message, message_id, options=[joinedload(Message.dialogue)])
+        if message is None:
+            raise Ignore("deleted")
+        message.attempts += 1
+        await db.release()  # the attempt counts from here on, and no connection is held
+        message.state = await _outcome(task, message, work, given_up)
+        message.attempts = 0
+        await db.session.flush()
+    except StaleDataError as error:
+        raise Ignore("deleted meanwhile") from error
+    dispatch_step(message.id, message.state, message.dialogue.chatwoot_conversation_id)
+    return message.state
+
+
+async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up: MessageState) -> MessageState:
+    settings = get_settings()
+    retries = settings.celery_task_max_retries
+    if message.attempts > retries + 1:  # each time the worker died over it
+        return given_up
+    try:
+        async with asyncio.timeout(settings.celery_task_soft_time_limit):
+            return await work(message)
+    except SQLAlchemyError:
+        raise  # whether it passes is known to celery_ext
+    except Exception as error:
+        foreseen = error if isinstance(error, OutsideError) else None
+        logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=foreseen is None)
+        if message.attempts > retries or (foreseen and not foreseen.may_pass):
+            return given_up
+        pause = settings.celery_retry_countdown * 2 ** (message.attempts - 1)
+        raise task.retry(exc=error, countdown=max(pause, foreseen.retry_after if foreseen else 0.0)) from error
