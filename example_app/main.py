@@ -15,6 +15,7 @@ from example_app import logs, worker
 from example_app.api import conversations, health, problems, webhook
 from example_app.api.doors import BodyLimit
 from example_app.clients import close_clients
+from example_app.page import routes as page
 from example_app.settings import get_settings
 from fastapi_chatdify_db import db, health_router
 
@@ -50,6 +51,8 @@ def create_app() -> FastAPI:
     for router in (webhook.router, conversations.router, health.router):
         app.include_router(router, prefix=PREFIX)
     app.include_router(health_router)
+    if settings.in_development:
+        page.init_app(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI's documentation extends it
     return app
 

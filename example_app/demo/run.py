@@ -19,6 +19,7 @@ from fastapi_chatdify_db import DatabaseSettings, db
 from fastapi_chatdify_db.embedded import embedded_postgres
 
 _URLS = """
+  Dialogues, live     {url}/
   API documentation   {url}/docs
   Health              {url}/api/v1/health
 

@@ -1,0 +1,1 @@
+"""The page that shows, in development, the dialogues, their messages and how far each has got."""
