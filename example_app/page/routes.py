@@ -33,11 +33,8 @@ HEADERS: Final = {
 
 TASKS: Final = {
     "received": "process_message_with_dify",
-    "asking": "process_message_with_dify",
     "answered": "handle_dify_response",
-    "posting": "handle_dify_response",
     "failed": "handle_dify_error",
-    "handing_over": "handle_dify_error",
 }
 """Whose turn it is in a message's state."""
 
