@@ -53,11 +53,11 @@ def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Co
         CHATWOOT_API_KEY="chatwoot-key",
         DIFY_API_KEY="dify-key",
         HTTPX_READ_TIMEOUT="1",
-        CELERY_BROKER_URL="memory://",
+        CELERY_BROKER_URL="memory://localhost",
         CELERY_RESULT_BACKEND="cache+memory://",
         CELERY_RETRY_COUNTDOWN="0",
     )
-    assert celery_app.conf.broker_url == "memory://"
+    assert celery_app.conf.broker_url == "memory://localhost"
     # What create_app() tells the one database is not for the tests that follow.
     monkeypatch.setattr(db, "services", [])
     monkeypatch.setattr(db, "creates_tables", False)
