@@ -25,9 +25,10 @@ class Chaos:
         broker: The broker that forgets.
         books: Of the database whose sessions are terminated.
         seed: Of the dice.
+        only: The one fault to inject; None for all of them.
     """
 
-    def __init__(self, fleet: Fleet, broker: Broker, books: Books, seed: int) -> None:
+    def __init__(self, fleet: Fleet, broker: Broker, books: Books, seed: int, only: str | None = None) -> None:
         self.injected: Counter[str] = Counter()
         self._fleet = fleet
         self._books = books
@@ -40,6 +41,8 @@ class Chaos:
             "database sessions terminated": self._terminate_sessions,
             **broker.faults,
         }
+        if only is not None:
+            self._faults = {only: self._faults[only]}
         self._over = Event()
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="chaos")

@@ -22,6 +22,7 @@ def play(
     logs: Path,
     *,
     in_calm: float,
+    only: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, object], str]:
     """Let everything die while a client asks and workers work; returns what is wrong afterwards, and the figures.
@@ -33,6 +34,7 @@ def play(
         seed: Of all dice.
         logs: The directory for the processes' logs.
         in_calm: The share of the tasks that may be left when the faults end, after the last request.
+        only: The one fault to inject; None for all of them.
         environment: Further settings of the application.
     """
     began = time.monotonic()
@@ -47,7 +49,7 @@ def play(
         with fleet(settings, logs) as processes:
             books.open_accounts()
             client = Client(processes.ports, seed)
-            with Chaos(processes, broker, books, seed) as chaos:
+            with Chaos(processes, broker, books, seed, only) as chaos:
                 asyncio.run(client.post(load))
                 posted = time.monotonic()
                 books.until_pending(int(load.tasks * in_calm))
