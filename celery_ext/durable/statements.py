@@ -47,6 +47,11 @@ BEGIN: Final = text(
     FROM (
         SELECT id, retries, ordering_key, expires_at FROM durable_task AS this
         WHERE id = :id AND status = 'pending' AND due_at <= clock_timestamp() AND ring_at < 'infinity'
+            AND NOT EXISTS (  -- a REPEATABLE READ transaction may have added this one without seeing its predecessor
+                SELECT FROM durable_task AS earlier
+                WHERE earlier.ordering_key = this.ordering_key AND earlier.seq < this.seq
+                    AND earlier.status = 'pending' AND earlier.ring_at < 'infinity'
+            )
         FOR UPDATE SKIP LOCKED
     ) AS locked
     """

@@ -346,6 +346,18 @@ async def test_ordering_key(relayed: Worker, rows: Observer) -> None:
         assert [name for name in names if name.startswith(key)] == [f"{key} {number}" for number in range(count)]
 
 
+async def test_two_heads_of_one_key(relayed: Worker, rows: Observer) -> None:
+    """Where a transaction did not see its predecessor, the later task still waits for the earlier one."""
+    append = relayed.task("append")
+    async with db.transaction():
+        first = append.apply_durably(("a", 0), ordering_key="a", countdown=1)
+        second = append.apply_durably(("a", 1), ordering_key="a")
+    await rows.connection.execute("UPDATE durable_task SET ring_at = now() WHERE id = $1", second)
+    await until_status(rows, second, "done")
+    await until_status(rows, first, "done")
+    assert [row["name"] for row in await rows.connection.fetch("SELECT name FROM item ORDER BY id")] == ["a 0", "a 1"]
+
+
 async def test_a_durable_task_starts_others(relayed: Worker, rows: Observer) -> None:
     """All of them with its commit, or none when it fails."""
     async with db.transaction():
