@@ -6,6 +6,7 @@ from celery.exceptions import Retry
 from sqlalchemy.exc import StatementError
 
 from fastapi_chatdify_db.exceptions import AfterCommitError, ChatdifyDBError
+from fastapi_chatdify_db.unit_of_work import sqlstate
 
 # Names of things in the schema; PostgreSQL's messages and details quote values.
 # psycopg2: https://www.psycopg.org/docs/extensions.html#psycopg2.extensions.Diagnostics
@@ -61,8 +62,3 @@ def _statement_failed(error: StatementError) -> StatementFailed:
     failed = StatementFailed(": ".join(filter(None, [type(error).__name__, ", ".join(details)])))
     failed.__suppress_context__ = True  # the original's text would be in the stored traceback
     return failed.with_traceback(error.__traceback__)
-
-
-def sqlstate(error: BaseException | None) -> str | None:
-    """PostgreSQL's code of a driver's error; None for one of the driver's own."""
-    return getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)

@@ -43,9 +43,14 @@ def innermost_unit() -> UnitOfWork | None:
     return None if unit is None or unit.closed else unit
 
 
+def sqlstate(error: BaseException | None) -> str | None:
+    """PostgreSQL's code of a driver's error; None for one of the driver's own."""
+    return getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)
+
+
 def asks_to_retry(error: BaseException | None) -> bool:
     """Whether a driver's error is PostgreSQL's word that the transaction may well succeed when it is run again."""
-    return bool({getattr(error, "sqlstate", None), getattr(error, "pgcode", None)} & _WORTH_ANOTHER_TRY)
+    return sqlstate(error) in _WORTH_ANOTHER_TRY
 
 
 def note_error(context: ExceptionContext) -> None:

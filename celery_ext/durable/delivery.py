@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 
 from celery_ext.durable import lease, statements
 from celery_ext.durable.row import HEADER, seconds_until, serialize
-from celery_ext.errors import portable, sqlstate
-from fastapi_chatdify_db.unit_of_work import asks_to_retry
+from celery_ext.errors import portable
+from fastapi_chatdify_db.unit_of_work import asks_to_retry, sqlstate
 
 if TYPE_CHECKING:
     from celery_ext.task import Task
@@ -121,7 +121,14 @@ class Delivery:
             self._finish(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", _text(error))
 
     def _finish(self, session: Session, status: str, error: str | None) -> bool:
-        return finish_row(session, self.task_id, self._ordering_key, status, error)
+        """End the row, and let the next one of its key begin; False when it was ended before."""
+        if self._ordering_key is not None:
+            session.execute(statements.LOCK_KEYS, {"keys": [self._ordering_key]})
+        values = {"id": self.task_id, "status": status, "error": error}
+        ended = session.execute(statements.FINISH, values).one_or_none()
+        if ended is not None and self._ordering_key is not None:
+            session.execute(statements.RING_NEXT_OF_KEY, {"key": self._ordering_key})
+        return ended is not None
 
     def close(self) -> None:
         """Give up the lease, if there is one."""
@@ -132,16 +139,6 @@ class Delivery:
             return
         if not lease.hold(self._task.database, self.task_id):
             raise Dropped
-
-
-def finish_row(session: Session, task_id: str, ordering_key: str | None, status: str, error: str | None) -> bool:
-    """End a row, and let the next one of its key begin; False when it was ended before."""
-    if ordering_key is not None:
-        session.execute(statements.LOCK_KEYS, {"keys": [ordering_key]})
-    ended = session.execute(statements.FINISH, {"id": task_id, "status": status, "error": error}).one_or_none()
-    if ended is not None and ordering_key is not None:
-        session.execute(statements.RING_NEXT_OF_KEY, {"key": ordering_key})
-    return ended is not None
 
 
 def _is_passing(error: Exception) -> bool:
