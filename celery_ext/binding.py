@@ -64,7 +64,7 @@ def _adopt(task_class: Any, database: Database) -> None:
 
 @signals.task_prerun.connect(weak=False)
 def _begin(task_id: str, task: celery.Task[..., Any], **_: object) -> None:
-    if isinstance(task, Task) and task.app in _databases:
+    if isinstance(task, Task):
         Execution(task, task_id)
 
 

@@ -33,10 +33,8 @@ def put_in_unit(task: Task) -> None:
     Innermost, within the wrapper that ``autoretry_for`` puts around ``run``, so that a commit that fails is retried
     like a body that fails.
     """
-    if "_runs_in_unit" in vars(task):
-        return
     with _lock:
-        if "_runs_in_unit" in vars(task):
+        if task.runs_in_unit:
             return
         name = "_orig_run" if "_orig_run" in vars(task) else "run"
         body = getattr(task, name)
@@ -52,7 +50,7 @@ def put_in_unit(task: Task) -> None:
                 raise
 
         setattr(task, name, run)
-        task.__dict__["_runs_in_unit"] = True
+        task.runs_in_unit = True
 
 
 def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Final
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
 
 from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
+
+if TYPE_CHECKING:
+    from opentelemetry.propagators.textmap import TextMapPropagator
 
 try:
     from opentelemetry import context as otel
@@ -31,13 +35,26 @@ def inject(headers: dict[str, Any]) -> None:
             headers.setdefault(name, value)
 
 
-def restore(request: Context) -> Callable[[], None]:
-    """Make the sender's context the current one; returns what ends that."""
+def restore(request: Context) -> Callable[[], None] | None:
+    """Make the sender's context the current one; returns what ends that, or None where nothing was sent along."""
+    sent = vars(request)
+    names = _trace_headers()
+    if _REQUEST_ID not in sent and names.isdisjoint(sent):
+        return None
     stack = ExitStack()
     if (request_id := request.get(_REQUEST_ID)) is not None:
         stack.enter_context(carried_request_id(request_id))
     if propagate is not None and otel is not None:
-        carrier = {name: value for name in propagate.get_global_textmap().fields if (value := request.get(name))}
+        carrier = {name: value for name in names if (value := request.get(name)) is not None}
         if carrier:
             stack.callback(otel.detach, otel.attach(propagate.extract(carrier)))
     return stack.close
+
+
+def _trace_headers() -> frozenset[str]:
+    return frozenset() if propagate is None else _fields(propagate.get_global_textmap())
+
+
+@lru_cache(maxsize=1)
+def _fields(propagator: TextMapPropagator) -> frozenset[str]:
+    return frozenset(propagator.fields)

@@ -21,13 +21,6 @@ logger: Final = logging.getLogger(__name__)
 _current: Final[ContextVar[Execution | None]] = ContextVar("celery_ext.execution", default=None)
 
 
-class HandlersUnit(UnitOfWork):
-    """The unit of ``on_failure`` and its kin, which a task that is called as a function does not join.
-
-    Celery calls error callbacks as functions between the body and ``task_postrun``; each has a unit of its own.
-    """
-
-
 class Execution:
     """From ``task_prerun`` to ``task_postrun``; the body's unit ends with the body, inside Celery's tracer.
 
@@ -36,14 +29,17 @@ class Execution:
         task_id: Its id.
     """
 
+    _unit: UnitOfWork | None = None
+    _begun = False
+    _body_over = False
+
     def __init__(self, task: Task, task_id: str) -> None:
         self.task = task
         self._task_id = task_id
         self._outer = _current.get()
-        self._begun = False
-        self._unit: UnitOfWork | None = None
-        self._leave_context = context.restore(task.request)
-        self.delivery = Delivery.of(task, task_id)
+        request = task.request
+        self._leave_context = context.restore(request)
+        self.delivery = Delivery.of(task, task_id, request)
         if task.db_session:
             self._open(AsyncUnitOfWork() if task.is_async else UnitOfWork())
         _current.set(self)
@@ -65,10 +61,12 @@ class Execution:
         return self._unit
 
     def body_ended(self) -> None:
-        """Close the body's unit; what runs until ``task_postrun`` has another."""
+        """Close the body's unit; what runs until ``task_postrun`` has another, or the same when it is as new."""
         assert self._unit is not None
-        self._unit.close()
-        self._open(HandlersUnit())
+        self._body_over = True
+        if not self._unit.untouched or self.task.is_async:
+            self._unit.close()
+            self._open(UnitOfWork())
 
     def end(self) -> None:
         """At ``task_postrun``: commit what the handlers did.
@@ -84,7 +82,8 @@ class Execution:
         finally:
             if self.delivery is not None:
                 self.delivery.close()
-            self._leave_context()
+            if self._leave_context is not None:
+                self._leave_context()
 
     def _open(self, unit: UnitOfWork) -> None:
         unit.task_id = self._task_id
@@ -107,6 +106,11 @@ class Execution:
 
 
 def joinable_unit() -> UnitOfWork | None:
-    """The unit that a task called as a function joins, or None: then it opens its own."""
-    unit = innermost_unit()
-    return None if isinstance(unit, HandlersUnit) else unit
+    """The unit that a task called as a function joins, or None: then it opens its own.
+
+    Celery calls error callbacks as functions between the body and ``task_postrun``; they do not join the handlers'.
+    """
+    unit, execution = innermost_unit(), _current.get()
+    while execution is not None and execution._unit is not unit:
+        execution = execution._outer
+    return None if execution is not None and execution._body_over else unit

@@ -43,13 +43,17 @@ class Task(_CeleryTask):
     db_retry: ClassVar[bool] = False
     """Whether a serialization failure or deadlock retries the task, under its own retry policy."""
 
+    runs_in_unit = False
+    """Whether ``put_in_unit`` has been here."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body in its unit of work; Celery's tracer calls this, and whoever calls the task as a function.
 
         Raises:
             StatementFailed: A statement or the commit failed, in a task that a worker runs.
         """
-        put_in_unit(self)
+        if not self.runs_in_unit:
+            put_in_unit(self)
         execution = Execution.beginning(self)
         if execution is None:
             return super().__call__(*args, **kwargs)

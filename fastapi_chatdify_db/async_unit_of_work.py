@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -29,22 +29,21 @@ class AsyncUnitOfWork(UnitOfWork):
     Ending it is shielded: a cancellation that arrives during a COMMIT waits for the COMMIT's answer.
     """
 
-    def __init__(self, only: Engines | None = None) -> None:
-        super().__init__(only)
-        self._async_sessions: dict[Engines, AsyncSession] = {}
+    _async_sessions: Mapping[Engines, AsyncSession] = {}
 
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database."""
         session = self._async_sessions.get(engines)
         if session is None:
-            session = self._async_sessions[engines] = engines.new_async_session(self.isolation_level)
-            self._sessions.append(session.sync_session)
+            session = engines.new_async_session(self.isolation_level)
+            self._async_sessions = {**self._async_sessions, engines: session}
             self.untouched = False
         return session
 
     def session_of_writes(self, engines: Engines) -> Session:
         """Of the unit's two sessions the one in use; at first the async one, except in a thread."""
         if engines in self._async_sessions or (engines not in self._sync_sessions and in_event_loop()):
+            self.only_read = False
             return self.async_session(engines).sync_session
         return self.sync_session(engines)
 
@@ -59,8 +58,9 @@ class AsyncUnitOfWork(UnitOfWork):
         Raises:
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
-        if self._callbacks or any(session.in_transaction() for session in self._sessions):
-            await _run_to_completion(self._finish_async(commit=commit))
+        if self._callbacks is not None or self._sync_sessions or self._is_begun():
+            work = self._finish_async(commit=commit)
+            await (_run_to_completion(work) if self._may_wait() else work)
 
     async def __aenter__(self) -> Self:
         self.open()
@@ -73,6 +73,20 @@ class AsyncUnitOfWork(UnitOfWork):
             await self.finish_async(commit=error is None)
         finally:
             self.close()
+
+    def _sessions(self) -> Iterable[Session]:
+        yield from super()._sessions()
+        for session in self._async_sessions.values():
+            yield session.sync_session
+
+    def _is_begun(self) -> bool:
+        return any(session.in_transaction() for session in self._async_sessions.values())
+
+    def _may_wait(self) -> bool:
+        """Whether the end may ask a server for something; plain reads have left nothing to ask for."""
+        if not self.only_read or self._sync_sessions or self._callbacks is not None:
+            return True
+        return any(session.new or session.dirty or session.deleted for session in self._async_sessions.values())
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -20,7 +20,7 @@ CommitOn = Callable[[int], bool]
 
 _NORMAL_CLOSURES: Final = (1000, 1001)  # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 
-
+_START: Final = "http.response.start"
 _ENDS: Final = ("http.response.body", "http.response.pathsend")
 
 
@@ -36,16 +36,17 @@ class HTTPExchange:
         may_retry: Whether ``run`` raises ``TryAgain`` instead of answering with a serialization failure.
     """
 
+    _started = False
+    _complete = False
+    _failure: Exception | None = None
+    """What settling raised; what the application makes of an exception from its ``send()`` is another."""
+
     def __init__(self, receive: Receive, send: Send, commit_on: CommitOn, *, may_retry: bool = False) -> None:
         self._receive = receive
         self._send = send
         self._commit_on = commit_on
         self._may_retry = may_retry
         self._unit = AsyncUnitOfWork()
-        self._started = False
-        self._complete = False
-        # Kept, since what the application makes of an exception that its send() raised is not the exception.
-        self._failure: Exception | None = None
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         """Run the application; return when the response and its background tasks are done.
@@ -73,16 +74,23 @@ class HTTPExchange:
         finally:
             self._unit.close()
 
-    async def _send_settled(self, message: Message) -> None:
+    # No coroutine: most messages have nothing to settle before them, and then pass through at once.
+    def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
-        if kind == "http.response.start":
+        if kind == _START:
             if not self._unit.untouched:
-                await self._settle(commit=self._commit_on(message["status"]))
+                return self._settle_and_send(message)
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
             if not self._unit.untouched:
-                await self._settle(commit=True)
+                return self._settle_and_send(message)
             self._complete = True
+        return self._send(message)
+
+    async def _settle_and_send(self, message: Message) -> None:
+        starts = message["type"] == _START
+        await self._settle(commit=not starts or self._commit_on(message["status"]))
+        self._started, self._complete = True, not starts
         await self._send(message)
 
     async def _settle(self, *, commit: bool) -> None:

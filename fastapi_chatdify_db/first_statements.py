@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import CompoundSelect, Engine, Select, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.interfaces import ExecuteStyle
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_chatdify_db.liveness import died, errors_of, replace_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
@@ -21,10 +22,24 @@ _QUERY_CANCELED: Final = "57014"
 class _State:
     """Of one connection."""
 
+    connection: Any
+    """The driver's, or the adapter that the dialect puts around it."""
+    in_transaction: Callable[[], bool]
     read_committed: bool
     """Whether that is the isolation level of a transaction which names none."""
     started: bool = False
     """Whether anything but plain reads was run since the checkout."""
+
+    def begins_ordinarily(self) -> bool:
+        """Whether a transaction is still to begin, with a mere BEGIN: no AUTOCOMMIT, no level, not read only."""
+        connection = self.connection
+        return (
+            not connection.autocommit
+            and connection.isolation_level in (None, "read_committed")  # asyncpg's adapter keeps one that was reset
+            and not connection.readonly
+            and not connection.deferrable
+            and not self.in_transaction()
+        )
 
 
 class FirstStatements:
@@ -40,9 +55,11 @@ class FirstStatements:
         engine: One of PostgreSQL, with asyncpg or psycopg2.
         begin_lazily: Whether plain reads run without a transaction.
         survive: Whether a dead connection is replaced.
+        on_begin: Told before a statement that a transaction begins with.
     """
 
-    def __init__(self, engine: Engine, *, begin_lazily: bool, survive: bool) -> None:
+    def __init__(self, engine: Engine, *, begin_lazily: bool, survive: bool, on_begin: Callable[[], None]) -> None:
+        self._on_begin = on_begin
         self._begin_lazily = begin_lazily
         self._survive = survive
         self._errors = errors_of(engine.dialect)
@@ -54,7 +71,7 @@ class FirstStatements:
 
     def _watch(self, connection: Any, record: ConnectionPoolEntry) -> None:
         read_committed = self._begin_lazily and _default_isolation(connection) == "read committed"
-        _information(record)[_STATE] = _State(read_committed)
+        _information(record)[_STATE] = _State(connection, _transaction_probe(connection), read_committed)
 
     def _watch_again(self, connection: Any, record: ConnectionPoolEntry) -> None:
         _information(record)[_STATE].started = False
@@ -62,6 +79,7 @@ class FirstStatements:
     def _start(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
         if state := _state(context):
             state.started = True
+        self._on_begin()
 
     def _start_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> None:
         self._start(cursor, statement, None, context)
@@ -71,7 +89,7 @@ class FirstStatements:
         state = _state(context)
         if state is None or state.started:
             return False
-        ordinary = _begins_ordinarily(context.root_connection.connection)
+        ordinary = state.begins_ordinarily()
         try:
             self._run(state, statement, parameters, context, ordinary=ordinary)
         except self._errors as error:
@@ -88,7 +106,7 @@ class FirstStatements:
     ) -> None:
         if ordinary and state.read_committed and _is_read(statement, context):
             try:
-                _run_in_autocommit(statement, parameters, context)
+                _run_in_autocommit(state.connection, statement, parameters, context)
             except self._errors as error:
                 if died(context, error) or getattr(error, "pgcode", None) == _QUERY_CANCELED:
                     raise
@@ -97,21 +115,19 @@ class FirstStatements:
             else:
                 return
         state.started = True
+        self._on_begin()
         context.dialect.do_execute(context.cursor, statement, parameters, context)
 
 
 def _is_read(statement: str, context: ExecutionContext) -> bool:
-    cursor = context.cursor
+    if not (isinstance(context.invoked_statement, (Select, CompoundSelect)) and is_plain_read(statement)):
+        return False
     # A server-side cursor lives in a transaction: asyncpg's adapter says so, psycopg2's cursors have a name.
-    server_side = getattr(cursor, "server_side", False) or getattr(cursor, "name", None)
-    return (
-        isinstance(context.invoked_statement, (Select, CompoundSelect)) and not server_side and is_plain_read(statement)
-    )
+    return not (getattr(context.cursor, "server_side", False) or getattr(context.cursor, "name", None))
 
 
-def _run_in_autocommit(statement: str, parameters: Any, context: ExecutionContext) -> None:
+def _run_in_autocommit(connection: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
     # Only around the statement: whoever uses the driver's connection directly finds it as always.
-    connection: Any = context.root_connection.connection.dbapi_connection
     connection.autocommit = True
     try:
         context.dialect.do_execute(context.cursor, statement, parameters, context)
@@ -120,22 +136,12 @@ def _run_in_autocommit(statement: str, parameters: Any, context: ExecutionContex
             connection.autocommit = False
 
 
-def _begins_ordinarily(proxy: PoolProxiedConnection) -> bool:
-    """Whether a transaction is still to begin, with a mere BEGIN: no AUTOCOMMIT, no isolation level, not read only."""
-    connection: Any = proxy.dbapi_connection
-    return (
-        not _in_transaction(proxy.driver_connection)
-        and not connection.autocommit
-        and connection.isolation_level in (None, "read_committed")  # asyncpg's adapter keeps a level that was reset
-        and not connection.readonly
-        and not connection.deferrable
-    )
-
-
-def _in_transaction(driver_connection: Any) -> bool:
+def _transaction_probe(connection: Any) -> Callable[[], bool]:
+    driver_connection = getattr(connection, "driver_connection", connection)
     if hasattr(driver_connection, "is_in_transaction"):
-        return bool(driver_connection.is_in_transaction())
-    return bool(driver_connection.info.transaction_status)
+        probe: Callable[[], bool] = driver_connection.is_in_transaction
+        return probe
+    return lambda: bool(driver_connection.info.transaction_status)
 
 
 def _default_isolation(connection: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from functools import cached_property
 from itertools import count
@@ -53,6 +54,14 @@ def asks_to_retry(error: BaseException | None) -> bool:
     return sqlstate(error) in _WORTH_ANOTHER_TRY
 
 
+def note_begin() -> None:
+    """Remember in the units around a statement that it begins a transaction on the server."""
+    unit = _current.get()
+    while unit is not None:
+        unit.only_read = False
+        unit = unit.outer
+
+
 def note_error(context: ExceptionContext) -> None:
     """Remember in the units around a statement that PostgreSQL asked for its transaction to be tried again."""
     if asks_to_retry(context.original_exception):
@@ -70,22 +79,24 @@ class UnitOfWork:
         only: The database that the unit is for; None serves every database.
     """
 
+    # Values of the class, so that a unit which nobody asks for anything costs little.
+    outer: UnitOfWork | None = None
     isolation_level: str | None = None
     """PostgreSQL's name of the level that the unit's transactions run at; None is the server's default."""
     task_id: str | None = None
     """The id of the Celery task whose unit this is."""
+    untouched = True
+    """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
+    only_read = True
+    """Whether no transaction has begun on a server, so that there is nothing to wait for at the end."""
+    closed = False
+    rollback_only = False
+    asked_to_retry = False
+    _callbacks: CallbackQueue | None = None
+    _sync_sessions: Mapping[Engines, Session] = {}
 
     def __init__(self, only: Engines | None = None) -> None:
         self.only = only
-        self.outer: UnitOfWork | None = None
-        self.closed = False
-        self.rollback_only = False
-        self.asked_to_retry = False
-        self.untouched = True
-        """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
-        self._callbacks: CallbackQueue | None = None
-        self._sync_sessions: dict[Engines, Session] = {}
-        self._sessions: list[Session] = []  # every one, also what is behind an async one
 
     @cached_property
     def id(self) -> int:
@@ -96,8 +107,8 @@ class UnitOfWork:
         """The unit's session on one database."""
         session = self._sync_sessions.get(engines)
         if session is None:
-            session = self._sync_sessions[engines] = engines.new_sync_session(self.isolation_level)
-            self._sessions.append(session)
+            session = engines.new_sync_session(self.isolation_level)
+            self._sync_sessions = {**self._sync_sessions, engines: session}
             self.untouched = False
         return session
 
@@ -129,7 +140,7 @@ class UnitOfWork:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
         self.closed = True
         if not self.untouched:
-            for session in self._sessions:
+            for session in self._sessions():
                 try:
                     session.close()
                 except IllegalStateChangeError:
@@ -146,6 +157,8 @@ class UnitOfWork:
         Raises:
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
+        if self.untouched:
+            return
         try:
             if commit and not self.rollback_only:
                 self._commit()
@@ -163,6 +176,10 @@ class UnitOfWork:
             self.finish(commit=error is None)
         finally:
             self.close()
+
+    def _sessions(self) -> Iterable[Session]:
+        """Every session, also what is behind an async one."""
+        return self._sync_sessions.values()
 
     def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
         self.untouched = False

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -49,9 +50,9 @@ class Delivery:
         self._retry: dict[str, Any] = {}
 
     @classmethod
-    def of(cls, task: Task, task_id: str) -> Delivery | None:
-        """The delivery that the task's request belongs to; None for a task that is not durable."""
-        return cls(task, task_id) if task.request.get(HEADER) else None
+    def of(cls, task: Task, task_id: str, request: Context) -> Delivery | None:
+        """The delivery that a task's request belongs to; None for a task that is not durable."""
+        return cls(task, task_id) if request.get(HEADER) else None
 
     def begin(self, session: Session) -> None:
         """Lock the row, as the first statement of the body's transaction.
