@@ -86,7 +86,7 @@ class AsyncUnitOfWork(UnitOfWork):
         """Whether the end may ask a server for something; plain reads have left nothing to ask for."""
         if not self.only_read or self._sync_sessions or self._callbacks is not None:
             return True
-        return any(session.new or session.dirty or session.deleted for session in self._async_sessions.values())
+        return any(_writes_at_commit(session.sync_session) for session in self._async_sessions.values())
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:
@@ -141,6 +141,10 @@ class AsyncUnitOfWork(UnitOfWork):
                 log_failed_callback(callback, error)
         if told is not None:
             raise told
+
+
+def _writes_at_commit(session: Session) -> bool:
+    return bool(session.new or session.dirty or session.deleted or session.dispatch.before_commit)
 
 
 def in_event_loop() -> bool:
