@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
+from fastapi_chatdify_db.session_end import asks_at_end
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, log_failed_callback, logger, roll_back_or_discard
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class AsyncUnitOfWork(UnitOfWork):
     """
 
     _async_sessions: Mapping[Engines, AsyncSession] = {}
+    _behind_async: tuple[Session, ...] = ()
 
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database."""
@@ -37,13 +39,13 @@ class AsyncUnitOfWork(UnitOfWork):
         if session is None:
             session = engines.new_async_session(self.isolation_level)
             self._async_sessions = {**self._async_sessions, engines: session}
+            self._behind_async = (*self._behind_async, session.sync_session)
             self.untouched = False
         return session
 
     def session_of_writes(self, engines: Engines) -> Session:
         """Of the unit's two sessions the one in use; at first the async one, except in a thread."""
         if engines in self._async_sessions or (engines not in self._sync_sessions and in_event_loop()):
-            self.only_read = False
             return self.async_session(engines).sync_session
         return self.sync_session(engines)
 
@@ -58,9 +60,14 @@ class AsyncUnitOfWork(UnitOfWork):
         Raises:
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
-        if self._callbacks is not None or self._sync_sessions or self._is_begun():
-            work = self._finish_async(commit=commit)
-            await (_run_to_completion(work) if self._may_wait() else work)
+        if self._callbacks is None and not self._sync_sessions:
+            begun = [session for session in self._behind_async if session.in_transaction()]
+            if not any(map(asks_at_end, begun)):
+                # Nothing here waits, so a cancellation cannot interrupt it, nor does it need a greenlet.
+                for session in begun:
+                    session.commit() if commit and not self.rollback_only else roll_back_or_discard(session)
+                return
+        await _run_to_completion(self._finish_async(commit=commit))
 
     async def __aenter__(self) -> Self:
         self.open()
@@ -75,18 +82,7 @@ class AsyncUnitOfWork(UnitOfWork):
             self.close()
 
     def _sessions(self) -> Iterable[Session]:
-        yield from super()._sessions()
-        for session in self._async_sessions.values():
-            yield session.sync_session
-
-    def _is_begun(self) -> bool:
-        return any(session.in_transaction() for session in self._async_sessions.values())
-
-    def _may_wait(self) -> bool:
-        """Whether the end may ask a server for something; plain reads have left nothing to ask for."""
-        if not self.only_read or self._sync_sessions or self._callbacks is not None:
-            return True
-        return any(_writes_at_commit(session.sync_session) for session in self._async_sessions.values())
+        return (*super()._sessions(), *self._behind_async)
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:
@@ -141,10 +137,6 @@ class AsyncUnitOfWork(UnitOfWork):
                 log_failed_callback(callback, error)
         if told is not None:
             raise told
-
-
-def _writes_at_commit(session: Session) -> bool:
-    return bool(session.new or session.dirty or session.deleted or session.dispatch.before_commit)
 
 
 def in_event_loop() -> bool:

@@ -18,7 +18,7 @@ from fastapi_chatdify_db.base import Base
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import NotInSyncUnit, OutsideUnitOfWork
 from fastapi_chatdify_db.settings import DatabaseSettings
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_begin, note_error
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_error
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -56,7 +56,7 @@ class Database:
         """What runs beside the application, within its lifespan; entered in a thread."""
         self.figures: dict[str, Callable[[AsyncConnection], Awaitable[Figures]]] = {}
         """What the health check shows of this database besides its pool, by name."""
-        self.engines: Final = Engines(lambda: self.settings, on_begin=note_begin, on_error=note_error)
+        self.engines: Final = Engines(lambda: self.settings, on_error=note_error)
 
     def __repr__(self) -> str:
         return f"<Database {self.name}>"

@@ -19,6 +19,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_chatdify_db.first_statements import FirstStatements
 from fastapi_chatdify_db.liveness import ping_when_idle
+from fastapi_chatdify_db.session_end import FollowedSession
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.thread_pool import ThreadLendingPool
 from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeouts, sync_target
@@ -89,19 +90,11 @@ class Engines:
 
     Parameters:
         settings: Called once, at the first use of an engine.
-        on_begin: Told when a transaction is about to begin on the server.
         on_error: Told of every error that a driver raises through one of the engines.
     """
 
-    def __init__(
-        self,
-        settings: Callable[[], DatabaseSettings],
-        *,
-        on_begin: Callable[[], None],
-        on_error: Callable[[ExceptionContext], None],
-    ) -> None:
+    def __init__(self, settings: Callable[[], DatabaseSettings], on_error: Callable[[ExceptionContext], None]) -> None:
         self._settings = settings
-        self._on_begin = on_begin
         self._on_error = on_error
         _all.add(self)
 
@@ -144,7 +137,7 @@ class Engines:
 
     @cached_property
     def _async_sessions(self) -> async_sessionmaker[AsyncSession]:
-        return async_sessionmaker(self.async_engine, **_SESSION_OPTIONS)
+        return async_sessionmaker(self.async_engine, sync_session_class=FollowedSession, **_SESSION_OPTIONS)
 
     @cached_property
     def _sync_sessions(self) -> sessionmaker[Session]:
@@ -177,7 +170,6 @@ class Engines:
         settings = self._settings()
         event.listen(engine, "handle_error", self._on_error)
         if engine.dialect.name == "sqlite":
-            event.listen(engine, "begin", self._note_begin)
             event.listen(engine, "connect", _leave_transactions_to_sqlalchemy)
             event.listen(engine, "begin", _begin_explicitly)
             return
@@ -186,15 +178,9 @@ class Engines:
         # PgBouncer may give every statement outside a transaction to another server.
         begin_lazily = settings.db_lazy_begin and not settings.db_pgbouncer
         if begin_lazily or settings.db_pool_pre_ping:
-            survive = settings.db_pool_pre_ping
-            FirstStatements(engine, begin_lazily=begin_lazily, survive=survive, on_begin=self._on_begin)
-        else:
-            event.listen(engine, "begin", self._note_begin)
+            FirstStatements(engine, begin_lazily=begin_lazily, survive=settings.db_pool_pre_ping)
         if settings.db_pgbouncer and (timeouts := session_timeouts(settings)):
             event.listen(engine, "begin", partial(_set_locally, timeouts))
-
-    def _note_begin(self, _: Connection) -> None:
-        self._on_begin()
 
 
 # Objects stay readable after the commit, since responses and background tasks read them then; a session that

@@ -89,11 +89,7 @@ class HTTPExchange:
 
     async def _settle_and_send(self, message: Message) -> None:
         starts = message["type"] == _START
-        await self._settle(commit=not starts or self._commit_on(message["status"]))
-        self._started, self._complete = True, not starts
-        await self._send(message)
-
-    async def _settle(self, *, commit: bool) -> None:
+        commit = not starts or self._commit_on(message["status"])
         try:
             if not commit and self._wants_retry():
                 raise TryAgain
@@ -103,6 +99,8 @@ class HTTPExchange:
             raise
         self._failure = None
         self._unit.rollback_only = False
+        self._started, self._complete = True, not starts
+        await self._send(message)
 
     def _wants_retry(self) -> bool:
         return self._may_retry and self._unit.asked_to_retry and not self._started

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import CompoundSelect, Engine, Select, event
+from sqlalchemy import CompoundSelect, Connection, Engine, Select, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -55,11 +55,9 @@ class FirstStatements:
         engine: One of PostgreSQL, with asyncpg or psycopg2.
         begin_lazily: Whether plain reads run without a transaction.
         survive: Whether a dead connection is replaced.
-        on_begin: Told before a statement that a transaction begins with.
     """
 
-    def __init__(self, engine: Engine, *, begin_lazily: bool, survive: bool, on_begin: Callable[[], None]) -> None:
-        self._on_begin = on_begin
+    def __init__(self, engine: Engine, *, begin_lazily: bool, survive: bool) -> None:
         self._begin_lazily = begin_lazily
         self._survive = survive
         self._errors = errors_of(engine.dialect)
@@ -79,7 +77,6 @@ class FirstStatements:
     def _start(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
         if state := _state(context):
             state.started = True
-        self._on_begin()
 
     def _start_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> None:
         self._start(cursor, statement, None, context)
@@ -115,8 +112,16 @@ class FirstStatements:
             else:
                 return
         state.started = True
-        self._on_begin()
         context.dialect.do_execute(context.cursor, statement, parameters, context)
+
+
+def has_begun(connection: Connection) -> bool:
+    """Whether the server has a transaction of this connection; in doubt it has."""
+    if connection.invalidated:
+        return True
+    information = connection.connection.record_info
+    state: _State | None = None if information is None else information.get(_STATE)
+    return state is None or state.in_transaction()
 
 
 def _is_read(statement: str, context: ExecutionContext) -> bool:

@@ -54,14 +54,6 @@ def asks_to_retry(error: BaseException | None) -> bool:
     return sqlstate(error) in _WORTH_ANOTHER_TRY
 
 
-def note_begin() -> None:
-    """Remember in the units around a statement that it begins a transaction on the server."""
-    unit = _current.get()
-    while unit is not None:
-        unit.only_read = False
-        unit = unit.outer
-
-
 def note_error(context: ExceptionContext) -> None:
     """Remember in the units around a statement that PostgreSQL asked for its transaction to be tried again."""
     if asks_to_retry(context.original_exception):
@@ -87,8 +79,6 @@ class UnitOfWork:
     """The id of the Celery task whose unit this is."""
     untouched = True
     """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
-    only_read = True
-    """Whether no transaction has begun on a server, so that there is nothing to wait for at the end."""
     closed = False
     rollback_only = False
     asked_to_retry = False

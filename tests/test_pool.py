@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import text
+from sqlalchemy import Connection, event, select, text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
@@ -43,6 +44,49 @@ async def test_requests_wait_for_a_free_connection(observer: Observer, path: str
         responses = await asyncio.gather(*(client.get(path) for _ in range(50)))
     assert [response.status_code for response in responses] == [200] * 50
     await patient.dispose()
+
+
+async def test_reads_on_more_connections_than_the_pool_keeps(
+    observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of a unit that only read closes the connections beyond the pool's size, which takes a while."""
+    settings = DatabaseSettings(db_application_name="overflowing", db_pool_size=1, db_max_overflow=4)
+    database = Database(settings=settings)
+    everybody_reads = asyncio.Barrier(5)
+
+    async def read() -> None:
+        async with database.transaction() as session:
+            await session.scalars(select(Item))
+            await everybody_reads.wait()
+
+    await asyncio.gather(*(read() for _ in range(5)))
+    await observer.until_connections("overflowing", 1)
+    assert database.async_engine.pool.status().startswith("Pool size: 1  Connections in pool: 1")
+    assert caplog.records == []
+    await database.dispose()
+
+
+@pytest.mark.parametrize("target", ["commit", "rollback", "reset"])
+async def test_hooks_that_ask_the_server_when_a_read_ends(
+    tables: None, target: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever an application does in SQLAlchemy's events at the end of a transaction, it does after reads too."""
+    database = Database()
+    answers: list[Any] = []
+
+    def ask(connection: Any, *_: object) -> None:
+        cursor = (connection.connection if isinstance(connection, Connection) else connection).cursor()
+        cursor.execute("SELECT 42")
+        answers.append(cursor.fetchone())
+
+    event.listen(database.async_engine.sync_engine, target, ask)
+    async with database.transaction() as session:
+        await session.scalars(select(Item))
+        if target == "rollback":
+            database.rollback_only()
+    assert (42,) in answers
+    assert caplog.records == []
+    await database.dispose()
 
 
 @pytest.mark.parametrize("path", ["/slow", "/slow-def"])
