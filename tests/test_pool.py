@@ -60,7 +60,8 @@ async def test_reads_on_more_connections_than_the_pool_keeps(
             await everybody_reads.wait()
 
     await asyncio.gather(*(read() for _ in range(5)))
-    await observer.until_connections("overflowing", 1)
+    async with asyncio.timeout(10):
+        await observer.until_connections("overflowing", 1)
     assert database.async_engine.pool.status().startswith("Pool size: 1  Connections in pool: 1")
     assert caplog.records == []
     await database.dispose()
