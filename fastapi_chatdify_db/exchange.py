@@ -28,8 +28,8 @@ class TryAgain(Exception):
     """PostgreSQL asked for the transaction to be run again, and the client was told nothing yet."""
 
 
-class HTTPExchange:
-    """A request and its response.
+class HTTPExchange(AsyncUnitOfWork):
+    """The unit of work of a request and its response.
 
     Parameters:
         commit_on: Given the response's status, whether to commit.
@@ -46,7 +46,6 @@ class HTTPExchange:
         self._send = send
         self._commit_on = commit_on
         self._may_retry = may_retry
-        self._unit = AsyncUnitOfWork()
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         """Run the application; return when the response and its background tasks are done.
@@ -55,7 +54,7 @@ class HTTPExchange:
             TryAgain: Nothing was sent, and another run may well succeed.
             Exception: Whatever the application raised and has no handler for.
         """
-        self._unit.open()
+        self.open()
         try:
             try:
                 await app(scope, self._receive, self._send_settled)
@@ -63,26 +62,26 @@ class HTTPExchange:
             except Exception as error:
                 failure = self._failure or error
             if failure is not None:
-                await self._unit.finish_async(commit=False)
+                await self.finish_async(commit=False)
                 await self._answer(failure, scope)
-            if not self._unit.untouched:
+            if not self.untouched:
                 # A body that was cut short is a client that left: what was written meanwhile is not its to keep.
-                await self._unit.finish_async(commit=self._complete)
+                await self.finish_async(commit=self._complete)
         except BaseException:
-            await self._unit.finish_async(commit=False)
+            await self.finish_async(commit=False)
             raise
         finally:
-            self._unit.close()
+            self.close()
 
     # No coroutine: most messages have nothing to settle before them, and then pass through at once.
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
-            if not self._unit.untouched:
+            if not self.untouched:
                 return self._settle_and_send(message)
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
-            if not self._unit.untouched:
+            if not self.untouched:
                 return self._settle_and_send(message)
             self._complete = True
         return self._send(message)
@@ -93,17 +92,17 @@ class HTTPExchange:
         try:
             if not commit and self._wants_retry():
                 raise TryAgain
-            await self._unit.finish_async(commit=commit)
+            await self.finish_async(commit=commit)
         except Exception as error:
             self._failure = error
             raise
         self._failure = None
-        self._unit.rollback_only = False
+        self.rollback_only = False
         self._started, self._complete = True, not starts
         await self._send(message)
 
     def _wants_retry(self) -> bool:
-        return self._may_retry and self._unit.asked_to_retry and not self._started
+        return self._may_retry and self.asked_to_retry and not self._started
 
     async def _answer(self, failure: Exception, scope: Scope) -> None:
         if self._wants_retry():
@@ -133,8 +132,8 @@ class HTTPExchange:
         await handlers(scope, self._receive, self._send_settled)
 
 
-class WebSocketExchange:
-    """A websocket, from its handshake to its closing.
+class WebSocketExchange(AsyncUnitOfWork):
+    """The unit of work of a websocket, from its handshake to its closing.
 
     Commits when the handler waits for the client, and before it answers: a task which reads from the client, and
     then sends, is answering. Messages that other tasks push leave the session alone.
@@ -144,12 +143,11 @@ class WebSocketExchange:
         self._receive = receive
         self._send = send
         self._commit_on = commit_on
-        self._unit = AsyncUnitOfWork()
         self._reader = asyncio.current_task()
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         """Run the application until its handler ends; what it raises rolls back and goes on to the caller."""
-        async with self._unit:
+        async with self:
             await app(scope, self._receive_settled, self._send_settled)
 
     async def _receive_settled(self) -> Message:
@@ -163,8 +161,8 @@ class WebSocketExchange:
         await self._send(message)
 
     async def _settle(self, *, commit: bool) -> None:
-        await self._unit.finish_async(commit=commit)
-        self._unit.rollback_only = False
+        await self.finish_async(commit=commit)
+        self.rollback_only = False
 
     def _is_yes(self, message: Message) -> bool:
         if message["type"] == "websocket.close":

@@ -72,6 +72,7 @@ class UnitOfWork:
     """
 
     # Values of the class, so that a unit which nobody asks for anything costs little.
+    only: Engines | None = None
     outer: UnitOfWork | None = None
     isolation_level: str | None = None
     """PostgreSQL's name of the level that the unit's transactions run at; None is the server's default."""
