@@ -144,8 +144,8 @@ def _run_in_autocommit(connection: Any, statement: str, parameters: Any, context
 def _transaction_probe(connection: Any) -> Callable[[], bool]:
     driver_connection = getattr(connection, "driver_connection", connection)
     if hasattr(driver_connection, "is_in_transaction"):
-        probe: Callable[[], bool] = driver_connection.is_in_transaction
-        return probe
+        # asyncpg's fails on a connection that was aborted.
+        return lambda: not driver_connection.is_closed() and bool(driver_connection.is_in_transaction())
     return lambda: bool(driver_connection.info.transaction_status)
 
 

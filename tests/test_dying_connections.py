@@ -172,3 +172,16 @@ async def test_unit_that_had_begun_is_told(observer: Observer, driver: str, work
         await run(observer, driver, work)
     assert await observer.connection.fetchval("SELECT value FROM counter") == 7
     assert await observer.names() == []
+
+
+async def test_connection_that_is_aborted_after_a_read(observer: Observer) -> None:
+    """Nothing was written, so the unit ends like any other, and the next one has another connection."""
+    database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
+    async with database.transaction() as session:
+        await session.scalars(select(Item))
+        raw = (await (await session.connection()).get_raw_connection()).driver_connection
+        assert raw is not None
+        raw.terminate()
+    async with database.transaction() as session:
+        assert (await session.scalars(select(Item))).all() == []
+    await database.dispose()
