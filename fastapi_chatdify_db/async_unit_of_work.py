@@ -31,7 +31,6 @@ class AsyncUnitOfWork(UnitOfWork):
     """
 
     _async_sessions: Mapping[Engines, AsyncSession] = {}
-    _behind_async: tuple[Session, ...] = ()
 
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database."""
@@ -39,7 +38,6 @@ class AsyncUnitOfWork(UnitOfWork):
         if session is None:
             session = engines.new_async_session(self.isolation_level)
             self._async_sessions = {**self._async_sessions, engines: session}
-            self._behind_async = (*self._behind_async, session.sync_session)
             self.untouched = False
         return session
 
@@ -61,7 +59,7 @@ class AsyncUnitOfWork(UnitOfWork):
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
         if self._callbacks is None and not self._sync_sessions:
-            begun = [session for session in self._behind_async if session.in_transaction()]
+            begun = [session for session in self._sessions() if session.in_transaction()]
             if not any(map(asks_at_end, begun)):
                 # Nothing here waits, so a cancellation cannot interrupt it, nor does it need a greenlet.
                 for session in begun:
@@ -82,7 +80,7 @@ class AsyncUnitOfWork(UnitOfWork):
             self.close()
 
     def _sessions(self) -> Iterable[Session]:
-        return (*super()._sessions(), *self._behind_async)
+        return (*super()._sessions(), *(session.sync_session for session in self._async_sessions.values()))
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:

@@ -75,7 +75,7 @@ class FirstStatements:
         _information(record)[_STATE].started = False
 
     def _start(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-        if state := _state(context):
+        if state := _state(context.root_connection):
             state.started = True
 
     def _start_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> None:
@@ -83,7 +83,7 @@ class FirstStatements:
 
     def _execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         """The ``do_execute`` event; returns whether the statement was run here."""
-        state = _state(context)
+        state = _state(context.root_connection)
         if state is None or state.started:
             return False
         ordinary = state.begins_ordinarily()
@@ -95,7 +95,7 @@ class FirstStatements:
             if not (self._survive and replaceable and died(context, error)):
                 raise
             replace_connection(context, error)
-            self._run(_state(context) or state, statement, parameters, context, ordinary=True)
+            self._run(_state(context.root_connection) or state, statement, parameters, context, ordinary=True)
         return True
 
     def _run(
@@ -117,10 +117,7 @@ class FirstStatements:
 
 def has_begun(connection: Connection) -> bool:
     """Whether the server has a transaction of this connection; in doubt it has."""
-    if connection.invalidated:
-        return True
-    information = connection.connection.record_info
-    state: _State | None = None if information is None else information.get(_STATE)
+    state = None if connection.invalidated else _state(connection)
     return state is None or state.in_transaction()
 
 
@@ -159,9 +156,9 @@ def _default_isolation(connection: Any) -> str:
     return level
 
 
-def _state(context: ExecutionContext) -> _State | None:
+def _state(connection: Connection) -> _State | None:
     """None for a connection that is detached from its pool, or still being made."""
-    information = context.root_connection.connection.record_info
+    information = connection.connection.record_info
     return None if information is None else information.get(_STATE)
 
 
