@@ -54,11 +54,13 @@ def retry(database: Database, task_id: str | None) -> int:
 def cancel(database: Database, task_id: str) -> bool:
     """Do not run a pending task; False when it is running, ended or unknown."""
     with database.sync_transaction() as session:
-        row = session.execute(statements.CANCEL, {"id": task_id}).one_or_none()
-        if row is not None and row.ordering_key is not None:
-            session.execute(statements.LOCK_KEYS, {"keys": [row.ordering_key]})
-            session.execute(statements.RING_NEXT_OF_KEY, {"key": row.ordering_key})
-        return row is not None
+        key = session.scalar(statements.KEY_OF_PENDING, {"id": task_id})
+        if key is not None:  # before the row, as where a worker ends one: else the two could wait for each other
+            session.execute(statements.LOCK_KEYS, {"keys": [key]})
+        cancelled = session.execute(statements.CANCEL, {"id": task_id}).one_or_none() is not None
+        if cancelled and key is not None:
+            session.execute(statements.RING_NEXT_OF_KEY, {"key": key})
+        return cancelled
 
 
 def prune(database: Database, days: int) -> int:

@@ -65,11 +65,13 @@ FINISH: Final = text(
     """
 )
 
+KEY_OF_PENDING: Final = text("SELECT ordering_key FROM durable_task WHERE id = :id AND status = 'pending'")
+
 CANCEL: Final = text(
     """
     UPDATE durable_task SET status = 'cancelled', finished_at = clock_timestamp()
     WHERE id IN (SELECT id FROM durable_task WHERE id = :id AND status = 'pending' FOR UPDATE SKIP LOCKED)
-    RETURNING ordering_key
+    RETURNING id
     """
 )
 

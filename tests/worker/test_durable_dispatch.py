@@ -23,7 +23,7 @@ from sqlalchemy.orm import DeclarativeBase
 import celery_ext
 from celery_ext import ArgumentsNotSerializable, DurableDispatchUnsupported
 from celery_ext.binding import database_of
-from celery_ext.durable import administration
+from celery_ext.durable import administration, statements
 from celery_ext.durable.relay import Relay
 from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, db, health_router
 from tests.models import Item
@@ -195,6 +195,21 @@ async def test_due_later(relayed: Worker, rows: Observer) -> None:
     assert early == 0
     assert administration.cancel(db, never)
     assert not administration.cancel(db, late)
+
+
+async def test_cancelled_while_it_ends(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """Whoever cancels a task of a key waits for whoever is ending it, and not the other way round as well."""
+    async with db.transaction():
+        first, second = (task(unheard, "add_item").apply_durably((name,), ordering_key="k") for name in "ab")
+    with db.sync_transaction() as session:
+        session.execute(statements.LOCK_KEYS, {"keys": ["k"]})
+        cancelling = asyncio.create_task(asyncio.to_thread(administration.cancel, db, first))
+        await rows.until_somebody_waits_for_a_lock()
+        session.execute(statements.FINISH, {"id": first, "status": "done", "error": None}).one()
+        session.execute(statements.RING_NEXT_OF_KEY, {"key": "k"})
+    assert not await cancelling
+    assert await asyncio.to_thread(administration.cancel, db, second)
+    assert [status for status, _ in await stored(rows)] == ["done", "cancelled"]
 
 
 async def test_retries_are_kept_in_the_row(relayed: Worker, rows: Observer) -> None:
