@@ -88,7 +88,7 @@ celery.conf.update(
     worker_hijack_root_logger=False,
 )
 celery_ext.init_app(celery, db=database)
-sabotage.switch_off(os.environ.get("CHAOS_SWITCHED_OFF"), database, BODY_SECONDS)
+sabotage.switch_off(os.environ.get("CHAOS_SWITCHED_OFF"), database)
 
 
 @celery.task
