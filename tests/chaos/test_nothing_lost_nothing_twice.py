@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,5 +30,5 @@ def test_everything_dies_and_the_books_balance(
     seed = pytestconfig.getoption("--chaos-seed")
     violations, figures = play(broker_name, own_database, load, seed, tmp_path, in_calm=0.25)
     with capsys.disabled():
-        print(f"\n{figures}")
+        print(f"\n{figures}", file=sys.stderr)  # which a process of pytest-xdist's passes on
     assert not violations

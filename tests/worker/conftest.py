@@ -31,6 +31,7 @@ async def empty_tables(database_url: str) -> AsyncIterator[Observer]:
     connection = await asyncpg.connect(database_url)
     await connection.execute("TRUNCATE item, counter")
     yield Observer(connection)
+    await connection.execute("TRUNCATE item, counter")
     await connection.close()
     await db.dispose()
 
