@@ -52,6 +52,15 @@ class AsyncUnitOfWork(UnitOfWork):
         session = self._async_sessions.get(engines)
         self._add_callback(callback, session.sync_session if session is not None else self._sync_sessions.get(engines))
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing was done since the unit was last ended, so that ending it again is nothing to do."""
+        if self.untouched:
+            return True
+        if self.rollback_only or self._sync_sessions or self._callbacks is not None:
+            return False
+        return not any(session.sync_session.in_transaction() for session in self._async_sessions.values())
+
     async def finish_async(self, *, commit: bool) -> None:
         """The twin of ``finish`` on an event loop; raises the same.
 
@@ -59,7 +68,8 @@ class AsyncUnitOfWork(UnitOfWork):
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
         if self._callbacks is None and not self._sync_sessions:
-            begun = [session for session in self._sessions() if session.in_transaction()]
+            sessions = [session.sync_session for session in self._async_sessions.values()]
+            begun = [session for session in sessions if session.in_transaction()]
             if not any(map(asks_at_end, begun)):
                 # Nothing here waits, so a cancellation cannot interrupt it, nor does it need a greenlet.
                 for session in begun:

@@ -22,6 +22,8 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
     whose end reached us meanwhile is noticed without asking.
     """
 
+    is_async = engine.dialect.is_async
+
     def note_birth(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
         record.info[_IDLE_SINCE] = math.inf
 
@@ -30,7 +32,7 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
 
     def test(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         idle = time.monotonic() - record.info[_IDLE_SINCE]
-        if engine.dialect.is_async:
+        if is_async:
             if dbapi_connection.driver_connection.is_closed():
                 raise DisconnectionError("the server has closed the connection")
             suspicious = False

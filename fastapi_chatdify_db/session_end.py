@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import QueuePool
 
 from fastapi_chatdify_db.first_statements import has_begun
 
-_CONNECTIONS: Final = "fastapi_chatdify_db.connections"
-
 
 class FollowedSession(Session):
     """What is behind an ``AsyncSession`` of ours, whose connections are remembered."""
 
+    connections: tuple[Connection, ...] = ()
+    """Those which its transactions began with; some may be closed by now."""
+
 
 def asks_at_end(session: Session) -> bool:
     """Whether a commit or a rollback of the session may have to wait for the server; in doubt it may."""
-    return bool(
-        any(map(_asks, session.info.get(_CONNECTIONS, ())))
-        or session.new
-        or session.dirty
-        or session.deleted
-        or session.dispatch.before_commit  # a hook of the application may write
+    assert isinstance(session, FollowedSession)
+    return (
+        any(map(_asks, session.connections))
+        or session.identity_map.check_modified()
+        or bool(session.new or session.deleted)
+        or bool(session.dispatch.before_commit)  # a hook of the application may write
     )
 
 
@@ -44,9 +43,9 @@ def _asks(connection: Connection) -> bool:
     )
 
 
-def _remember(session: Session, _: SessionTransaction, connection: Connection) -> None:
-    known: tuple[Connection, ...] = session.info.get(_CONNECTIONS, ())
-    session.info[_CONNECTIONS] = (connection, *(each for each in known if not each.closed))
+def _remember(session: FollowedSession, _: SessionTransaction, connection: Connection) -> None:
+    known = session.connections
+    session.connections = (connection, *(each for each in known if not each.closed)) if known else (connection,)
 
 
 event.listen(FollowedSession, "after_begin", _remember)
