@@ -1,0 +1,57 @@
+"""Ask a contender in this process: ``python in_process.py MODULE PATH REQUESTS TOGETHER``, in its environment."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import sys
+from typing import Any
+
+
+async def ask(app: Any, path: str) -> None:
+    """One request.
+
+    Raises:
+        RuntimeError: The answer's status is not 200.
+    """
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, object]) -> None:
+        if message.get("status", 200) != 200:
+            raise RuntimeError(f"{path} answered {message}")
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost")],
+        "client": ("127.0.0.1", 50000),
+        "server": ("127.0.0.1", 8000),
+    }
+    await app(scope, receive, send)
+
+
+async def main(module: str, path: str, requests: int, together: int) -> None:
+    """Answer the requests, each in a task of its own as under a server."""
+    app = importlib.import_module(module).app
+
+    async def client() -> None:
+        for _ in range(requests // together):
+            await asyncio.create_task(ask(app, path))
+
+    async with app.router.lifespan_context(app):
+        await asyncio.gather(*(client() for _ in range(together)))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())  # the contenders, one of which was named
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -1,0 +1,69 @@
+"""Instructions per request, which no noise changes: ``python -m benchmarks.instructions``, with valgrind on the PATH.
+
+The contender runs under https://valgrind.org/docs/manual/cg-manual.html, called in its own process: uvicorn, the
+kernel and PostgreSQL are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+from sqlalchemy import URL
+
+from benchmarks.databases import environment, scratch_database
+from benchmarks.peers import HERE, OURS, Contender
+from benchmarks.workloads import WORKLOADS
+
+FEW, MANY = 320, 960
+"""Requests of two runs; their difference leaves the start of the process out."""
+TOGETHER = 4
+"""Requests at a time: enough for the event loop to be busy."""
+COUNTED = re.compile(r"I\s+refs:\s+([\d,]+)")
+CACHEGRIND = ("valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null")
+
+
+def count(contender: Contender, path: str, url: URL) -> float:
+    """Instructions per request of a contender.
+
+    Raises:
+        RuntimeError: Something else than answers of status 200 came back.
+    """
+    with ThreadPoolExecutor(2) as both:
+        few, many = both.map(lambda requests: run(contender, path, requests, url), (FEW, MANY))
+    return (many - few) / (MANY - FEW)
+
+
+def run(contender: Contender, path: str, requests: int, url: URL) -> int:
+    """Instructions of a process that answers so many requests."""
+    script = [contender.python(), str(HERE / "in_process.py"), contender.module, path, str(requests), str(TOGETHER)]
+    variables = os.environ | environment(url) | {"PYTHONHASHSEED": "0", "DB_POOL_TIMEOUT": "300"}
+    done = subprocess.run(
+        [*CACHEGRIND, *script], cwd=HERE / "contenders", env=variables, capture_output=True, text=True, check=False
+    )
+    counted = COUNTED.search(done.stderr)
+    if done.returncode or counted is None:
+        raise RuntimeError(f"{contender.name} under valgrind: {done.stderr}")
+    return int(counted[1].replace(",", ""))
+
+
+def main() -> None:
+    """Count for the named workloads and print a Markdown table for each."""
+    parser = argparse.ArgumentParser(prog="benchmarks.instructions", description=__doc__)
+    parser.add_argument("workloads", nargs="*", default=["plain", "read", "insert"])
+    names = parser.parse_args().workloads
+    with scratch_database() as url:
+        for workload in (each for each in WORKLOADS if each.name in names):
+            print(f"\n| {workload.name} | instructions a request | ours needs |\n|---|---|---|")
+            ours = count(OURS, workload.paths[0], url)
+            print(f"| **ours** | {ours:,.0f} | |", flush=True)
+            for contender in workload.against:
+                others = count(contender, workload.paths[0], url)
+                print(f"| {contender.name} | {others:,.0f} | {ours / others:.2f}x |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
