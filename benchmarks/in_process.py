@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any
 
+import uvloop
+
 
 async def ask(app: Any, path: str) -> None:
     """One request.
@@ -54,4 +56,5 @@ async def main(module: str, path: str, requests: int, together: int) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())  # the contenders, one of which was named
-    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # uvicorn's
+        runner.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

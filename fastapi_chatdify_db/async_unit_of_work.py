@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
-from fastapi_chatdify_db.session_end import asks_at_end
+from fastapi_chatdify_db.session_end import asks_at_end, end_reads
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, log_failed_callback, logger, roll_back_or_discard
 
 T = TypeVar("T")
@@ -59,7 +59,10 @@ class AsyncUnitOfWork(UnitOfWork):
             return True
         if self.rollback_only or self._sync_sessions or self._callbacks is not None:
             return False
-        return not any(session.sync_session.in_transaction() for session in self._async_sessions.values())
+        for session in self._async_sessions.values():  # noqa: SIM110  # asked thrice a request; a generator costs more
+            if session.sync_session.in_transaction():
+                return False
+        return True
 
     async def finish_async(self, *, commit: bool) -> None:
         """The twin of ``finish`` on an event loop; raises the same.
@@ -72,8 +75,9 @@ class AsyncUnitOfWork(UnitOfWork):
             begun = [session for session in sessions if session.in_transaction()]
             if not any(map(asks_at_end, begun)):
                 # Nothing here waits, so a cancellation cannot interrupt it, nor does it need a greenlet.
+                end = end_reads if commit and not self.rollback_only else roll_back_or_discard
                 for session in begun:
-                    session.commit() if commit and not self.rollback_only else roll_back_or_discard(session)
+                    end(session)
                 return
         await _run_to_completion(self._finish_async(commit=commit))
 
@@ -90,7 +94,7 @@ class AsyncUnitOfWork(UnitOfWork):
             self.close()
 
     def _sessions(self) -> Iterable[Session]:
-        return (*super()._sessions(), *(session.sync_session for session in self._async_sessions.values()))
+        return [*self._sync_sessions.values(), *[session.sync_session for session in self._async_sessions.values()]]
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:

@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
 from fastapi_chatdify_db.liveness import ping_when_idle
 from fastapi_chatdify_db.session_end import FollowedSession
@@ -125,23 +126,17 @@ class Engines:
 
     def new_async_session(self, isolation_level: str | None = None) -> AsyncSession:
         """An ``AsyncSession``; nothing is connected before its first statement."""
-        if isolation_level is None:
-            return self._async_sessions()
-        return self._async_sessions(bind=self.async_engine.execution_options(isolation_level=isolation_level))
+        bind: AsyncEngine = self.async_engine
+        if isolation_level is not None:
+            bind = bind.execution_options(isolation_level=isolation_level)
+        return AsyncSession(bind, sync_session_class=FollowedSession, **_SESSION_OPTIONS)
 
     def new_sync_session(self, isolation_level: str | None = None) -> Session:
         """A ``Session``; nothing is connected before its first statement."""
-        if isolation_level is None:
-            return self._sync_sessions()
-        return self._sync_sessions(bind=self.sync_engine.execution_options(isolation_level=isolation_level))
-
-    @cached_property
-    def _async_sessions(self) -> async_sessionmaker[AsyncSession]:
-        return async_sessionmaker(self.async_engine, sync_session_class=FollowedSession, **_SESSION_OPTIONS)
-
-    @cached_property
-    def _sync_sessions(self) -> sessionmaker[Session]:
-        return sessionmaker(self.sync_engine, **_SESSION_OPTIONS)
+        bind = self.sync_engine
+        if isolation_level is not None:
+            bind = bind.execution_options(isolation_level=isolation_level)
+        return Session(bind, **_SESSION_OPTIONS)
 
     async def dispose(self) -> None:
         """Close the idle connections of the running loop's pool and of the sync engine's."""
@@ -173,12 +168,13 @@ class Engines:
             event.listen(engine, "connect", _leave_transactions_to_sqlalchemy)
             event.listen(engine, "begin", _begin_explicitly)
             return
-        if settings.db_pool_pre_ping:
-            ping_when_idle(engine, settings.db_ping_after)
         # PgBouncer may give every statement outside a transaction to another server.
         begin_lazily = settings.db_lazy_begin and not settings.db_pgbouncer
         if begin_lazily or settings.db_pool_pre_ping:
+            follow(engine)
             FirstStatements(engine, begin_lazily=begin_lazily, survive=settings.db_pool_pre_ping)
+        if settings.db_pool_pre_ping:
+            ping_when_idle(engine, settings.db_ping_after)
         if settings.db_pgbouncer and (timeouts := session_timeouts(settings)):
             event.listen(engine, "begin", partial(_set_locally, timeouts))
 

@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import CompoundSelect, Connection, Engine, Select, event
+from sqlalchemy import CompoundSelect, Engine, Select, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from fastapi_chatdify_db.connection_state import ConnectionState, state_in, state_of
 from fastapi_chatdify_db.liveness import died, errors_of, replace_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
 
-_STATE: Final = "fastapi_chatdify_db.first_statements"
 _QUERY_CANCELED: Final = "57014"
-
-
-@dataclass(slots=True)
-class _State:
-    """Of one connection."""
-
-    connection: Any
-    """The driver's, or the adapter that the dialect puts around it."""
-    in_transaction: Callable[[], bool]
-    read_committed: bool
-    """Whether that is the isolation level of a transaction which names none."""
-    started: bool = False
-    """Whether anything but plain reads was run since the checkout."""
-
-    def begins_ordinarily(self) -> bool:
-        """Whether a transaction is still to begin, with a mere BEGIN: no AUTOCOMMIT, no level, not read only."""
-        connection = self.connection
-        return (
-            not connection.autocommit
-            and connection.isolation_level in (None, "read_committed")  # asyncpg's adapter keeps one that was reset
-            and not connection.readonly
-            and not connection.deferrable
-            and not self.in_transaction()
-        )
 
 
 class FirstStatements:
@@ -58,24 +32,16 @@ class FirstStatements:
     """
 
     def __init__(self, engine: Engine, *, begin_lazily: bool, survive: bool) -> None:
-        self._begin_lazily = begin_lazily
         self._survive = survive
         self._errors = errors_of(engine.dialect)
-        event.listen(engine, "connect", self._watch)
-        event.listen(engine, "checkin", self._watch_again)
+        if begin_lazily:
+            event.listen(engine, "connect", _allow_reads_alone)
         event.listen(engine, "do_execute", self._execute)
         event.listen(engine, "do_executemany", self._start)
         event.listen(engine, "do_execute_no_params", self._start_without_parameters)
 
-    def _watch(self, connection: Any, record: ConnectionPoolEntry) -> None:
-        read_committed = self._begin_lazily and _default_isolation(connection) == "read committed"
-        _information(record)[_STATE] = _State(connection, _transaction_probe(connection), read_committed)
-
-    def _watch_again(self, connection: Any, record: ConnectionPoolEntry) -> None:
-        _information(record)[_STATE].started = False
-
     def _start(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-        if state := _state(context.root_connection):
+        if state := state_of(context.root_connection):
             state.started = True
 
     def _start_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> None:
@@ -83,10 +49,10 @@ class FirstStatements:
 
     def _execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         """The ``do_execute`` event; returns whether the statement was run here."""
-        state = _state(context.root_connection)
+        state = state_of(context.root_connection)
         if state is None or state.started:
             return False
-        ordinary = state.begins_ordinarily()
+        ordinary = _begins_ordinarily(state)
         try:
             self._run(state, statement, parameters, context, ordinary=ordinary)
         except self._errors as error:
@@ -95,13 +61,13 @@ class FirstStatements:
             if not (self._survive and replaceable and died(context, error)):
                 raise
             replace_connection(context, error)
-            self._run(_state(context.root_connection) or state, statement, parameters, context, ordinary=True)
+            self._run(state_of(context.root_connection) or state, statement, parameters, context, ordinary=True)
         return True
 
     def _run(
-        self, state: _State, statement: str, parameters: Any, context: ExecutionContext, *, ordinary: bool
+        self, state: ConnectionState, statement: str, parameters: Any, context: ExecutionContext, *, ordinary: bool
     ) -> None:
-        if ordinary and state.read_committed and _is_read(statement, context):
+        if ordinary and state.reads_alone and _is_read(statement, context):
             try:
                 _run_in_autocommit(state.connection, statement, parameters, context)
             except self._errors as error:
@@ -115,10 +81,20 @@ class FirstStatements:
         context.dialect.do_execute(context.cursor, statement, parameters, context)
 
 
-def has_begun(connection: Connection) -> bool:
-    """Whether the server has a transaction of this connection; in doubt it has."""
-    state = None if connection.invalidated else _state(connection)
-    return state is None or state.in_transaction()
+def _allow_reads_alone(connection: Any, record: ConnectionPoolEntry) -> None:
+    state_in(record).reads_alone = _default_isolation(connection) == "read committed"
+
+
+def _begins_ordinarily(state: ConnectionState) -> bool:
+    """Whether a transaction is still to begin, with a mere BEGIN: no AUTOCOMMIT, no level, not read only."""
+    connection = state.connection
+    return (
+        not connection.autocommit
+        and connection.isolation_level in (None, "read_committed")  # asyncpg's adapter keeps one that was reset
+        and not connection.readonly
+        and not connection.deferrable
+        and not state.in_transaction()
+    )
 
 
 def _is_read(statement: str, context: ExecutionContext) -> bool:
@@ -138,14 +114,6 @@ def _run_in_autocommit(connection: Any, statement: str, parameters: Any, context
             connection.autocommit = False
 
 
-def _transaction_probe(connection: Any) -> Callable[[], bool]:
-    driver_connection = getattr(connection, "driver_connection", connection)
-    if hasattr(driver_connection, "is_in_transaction"):
-        # asyncpg's fails on a connection that was aborted.
-        return lambda: not driver_connection.is_closed() and bool(driver_connection.is_in_transaction())
-    return lambda: bool(driver_connection.info.transaction_status)
-
-
 def _default_isolation(connection: Any) -> str:
     connection.autocommit = True
     cursor = connection.cursor()
@@ -154,15 +122,3 @@ def _default_isolation(connection: Any) -> str:
     cursor.close()
     connection.autocommit = False
     return level
-
-
-def _state(connection: Connection) -> _State | None:
-    """None for a connection that is detached from its pool, or still being made."""
-    information = connection.connection.record_info
-    return None if information is None else information.get(_STATE)
-
-
-def _information(record: ConnectionPoolEntry) -> dict[Any, Any]:
-    information = record.record_info
-    assert information is not None  # only that of a detached connection is
-    return information

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import select
 import time
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-_IDLE_SINCE: Final = "fastapi_chatdify_db.idle_since"
+from fastapi_chatdify_db.connection_state import state_in
 
 
 def ping_when_idle(engine: Engine, seconds: float) -> None:
@@ -24,14 +23,8 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
 
     is_async = engine.dialect.is_async
 
-    def note_birth(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-        record.info[_IDLE_SINCE] = math.inf
-
-    def note_time(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-        record.info[_IDLE_SINCE] = time.monotonic()
-
     def test(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
-        idle = time.monotonic() - record.info[_IDLE_SINCE]
+        idle = time.monotonic() - state_in(record).idle_since
         if is_async:
             if dbapi_connection.driver_connection.is_closed():
                 raise DisconnectionError("the server has closed the connection")
@@ -45,8 +38,6 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
                 # The pool replaces this connection, and at their checkout all others that are as old.
                 raise InvalidatePoolError from error
 
-    event.listen(engine, "connect", note_birth)
-    event.listen(engine, "checkin", note_time)
     event.listen(engine, "checkout", test)
 
 

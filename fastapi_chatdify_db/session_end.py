@@ -6,7 +6,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import QueuePool
 
-from fastapi_chatdify_db.first_statements import has_begun
+from fastapi_chatdify_db.connection_state import has_begun
 
 
 class FollowedSession(Session):
@@ -21,25 +21,31 @@ def asks_at_end(session: Session) -> bool:
     assert isinstance(session, FollowedSession)
     return (
         any(map(_asks, session.connections))
-        or session.identity_map.check_modified()
-        or bool(session.new or session.deleted)
-        or bool(session.dispatch.before_commit)  # a hook of the application may write
+        or not session._is_clean()  # as the commit asks; its public parts are properties that copy
+        or not session.is_active
+        or session.in_nested_transaction()
+        or bool(session.dispatch.before_commit or session.dispatch.after_commit)  # the application's may write
     )
+
+
+def end_reads(session: Session) -> None:
+    """Commit the transaction of a session that asks the server nothing, with less ado than a commit that might."""
+    transaction = session.get_transaction()
+    if transaction is not None:
+        transaction.close()
 
 
 def _asks(connection: Connection) -> bool:
     if connection.closed:
         return False
-    pool = connection.engine.pool
+    pool, hooks = connection.engine.pool, connection.dispatch
     return (
         has_begun(connection)
         # A connection beyond the pool's size is closed when it is given back.
         or not isinstance(pool, QueuePool)
-        or pool.checkedin() >= pool.size()
+        or (pool.overflow() > 0 and pool.checkedin() >= pool.size())
         # Hooks of the application that may ask, too.
-        or bool(pool.dispatch.reset)
-        or bool(connection.engine.dispatch.commit)
-        or bool(connection.engine.dispatch.rollback)
+        or bool(pool.dispatch.reset or hooks.commit or hooks.rollback)
     )
 
 

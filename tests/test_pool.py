@@ -90,6 +90,32 @@ async def test_hooks_that_ask_the_server_when_a_read_ends(
     await database.dispose()
 
 
+async def test_a_session_that_only_read_tells_its_hooks_of_the_commit(tables: None) -> None:
+    """Ending without the server is a commit all the same, for who listens to the session."""
+    told: list[str] = []
+    async with db.transaction() as session:
+        await session.scalars(select(Item))
+        event.listen(session.sync_session, "after_commit", lambda sync_session: told.append("after_commit"))
+    assert told == ["after_commit"]
+
+
+async def test_a_session_goes_on_after_it_only_read(tables: None) -> None:
+    """What was read stays as it is, and a savepoint that nobody used is forgotten."""
+    async with db.transaction() as session:
+        session.add(Item("kept"))
+    async with db.transaction() as session:
+        item = (await session.scalars(select(Item))).one()
+        await db.release()
+        assert item in session
+        assert item.name == "kept"
+        await session.begin_nested()
+        await db.release()
+        assert not session.in_nested_transaction()
+        item.name = "changed"
+    async with db.transaction() as session:
+        assert (await session.scalars(select(Item.name))).all() == ["changed"]
+
+
 @pytest.mark.parametrize("path", ["/slow", "/slow-def"])
 async def test_exhausted_pool_answers_503(small_pool: Database, observer: Observer, path: str) -> None:
     """Who waits longer than DB_POOL_TIMEOUT is told when to come back; then there is service at once."""

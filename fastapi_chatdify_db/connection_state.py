@@ -1,0 +1,74 @@
+"""What is known of a pooled connection between its statements, without asking the server."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
+
+_STATE: Final = "fastapi_chatdify_db.connection_state"
+
+
+@dataclass(slots=True)
+class ConnectionState:
+    """Of one connection to PostgreSQL."""
+
+    connection: Any
+    """The driver's, or the adapter that the dialect puts around it."""
+    in_transaction: Callable[[], bool]
+    """Whether the server has begun one, by the driver's word; no I/O."""
+    reads_alone: bool = False
+    """Whether plain reads may run without a transaction."""
+    started: bool = False
+    """Whether anything but plain reads was run since the checkout."""
+    idle_since: float = math.inf
+    """When it was last given back, in seconds of the monotonic clock; infinity before that."""
+
+
+def follow(engine: Engine) -> None:
+    """Know the state of every connection that the engine's pool makes from now on; listen to ``connect`` after this."""
+    event.listen(engine, "connect", _begin)
+    event.listen(engine, "checkin", _note_return)
+
+
+def state_of(connection: Connection) -> ConnectionState | None:
+    """None for a connection that is detached from its pool, still being made, or of an engine nobody follows."""
+    information = connection.connection.record_info
+    return None if information is None else information.get(_STATE)
+
+
+def state_in(record: ConnectionPoolEntry) -> ConnectionState:
+    """The state of a connection in a handler of the pool's events."""
+    assert record.record_info is not None  # only that of a detached connection is
+    state: ConnectionState = record.record_info[_STATE]
+    return state
+
+
+def has_begun(connection: Connection) -> bool:
+    """Whether the server has a transaction of this connection; in doubt it has."""
+    state = None if connection.invalidated else state_of(connection)
+    return state is None or state.in_transaction()
+
+
+def _begin(connection: Any, record: ConnectionPoolEntry) -> None:
+    assert record.record_info is not None
+    record.record_info[_STATE] = ConnectionState(connection, _transaction_probe(connection))
+
+
+def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:
+    state = state_in(record)
+    state.started = False
+    state.idle_since = time.monotonic()
+
+
+def _transaction_probe(connection: Any) -> Callable[[], bool]:
+    driver_connection = getattr(connection, "driver_connection", connection)
+    if hasattr(driver_connection, "is_in_transaction"):
+        # asyncpg's fails on a connection that was aborted.
+        return lambda: not driver_connection.is_closed() and bool(driver_connection.is_in_transaction())
+    return lambda: bool(driver_connection.info.transaction_status)
