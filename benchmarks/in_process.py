@@ -1,4 +1,4 @@
-"""Ask a contender in this process: ``python in_process.py MODULE PATH REQUESTS TOGETHER``, in its environment."""
+"""Ask a contender in this process: ``python in_process.py MODULE PATH REQUESTS``, in its environment."""
 
 from __future__ import annotations
 
@@ -42,19 +42,18 @@ async def ask(app: Any, path: str) -> None:
     await app(scope, receive, send)
 
 
-async def main(module: str, path: str, requests: int, together: int) -> None:
-    """Answer the requests, each in a task of its own as under a server."""
+async def main(module: str, path: str, requests: int) -> None:
+    """Answer the requests, each in a task of its own as under a server.
+
+    One at a time: with more, how many turns of the event loop a request takes is a matter of chance.
+    """
     app = importlib.import_module(module).app
-
-    async def client() -> None:
-        for _ in range(requests // together):
-            await asyncio.create_task(ask(app, path))
-
     async with app.router.lifespan_context(app):
-        await asyncio.gather(*(client() for _ in range(together)))
+        for _ in range(requests):
+            await asyncio.create_task(ask(app, path))
 
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())  # the contenders, one of which was named
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # uvicorn's
-        runner.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+        runner.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -20,8 +20,6 @@ from benchmarks.workloads import WORKLOADS
 
 FEW, MANY = 100, 400
 """Requests of two runs; their difference leaves the start of the process out."""
-TOGETHER = 1
-"""Requests at a time: with more, how many turns of the event loop a request takes is a matter of chance."""
 COUNTED = re.compile(r"I\s+refs:\s+([\d,]+)")
 CACHEGRIND = ("valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null")
 
@@ -39,7 +37,7 @@ def count(contender: Contender, path: str, url: URL) -> float:
 
 def run(contender: Contender, path: str, requests: int, url: URL) -> int:
     """Instructions of a process that answers so many requests."""
-    script = [contender.python(), str(HERE / "in_process.py"), contender.module, path, str(requests), str(TOGETHER)]
+    script = [contender.python(), str(HERE / "in_process.py"), contender.module, path, str(requests)]
     variables = os.environ | environment(url) | {"PYTHONHASHSEED": "0", "DB_POOL_TIMEOUT": "300"}
     done = subprocess.run(
         [*CACHEGRIND, *script], cwd=HERE / "contenders", env=variables, capture_output=True, text=True, check=False

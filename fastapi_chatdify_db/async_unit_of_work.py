@@ -59,7 +59,7 @@ class AsyncUnitOfWork(UnitOfWork):
             return True
         if self.rollback_only or self._sync_sessions or self._callbacks is not None:
             return False
-        for session in self._async_sessions.values():  # noqa: SIM110  # asked thrice a request; a generator costs more
+        for session in self._async_sessions.values():  # noqa: SIM110  # asked twice a request; a generator costs more
             if session.sync_session.in_transaction():
                 return False
         return True
@@ -71,8 +71,7 @@ class AsyncUnitOfWork(UnitOfWork):
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
         if self._callbacks is None and not self._sync_sessions:
-            sessions = [session.sync_session for session in self._async_sessions.values()]
-            begun = [session for session in sessions if session.in_transaction()]
+            begun = [session for session in self._sessions() if session.in_transaction()]
             if not any(map(asks_at_end, begun)):
                 # Nothing here waits, so a cancellation cannot interrupt it, nor does it need a greenlet.
                 end = end_reads if commit and not self.rollback_only else roll_back_or_discard
@@ -94,7 +93,7 @@ class AsyncUnitOfWork(UnitOfWork):
             self.close()
 
     def _sessions(self) -> Iterable[Session]:
-        return [*self._sync_sessions.values(), *[session.sync_session for session in self._async_sessions.values()]]
+        return [*super()._sessions(), *[session.sync_session for session in self._async_sessions.values()]]
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:

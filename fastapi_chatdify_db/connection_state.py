@@ -44,8 +44,7 @@ def state_of(connection: Connection) -> ConnectionState | None:
 
 def state_in(record: ConnectionPoolEntry) -> ConnectionState:
     """The state of a connection in a handler of the pool's events."""
-    assert record.record_info is not None  # only that of a detached connection is
-    state: ConnectionState = record.record_info[_STATE]
+    state: ConnectionState = _information(record)[_STATE]
     return state
 
 
@@ -56,14 +55,19 @@ def has_begun(connection: Connection) -> bool:
 
 
 def _begin(connection: Any, record: ConnectionPoolEntry) -> None:
-    assert record.record_info is not None
-    record.record_info[_STATE] = ConnectionState(connection, _transaction_probe(connection))
+    _information(record)[_STATE] = ConnectionState(connection, _transaction_probe(connection))
 
 
 def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:
     state = state_in(record)
     state.started = False
     state.idle_since = time.monotonic()
+
+
+def _information(record: ConnectionPoolEntry) -> dict[Any, Any]:
+    information = record.record_info
+    assert information is not None  # only that of a detached connection is
+    return information
 
 
 def _transaction_probe(connection: Any) -> Callable[[], bool]:
