@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -38,6 +38,7 @@ class AsyncUnitOfWork(UnitOfWork):
         if session is None:
             session = engines.new_async_session(self.isolation_level)
             self._async_sessions = {**self._async_sessions, engines: session}
+            self._sessions = (*self._sessions, session.sync_session)
             self.untouched = False
         return session
 
@@ -57,10 +58,10 @@ class AsyncUnitOfWork(UnitOfWork):
         """Whether nothing was done since the unit was last ended, so that ending it again is nothing to do."""
         if self.untouched:
             return True
-        if self.rollback_only or self._sync_sessions or self._callbacks is not None:
+        if self.rollback_only or self._callbacks is not None:
             return False
-        for session in self._async_sessions.values():  # noqa: SIM110  # asked twice a request; a generator costs more
-            if session.sync_session.in_transaction():
+        for session in self._sessions:  # noqa: SIM110  # asked twice a request; a generator costs more
+            if session.in_transaction():
                 return False
         return True
 
@@ -71,7 +72,7 @@ class AsyncUnitOfWork(UnitOfWork):
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
         if self._callbacks is None and not self._sync_sessions:
-            begun = [session for session in self._sessions() if session.in_transaction()]
+            begun = [session for session in self._sessions if session.in_transaction()]
             if not any(map(asks_at_end, begun)):
                 # Nothing here waits, so a cancellation cannot interrupt it, nor does it need a greenlet.
                 end = end_reads if commit and not self.rollback_only else roll_back_or_discard
@@ -91,9 +92,6 @@ class AsyncUnitOfWork(UnitOfWork):
             await self.finish_async(commit=error is None)
         finally:
             self.close()
-
-    def _sessions(self) -> Iterable[Session]:
-        return [*super()._sessions(), *[session.sync_session for session in self._async_sessions.values()]]
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:

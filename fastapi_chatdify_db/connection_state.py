@@ -44,7 +44,7 @@ def state_of(connection: Connection) -> ConnectionState | None:
 
 def state_in(record: ConnectionPoolEntry) -> ConnectionState:
     """The state of a connection in a handler of the pool's events."""
-    state: ConnectionState = _information(record)[_STATE]
+    state: ConnectionState = record.record_info[_STATE]  # type: ignore[index]  # None only if detached
     return state
 
 
@@ -55,7 +55,8 @@ def has_begun(connection: Connection) -> bool:
 
 
 def _begin(connection: Any, record: ConnectionPoolEntry) -> None:
-    _information(record)[_STATE] = ConnectionState(connection, _transaction_probe(connection))
+    state = ConnectionState(connection, _transaction_probe(connection))
+    record.record_info[_STATE] = state  # type: ignore[index]
 
 
 def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:
@@ -64,15 +65,15 @@ def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:
     state.idle_since = time.monotonic()
 
 
-def _information(record: ConnectionPoolEntry) -> dict[Any, Any]:
-    information = record.record_info
-    assert information is not None  # only that of a detached connection is
-    return information
-
-
 def _transaction_probe(connection: Any) -> Callable[[], bool]:
     driver_connection = getattr(connection, "driver_connection", connection)
-    if hasattr(driver_connection, "is_in_transaction"):
-        # asyncpg's fails on a connection that was aborted.
-        return lambda: not driver_connection.is_closed() and bool(driver_connection.is_in_transaction())
-    return lambda: bool(driver_connection.info.transaction_status)
+    if not hasattr(driver_connection, "is_in_transaction"):
+        return lambda: bool(driver_connection.info.transaction_status)
+
+    def in_transaction() -> bool:
+        try:
+            return driver_connection.is_in_transaction() and not driver_connection.is_closed()
+        except AttributeError:  # asyncpg's way to say that the connection was aborted
+            return False
+
+    return in_transaction

@@ -38,14 +38,16 @@ def end_reads(session: Session) -> None:
 def _asks(connection: Connection) -> bool:
     if connection.closed:
         return False
-    pool, hooks = connection.engine.pool, connection.dispatch
+    engine = connection.engine
+    pool, hooks = engine.pool, connection.dispatch
     return (
         has_begun(connection)
         # A connection beyond the pool's size is closed when it is given back.
         or not isinstance(pool, QueuePool)
         or (pool.overflow() > 0 and pool.checkedin() >= pool.size())
-        # Hooks of the application that may ask, too.
-        or bool(pool.dispatch.reset or hooks.commit or hooks.rollback)
+        # Hooks of the application that may ask, too. To look for one costs; SQLAlchemy itself looks at this first.
+        or bool(pool.dispatch.reset)
+        or ((connection._has_events or engine._has_events) and bool(hooks.commit or hooks.rollback))
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import cached_property
 from itertools import count
@@ -85,6 +85,8 @@ class UnitOfWork:
     asked_to_retry = False
     _callbacks: CallbackQueue | None = None
     _sync_sessions: Mapping[Engines, Session] = {}
+    _sessions: tuple[Session, ...] = ()
+    """Every session, also what is behind an async one."""
 
     def __init__(self, only: Engines | None = None) -> None:
         self.only = only
@@ -100,6 +102,7 @@ class UnitOfWork:
         if session is None:
             session = engines.new_sync_session(self.isolation_level)
             self._sync_sessions = {**self._sync_sessions, engines: session}
+            self._sessions = (*self._sessions, session)
             self.untouched = False
         return session
 
@@ -130,12 +133,11 @@ class UnitOfWork:
     def close(self) -> None:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
         self.closed = True
-        if not self.untouched:
-            for session in self._sessions():
-                try:
-                    session.close()
-                except IllegalStateChangeError:
-                    logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
+        for session in self._sessions:
+            try:
+                session.close()
+            except IllegalStateChangeError:
+                logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
         # Not a token's reset: a generator that is finalized late runs in another context than it began in.
         if _current.get() is self:
             _current.set(self.outer)
@@ -167,10 +169,6 @@ class UnitOfWork:
             self.finish(commit=error is None)
         finally:
             self.close()
-
-    def _sessions(self) -> Iterable[Session]:
-        """Every session, also what is behind an async one."""
-        return self._sync_sessions.values()
 
     def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
         self.untouched = False

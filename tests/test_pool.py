@@ -67,9 +67,12 @@ async def test_reads_on_more_connections_than_the_pool_keeps(
     await database.dispose()
 
 
-@pytest.mark.parametrize("target", ["commit", "rollback", "reset"])
+@pytest.mark.parametrize(
+    ("target", "of_one_connection"),
+    [("commit", False), ("rollback", False), ("reset", False), ("commit", True), ("rollback", True)],
+)
 async def test_hooks_that_ask_the_server_when_a_read_ends(
-    tables: None, target: str, caplog: pytest.LogCaptureFixture
+    tables: None, target: str, of_one_connection: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever an application does in SQLAlchemy's events at the end of a transaction, it does after reads too."""
     database = Database()
@@ -80,9 +83,10 @@ async def test_hooks_that_ask_the_server_when_a_read_ends(
         cursor.execute("SELECT 42")
         answers.append(cursor.fetchone())
 
-    event.listen(database.async_engine.sync_engine, target, ask)
     async with database.transaction() as session:
         await session.scalars(select(Item))
+        connection = (await session.connection()).sync_connection
+        event.listen(connection if of_one_connection else database.async_engine.sync_engine, target, ask)
         if target == "rollback":
             database.rollback_only()
     assert (42,) in answers

@@ -11,6 +11,11 @@ Session = async_sessionmaker(engine, expire_on_commit=False)
 app = FastAPI()
 
 
+@app.get("/plain")
+async def plain() -> dict[str, str]:
+    return {"hello": "world"}
+
+
 @app.get("/read")
 async def read() -> dict[str, object]:
     async with Session() as session:

@@ -22,6 +22,11 @@ app = FastAPI()
 app.add_middleware(ASGIHTTPDBSessionMiddleware)
 
 
+@app.get("/plain")
+async def plain() -> dict[str, str]:
+    return {"hello": "world"}
+
+
 @app.get("/read")
 async def read() -> dict[str, object]:
     return await read_one(await db_session(connection))

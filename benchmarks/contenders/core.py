@@ -15,6 +15,11 @@ VISITS = select(Item.visits).where(Item.id == bindparam("key"))
 VISIT = update(Item).where(Item.id == bindparam("key")).values(visits=bindparam("new"))
 
 
+@app.get("/plain")
+async def plain() -> dict[str, str]:
+    return {"hello": "world"}
+
+
 @app.get("/read")
 async def read() -> dict[str, object]:
     async with engine.connect() as connection:

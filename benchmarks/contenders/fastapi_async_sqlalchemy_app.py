@@ -10,6 +10,11 @@ app = FastAPI()
 app.add_middleware(SQLAlchemyMiddleware, db_url=URL, engine_args={"pool_pre_ping": True, **POOL}, commit_on_exit=True)
 
 
+@app.get("/plain")
+async def plain() -> dict[str, str]:
+    return {"hello": "world"}
+
+
 @app.get("/read")
 async def read() -> dict[str, object]:
     return await read_one(db.session)

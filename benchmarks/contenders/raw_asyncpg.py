@@ -25,6 +25,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
+@app.get("/plain")
+async def plain() -> dict[str, str]:
+    return {"hello": "world"}
+
+
 @app.get("/read")
 async def read() -> dict[str, object]:
     async with pool.acquire() as connection:

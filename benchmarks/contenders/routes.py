@@ -18,6 +18,10 @@ def add_routes(app: FastAPI, Session: Any) -> None:  # noqa: N803  # it is used 
         Session: The annotation that makes FastAPI provide a session.
     """
 
+    @app.get("/plain")
+    async def plain() -> dict[str, str]:
+        return {"hello": "world"}
+
     @app.get("/read")
     async def read(session: Session) -> dict[str, object]:
         return await read_one(session)
