@@ -9,7 +9,9 @@ from benchmarks.results import Comparison, Figure, Measure, Results
 
 TITLES = {
     "plain": "A route that touches no database",
-    "read": "Read one row",
+    "read": "Read one row; six clients",
+    "read-alone": "Read one row; a single client",
+    "read-many": "Read one row; 20 clients on a pool of 10",
     "read-20": "Read 20 rows",
     "modify": "Read, modify, write one row",
     "insert": "Insert one row",

@@ -58,6 +58,8 @@ WORKLOADS = (
         {SIX_LINE: 1.6, SIX_LINE_BEST: None, AUTOCOMMIT: 0.95, CORE: None, RAW: None, **dict.fromkeys(PEERS, 1.4)},
         round_trips=1,
     ),
+    Workload("read-alone", ("/read",), ROW, dict.fromkeys((SIX_LINE, SIX_LINE_BEST, AUTOCOMMIT)), clients=1),
+    Workload("read-many", ("/read",), ROW, dict.fromkeys((SIX_LINE, SIX_LINE_BEST, AUTOCOMMIT)), clients=20),
     Workload(
         "read-20",
         ("/read-20",),

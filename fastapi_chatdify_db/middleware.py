@@ -40,11 +40,12 @@ class DBSessionMiddleware:
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or _ENTERED in scope:
+        kind = scope["type"]
+        if kind not in ("http", "websocket") or _ENTERED in scope:
             await self._app(scope, receive, send)  # a mounted application joins the unit around it
             return
         scope[_ENTERED] = True
-        if scope["type"] == "websocket":
+        if kind == "websocket":
             await WebSocketExchange(receive, send, self._commit_on).run(self._app, scope)
         elif self._retries:
             await self._run_with_retries(scope, receive, send)
