@@ -56,6 +56,8 @@ class AsyncUnitOfWork(UnitOfWork):
     @property
     def at_rest(self) -> bool:
         """Whether nothing was done since the unit was last ended, so that ending it again is nothing to do."""
+        if self.untouched:
+            return True
         if self.rollback_only or self._callbacks is not None:
             return False
         for session in self._sessions:  # noqa: SIM110  # asked twice a request; a generator costs more

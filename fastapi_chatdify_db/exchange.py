@@ -64,7 +64,7 @@ class HTTPExchange(AsyncUnitOfWork):
             if failure is not None:
                 await self.finish_async(commit=False)
                 await self._answer(failure, scope)
-            if not (self.untouched or self.at_rest):
+            if not self.at_rest:
                 # A body that was cut short is a client that left: what was written meanwhile is not its to keep.
                 await self.finish_async(commit=self._complete)
         except BaseException:
@@ -81,7 +81,7 @@ class HTTPExchange(AsyncUnitOfWork):
                 return self._settle_and_send(message)
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
-            if not (self.untouched or self.at_rest):
+            if not self.at_rest:
                 return self._settle_and_send(message)
             self._complete = True
         return self._send(message)

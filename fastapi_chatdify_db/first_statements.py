@@ -54,39 +54,31 @@ class FirstStatements:
             return False
         ordinary = _begins_ordinarily(state)
         try:
-            if not (ordinary and self._read_alone(state, statement, parameters, context)):
-                _run_first(state, statement, parameters, context)
+            self._run(state, statement, parameters, context, ordinary=ordinary)
         except self._errors as error:
             # The execution of an INSERT of many rows keeps the old cursor.
             replaceable = ordinary and context.execute_style is not ExecuteStyle.INSERTMANYVALUES
             if not (self._survive and replaceable and died(context, error)):
                 raise
             replace_connection(context, error)
-            state = state_of(context.root_connection) or state
-            if not self._read_alone(state, statement, parameters, context):
-                _run_first(state, statement, parameters, context)
+            self._run(state_of(context.root_connection) or state, statement, parameters, context, ordinary=True)
         return True
 
-    def _read_alone(self, state: ConnectionState, statement: str, parameters: Any, context: ExecutionContext) -> bool:
-        """Run the statement without a transaction; returns whether that was possible, and went well."""
-        if not (state.reads_alone and _is_read(statement, context)):
-            return False
-        connection = state.connection
-        connection.autocommit = True
-        # Only around the statement: whoever uses the driver's connection directly finds it as always.
-        try:
-            context.dialect.do_execute(context.cursor, statement, parameters, context)
-        except BaseException as error:
-            if not getattr(connection, "closed", False):  # psycopg2 would say so, instead of the error under way
-                connection.autocommit = False
-            canceled = getattr(error, "pgcode", None) == _QUERY_CANCELED
-            if not isinstance(error, self._errors) or canceled or died(context, error):
-                raise
-            # Now as the first statement of a transaction. It fails again, and so the transaction is a failed one, as
-            # whoever catches the error expects.
-            return False
-        connection.autocommit = False
-        return True
+    def _run(
+        self, state: ConnectionState, statement: str, parameters: Any, context: ExecutionContext, *, ordinary: bool
+    ) -> None:
+        if ordinary and state.reads_alone and _is_read(statement, context):
+            try:
+                _run_in_autocommit(state.connection, statement, parameters, context)
+            except self._errors as error:
+                if died(context, error) or getattr(error, "pgcode", None) == _QUERY_CANCELED:
+                    raise
+                # Now as the first statement of a transaction. It fails again, and so the transaction is a failed one,
+                # as whoever catches the error expects.
+            else:
+                return
+        state.started = True
+        context.dialect.do_execute(context.cursor, statement, parameters, context)
 
 
 def _allow_reads_alone(connection: Any, record: ConnectionPoolEntry) -> None:
@@ -112,9 +104,14 @@ def _is_read(statement: str, context: ExecutionContext) -> bool:
     return not (getattr(context.cursor, "server_side", False) or getattr(context.cursor, "name", None))
 
 
-def _run_first(state: ConnectionState, statement: str, parameters: Any, context: ExecutionContext) -> None:
-    state.started = True
-    context.dialect.do_execute(context.cursor, statement, parameters, context)
+def _run_in_autocommit(connection: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
+    # Only around the statement: whoever uses the driver's connection directly finds it as always.
+    connection.autocommit = True
+    try:
+        context.dialect.do_execute(context.cursor, statement, parameters, context)
+    finally:
+        if not getattr(connection, "closed", False):  # psycopg2 would say so, instead of the error that is under way
+            connection.autocommit = False
 
 
 def _default_isolation(connection: Any) -> str:

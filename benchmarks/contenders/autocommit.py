@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from model import POOL, URL, read_one, read_twenty
+from model import POOL, URL, plain, read_one, read_twenty
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 engine = create_async_engine(URL, isolation_level="AUTOCOMMIT", **POOL)
 Session = async_sessionmaker(engine, expire_on_commit=False)
 app = FastAPI()
-
-
-@app.get("/plain")
-async def plain() -> dict[str, str]:
-    return {"hello": "world"}
+app.get("/plain")(plain)
 
 
 @app.get("/read")

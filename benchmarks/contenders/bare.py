@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from fastapi import FastAPI, WebSocket
-from model import URL, Base
+from model import URL, Base, plain
 
 from fastapi_chatdify_db import Database, DatabaseSettings
 
 db = Database(settings=DatabaseSettings(database_url=URL), base=Base)
 app = FastAPI()
 db.init_app(app, middleware=False)
-
-
-@app.get("/plain")
-async def plain() -> dict[str, str]:
-    return {"hello": "world"}
+app.get("/plain")(plain)
 
 
 @app.websocket("/socket")

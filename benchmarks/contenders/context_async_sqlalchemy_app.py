@@ -5,7 +5,7 @@ from __future__ import annotations
 from context_async_sqlalchemy import DBConnect, db_session
 from context_async_sqlalchemy.asgi_utils import ASGIHTTPDBSessionMiddleware
 from fastapi import FastAPI
-from model import POOL, URL, insert_one, modify_one, read_one, read_twenty
+from model import POOL, URL, insert_one, modify_one, plain, read_one, read_twenty
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 
@@ -20,11 +20,7 @@ def create_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession
 connection = DBConnect(create_engine, create_session_maker, host="unused")
 app = FastAPI()
 app.add_middleware(ASGIHTTPDBSessionMiddleware)
-
-
-@app.get("/plain")
-async def plain() -> dict[str, str]:
-    return {"hello": "world"}
+app.get("/plain")(plain)
 
 
 @app.get("/read")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from model import DONE, POOL, URL, Entry, Item, any_id
+from model import DONE, POOL, URL, Entry, Item, any_id, plain
 from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -13,11 +13,7 @@ ONE = select(Item.id, Item.name).where(Item.id == bindparam("key"))
 TWENTY = select(Item.id, Item.name).where(Item.id <= bindparam("last")).order_by(Item.id)
 VISITS = select(Item.visits).where(Item.id == bindparam("key"))
 VISIT = update(Item).where(Item.id == bindparam("key")).values(visits=bindparam("new"))
-
-
-@app.get("/plain")
-async def plain() -> dict[str, str]:
-    return {"hello": "world"}
+app.get("/plain")(plain)
 
 
 @app.get("/read")

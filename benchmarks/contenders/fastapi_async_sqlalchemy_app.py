@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
-from model import POOL, URL, insert_one, read_one
+from model import POOL, URL, insert_one, plain, read_one
 
 app = FastAPI()
 app.add_middleware(SQLAlchemyMiddleware, db_url=URL, engine_args={"pool_pre_ping": True, **POOL}, commit_on_exit=True)
-
-
-@app.get("/plain")
-async def plain() -> dict[str, str]:
-    return {"hello": "world"}
+app.get("/plain")(plain)
 
 
 @app.get("/read")

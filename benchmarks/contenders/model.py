@@ -44,6 +44,10 @@ class Entry(Base):
     name: Mapped[str]
 
 
+async def plain() -> dict[str, str]:
+    return {"hello": "world"}
+
+
 async def read_one(session: AsyncSession) -> dict[str, object]:
     item = await session.get_one(Item, 1)
     return {"id": item.id, "name": item.name}

@@ -6,18 +6,14 @@ import asyncio
 
 from fastapi import FastAPI, WebSocket
 from fastapi.responses import StreamingResponse
-from model import OUTSIDE_CALL, URL, Base, insert_one, large_body, modify_one, read_one, read_twenty
+from model import OUTSIDE_CALL, URL, Base, insert_one, large_body, modify_one, plain, read_one, read_twenty
 
 from fastapi_chatdify_db import Database, DatabaseSettings
 
 db = Database(settings=DatabaseSettings(database_url=URL), base=Base)
 app = FastAPI()
 db.init_app(app)
-
-
-@app.get("/plain")
-async def plain() -> dict[str, str]:
-    return {"hello": "world"}
+app.get("/plain")(plain)
 
 
 @app.get("/read")

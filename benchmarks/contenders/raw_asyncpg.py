@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import asyncpg
 from fastapi import FastAPI
-from model import DONE, POOL, URL, any_id
+from model import DONE, POOL, URL, any_id, plain
 
 
 async def as_it_is(connection: asyncpg.Connection) -> None:
@@ -23,11 +23,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
-
-
-@app.get("/plain")
-async def plain() -> dict[str, str]:
-    return {"hello": "world"}
+app.get("/plain")(plain)
 
 
 @app.get("/read")

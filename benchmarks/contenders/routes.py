@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, WebSocket
 from fastapi.responses import StreamingResponse
-from model import OUTSIDE_CALL, insert_one, large_body, modify_one, read_one, read_twenty
+from model import OUTSIDE_CALL, insert_one, large_body, modify_one, plain, read_one, read_twenty
 
 
 def add_routes(app: FastAPI, Session: Any) -> None:  # noqa: N803  # it is used as a type
@@ -18,9 +18,7 @@ def add_routes(app: FastAPI, Session: Any) -> None:  # noqa: N803  # it is used 
         Session: The annotation that makes FastAPI provide a session.
     """
 
-    @app.get("/plain")
-    async def plain() -> dict[str, str]:
-        return {"hello": "world"}
+    app.get("/plain")(plain)
 
     @app.get("/read")
     async def read(session: Session) -> dict[str, object]:
