@@ -49,9 +49,9 @@ def state_in(record: ConnectionPoolEntry) -> ConnectionState:
 
 
 def has_begun(connection: Connection) -> bool:
-    """Whether the server has a transaction of this connection; in doubt it has."""
+    """Whether the server has, or had until the connection died, a transaction of this connection; in doubt it has."""
     state = None if connection.invalidated else state_of(connection)
-    return state is None or state.in_transaction()
+    return state is None or state.started or state.in_transaction()
 
 
 def _begin(connection: Any, record: ConnectionPoolEntry) -> None:
@@ -72,7 +72,7 @@ def _transaction_probe(connection: Any) -> Callable[[], bool]:
 
     def in_transaction() -> bool:
         try:
-            return driver_connection.is_in_transaction() and not driver_connection.is_closed()
+            return bool(driver_connection.is_in_transaction())
         except AttributeError:  # asyncpg's way to say that the connection was aborted
             return False
 

@@ -26,7 +26,9 @@ async def serve(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
     """Serve the app with uvicorn on this event loop; yields a client that speaks to it over TCP."""
     listener = free_socket()
     host, port = listener.getsockname()
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+    # An idle connection is the client's to close: a server that does it may meet the next request on its way.
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, timeout_keep_alive=60)
+    server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     limits = httpx.Limits(max_connections=None)
     try:

@@ -174,6 +174,28 @@ async def test_unit_that_had_begun_is_told(observer: Observer, driver: str, work
     assert await observer.names() == []
 
 
+async def test_connection_whose_end_is_noticed_before_the_commit(observer: Observer) -> None:
+    """What was written is lost, which the unit's owner is told, and the place in the pool is free again."""
+    database = Database(settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
+
+    async def write_and_lose_connection() -> None:
+        async with database.transaction() as session:
+            session.add(Item("lost"))
+            await session.flush()
+            raw = (await (await session.connection()).get_raw_connection()).driver_connection
+            assert raw is not None
+            closed = asyncio.Event()
+            raw.add_termination_listener(lambda _: closed.set())
+            await observer.terminate_others()
+            await closed.wait()
+
+    with pytest.raises(DBAPIError):
+        await write_and_lose_connection()
+    assert database.async_engine.pool.status().endswith("Current Checked out connections: 0")
+    assert await observer.names() == []
+    await database.dispose()
+
+
 async def test_connection_that_is_aborted_after_a_read(observer: Observer) -> None:
     """Nothing was written, so the unit ends like any other, and the next one has another connection."""
     database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
