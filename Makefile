@@ -8,7 +8,7 @@ demo: .venv/installed  ## Chatdify: web, worker, PostgreSQL, and a conversation 
 	$(BIN)/python -m example_app
 
 test: .venv/installed  ## all tests, on the PostgreSQL at DATABASE_URL or localhost, else on an embedded one
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed  ## style and types
 	$(BIN)/ruff check .

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, wait
 from contextvars import copy_context
 from functools import partial
-from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from celery import current_task
 from celery.utils import uuid
 
 from celery_ext.errors import DispatchFailed
+from celery_ext.sender import send_within
 from fastapi_chatdify_db.unit_of_work import innermost_unit
 
 if TYPE_CHECKING:
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
 logger: Final = logging.getLogger(__name__)
 
 OnError = Literal["log", "raise"]
+
+_TIME_LIMIT: Final = 4.0
+"""Seconds: Celery's default for ``broker_connection_timeout``, which a worker of the pool gevent has unset."""
 
 
 def send_on_commit(
@@ -55,24 +57,10 @@ def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError) ->
     if task.app.conf.task_always_eager:
         send()
         return
-    limit = float(task.app.conf.broker_connection_timeout)
-    sent: Future[None] = Future()
-    # Nothing bounds all of a broker's ways not to answer, so the waiting is bounded instead.
-    Thread(target=_settle, args=(sent, send), name=f"send {task.name}", daemon=True).start()
-    done, _ = wait([sent], limit)
-    error = sent.exception() if done else TimeoutError(f"no answer in {limit:g} s; it may still be sent")
+    error = send_within(float(task.app.conf.broker_connection_timeout or _TIME_LIMIT), send)
     if error is None:
         return
     message = f"task {task.name}[{task_id}] was not sent after the commit: {type(error).__name__}: {error}"
     if on_error == "raise":
         raise DispatchFailed(message) from error
     logger.error(message)
-
-
-def _settle(sent: Future[None], send: partial[Any]) -> None:
-    try:
-        send()
-    except BaseException as error:  # handed to the thread that waits
-        sent.set_exception(error)
-    else:
-        sent.set_result(None)

@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from types import TracebackType
 from typing import Final, Self
@@ -229,4 +229,7 @@ def roll_back_or_discard(session: Session) -> None:
 
 def log_failed_callback(callback: AfterCommit, error: Exception) -> None:
     """Report what a callback raised: the transaction is committed, so nobody else can be told any more."""
-    logger.error("on_commit callback %s failed", getattr(callback, "__qualname__", callback), exc_info=error)
+    named: object = callback
+    while isinstance(named, partial):
+        named = named.func  # its arguments are nobody's who reads a log
+    logger.error("on_commit callback %s failed", getattr(named, "__qualname__", type(named)), exc_info=error)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from celery import Celery
+from celery.signals import before_task_publish
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 from starlette.requests import Request
@@ -80,6 +82,21 @@ async def test_nothing_is_sent_after_a_rollback(prefork: Worker, empty_tables: O
         await empty_tables.connection.execute("SELECT pg_sleep(0.01)")
     assert await empty_tables.names() == ["linked def", "linked last", "linked outer"]
     assert "read_item" not in prefork.log[started:]
+
+
+def test_messages_go_the_same_way(prefork: Worker) -> None:
+    """One after the other, they share a thread: each thread would open connections to the result backend."""
+    threads: set[threading.Thread] = set()
+
+    def note(**_: object) -> None:
+        threads.add(threading.current_thread())
+
+    before_task_publish.connect(note)
+    for _ in range(10):
+        prefork.task("record").delay_on_commit("x")
+    before_task_publish.disconnect(note)
+    assert len(threads) == 1
+    assert threads != {threading.current_thread()}
 
 
 async def test_a_task_sends_another(prefork: Worker, empty_tables: Observer) -> None:

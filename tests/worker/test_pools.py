@@ -49,6 +49,13 @@ async def test_error_callbacks_and_handlers_write(pooled: Worker, empty_tables: 
     assert await empty_tables.names() == ["after_return x FAILURE", "errback x", "on_failure x"]
 
 
+async def test_tasks_send_others(pooled: Worker, empty_tables: Observer) -> None:
+    """What a task sends on its commit finds the committed row, message after message."""
+    for name in "abc":
+        child = await asyncio.to_thread(pooled.task("insert_and_send").delay(name).get, timeout=20)
+        assert await asyncio.to_thread(pooled.task("read_item").AsyncResult(child).get, timeout=20) is True
+
+
 async def test_async_tasks(pooled: Worker, empty_tables: Observer) -> None:
     """``async def`` tasks commit, fail and retry likewise; on greenlets they are refused."""
     task = pooled.task("add_item_async")

@@ -1,0 +1,62 @@
+"""Threads that send, each kept for its next message, so that nobody waits for a broker longer than agreed."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
+from threading import Thread
+from typing import Final
+
+_KEPT: Final = 10
+"""How many threads are kept while idle; as many as Celery keeps connections to a broker (``broker_pool_limit``)."""
+
+
+def send_within(seconds: float, send: Callable[[], object]) -> BaseException | None:
+    """Call ``send`` in another thread; returns what it raised, or a ``TimeoutError`` when it did not end in time.
+
+    Nothing bounds all of a broker's ways not to answer, so the waiting is bounded instead. The thread is kept because
+    Celery gives each one a result backend, with connections of its own.
+
+    Parameters:
+        seconds: How long to wait. Afterwards ``send`` goes on by itself.
+        send: What may hang.
+    """
+    try:
+        sender = _idle.pop()
+    except IndexError:
+        sender = _Sender()
+        sender.start()
+    outcome: Future[BaseException | None] = Future()
+    sender.messages.put((send, outcome))
+    done, _ = wait([outcome], seconds)
+    return outcome.result() if done else TimeoutError(f"no answer in {seconds:g} s; it may still be sent")
+
+
+class _Sender(Thread):
+    def __init__(self) -> None:
+        super().__init__(name="celery_ext.sender", daemon=True)  # a process does not wait for it at its end
+        self.messages: SimpleQueue[tuple[Callable[[], object], Future[BaseException | None]]] = SimpleQueue()
+
+    def run(self) -> None:
+        kept = True
+        while kept:
+            send, outcome = self.messages.get()
+            error: BaseException | None = None
+            try:
+                send()
+            except BaseException as raised:  # for the thread that waits
+                error = raised
+            kept = len(_idle) < _KEPT
+            if kept:
+                _idle.append(self)  # before the outcome: who sends one message after the other needs one thread
+            outcome.set_result(error)
+            del send, outcome, error
+
+
+_idle: Final[deque[_Sender]] = deque()
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_idle.clear)  # the threads are the parent's
