@@ -5,19 +5,21 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cached_property, partial
 from itertools import count
 from types import TracebackType
 from typing import Final, Self
 
+from sqlalchemy import Connection, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import IllegalStateChangeError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit
+from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit, OutsideUnitOfWork
 
 logger: Final = logging.getLogger(__name__)
 
@@ -104,6 +106,8 @@ class UnitOfWork:
             self._sync_sessions = {**self._sync_sessions, engines: session}
             self._sessions = (*self._sessions, session)
             self.untouched = False
+            if self.closed:  # meanwhile, while this thread was on its way
+                session.close()
         return session
 
     def session_of_writes(self, engines: Engines) -> Session:
@@ -138,6 +142,7 @@ class UnitOfWork:
                 session.close()
             except IllegalStateChangeError:
                 logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
+                event.listen(session, "after_begin", _refuse)
         # Not a token's reset: a generator that is finalized late runs in another context than it began in.
         if _current.get() is self:
             _current.set(self.outer)
@@ -224,7 +229,17 @@ def roll_back_or_discard(session: Session) -> None:
         session.rollback()
     except Exception:
         logger.warning("rollback failed; its connection is discarded", exc_info=True)
-        session.invalidate()
+        with suppress(IllegalStateChangeError):  # in use elsewhere, which the end of the unit deals with
+            session.invalidate()
+
+
+def _refuse(session: Session, _: SessionTransaction, connection: Connection) -> None:
+    """What somebody gets who waited for a connection while the unit ended."""
+    connection.close()
+    raise OutsideUnitOfWork(
+        "the unit of work of this session has ended meanwhile; let it wait for who uses its session, "
+        "e.g. by starlette.concurrency.run_in_threadpool in place of asyncio.to_thread, or give them db.transaction()"
+    )
 
 
 def log_failed_callback(callback: AfterCommit, error: Exception) -> None:

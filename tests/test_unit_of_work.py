@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_chatdify_db import DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -139,6 +139,41 @@ async def test_session_that_outlives_its_request_is_refused(observer: Observer) 
     ended.set()
     await tasks[0]
     assert await observer.in_transaction() == 0
+
+
+@pytest.mark.parametrize("kind", ["thread", "task"])
+async def test_connection_that_comes_after_the_end_is_refused(observer: Observer, kind: str) -> None:
+    """Who is still waiting for one when the unit is cancelled opens no transaction that nobody ends."""
+    database = Database(settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
+    begun = asyncio.Event()
+    waiting: list[asyncio.Task[object]] = []
+
+    async def unit() -> None:
+        async with database.transaction() as session:
+            if kind == "task":
+                waiting.append(asyncio.create_task(session.execute(text("SELECT 1"))))
+                in_use = session.sync_session
+            else:
+                in_use = database.sync_session
+                waiting.append(asyncio.create_task(asyncio.to_thread(in_use.execute, text("SELECT 1"))))
+            while not in_use.in_transaction():
+                await observer.connection.execute("SELECT pg_sleep(0.01)")
+            begun.set()
+            await asyncio.Event().wait()
+
+    async with database.async_engine.connect(), asyncio.timeout(20):
+        with database.sync_engine.connect():
+            cancelled = asyncio.create_task(unit())
+            await begun.wait()
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+    with pytest.raises(OutsideUnitOfWork, match="has ended meanwhile"):
+        await waiting[0]
+    for pool in (database.async_engine.pool, database.sync_engine.pool):
+        assert pool.status().endswith("Current Checked out connections: 0")
+    assert await observer.in_transaction() == 0
+    await database.dispose()
 
 
 async def test_block_inside_a_request_is_independent(observer: Observer) -> None:

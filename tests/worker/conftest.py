@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from threading import Thread
 
 import asyncpg
@@ -46,15 +47,24 @@ async def rows(empty_tables: Observer) -> AsyncIterator[Observer]:
     await empty_tables.connection.execute("TRUNCATE durable_task")
 
 
-@pytest.fixture
-def relayed(prefork: Worker, rows: Observer) -> Iterator[Worker]:
-    """A worker, and a relay that rings again after half a second."""
-    relay = Relay(prefork.app, db, grace=0.5)
+@contextmanager
+def relay_for(running: Worker) -> Iterator[None]:
+    """A relay in a thread, which rings again after half a second."""
+    relay = Relay(running.app, db, grace=0.5)
     thread = Thread(target=relay.run)
     thread.start()
-    yield prefork
-    relay.stop()
-    thread.join()
+    try:
+        yield
+    finally:
+        relay.stop()
+        thread.join()
+
+
+@pytest.fixture
+def relayed(prefork: Worker, rows: Observer) -> Iterator[Worker]:
+    """A worker with a relay."""
+    with relay_for(prefork):
+        yield prefork
 
 
 Until = Callable[[Callable[[], bool]], None]

@@ -9,8 +9,9 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 
 from celery_ext import AsyncTaskNotSupported, StatementFailed
+from fastapi_chatdify_db import db
 from tests.observing import Observer
-from tests.worker.conftest import Until
+from tests.worker.conftest import Until, relay_for
 from tests.worker.running import Worker, brokers, worker
 
 POOLS = ["prefork", "threads", "solo", "gevent"]
@@ -54,6 +55,27 @@ async def test_tasks_send_others(pooled: Worker, empty_tables: Observer) -> None
     for name in "abc":
         child = await asyncio.to_thread(pooled.task("insert_and_send").delay(name).get, timeout=20)
         assert await asyncio.to_thread(pooled.task("read_item").AsyncResult(child).get, timeout=20) is True
+
+
+async def test_durable_tasks(pooled: Worker, rows: Observer) -> None:
+    """Each is run once, those of a key in their order; one that fails leaves nothing, and its error in its row."""
+    append, add_item = pooled.task("append"), pooled.task("add_item")
+    with relay_for(pooled):
+        async with db.transaction():
+            for number in range(5):
+                append.apply_durably(("key", number), ordering_key="key")
+            add_item.delay_durably("lost", "raise")
+            add_item.delay_durably("other")
+        while (
+            await rows.connection.fetchval("SELECT count(*) FROM durable_task WHERE status IN ('done', 'failed')") < 7
+        ):
+            await rows.connection.execute("SELECT pg_sleep(0.01)")
+    written = [row["name"] for row in await rows.connection.fetch("SELECT name FROM item ORDER BY id")]
+    assert [name for name in written if name != "other"] == [f"key {number}" for number in range(5)]
+    assert "other" in written
+    [failed] = await rows.connection.fetch("SELECT name, error FROM durable_task WHERE status = 'failed'")
+    assert failed["name"] == add_item.name
+    assert failed["error"].startswith("ValueError")
 
 
 async def test_async_tasks(pooled: Worker, empty_tables: Observer) -> None:
