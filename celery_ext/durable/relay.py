@@ -166,9 +166,9 @@ class Relay:
 
 
 @contextmanager
-def relaying(app: Celery[Any], database: Database) -> Iterator[None]:
-    """Run a relay in a thread for the time of the block."""
-    relay = Relay(app, database)
+def relaying(app: Celery[Any], database: Database, *, grace: float = GRACE) -> Iterator[None]:
+    """Run a relay in a thread for the time of the block; the parameters are those of ``Relay``."""
+    relay = Relay(app, database, grace=grace)
     thread = Thread(target=relay.run, name="celery_ext.relay", daemon=True)
     thread.start()
     try:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from threading import Thread
 
 import asyncpg
 import pytest
 from celery import Celery
 
 import celery_ext
-from celery_ext.durable.relay import Relay
+from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, worker
@@ -47,23 +45,10 @@ async def rows(empty_tables: Observer) -> AsyncIterator[Observer]:
     await empty_tables.connection.execute("TRUNCATE durable_task")
 
 
-@contextmanager
-def relay_for(running: Worker) -> Iterator[None]:
-    """A relay in a thread, which rings again after half a second."""
-    relay = Relay(running.app, db, grace=0.5)
-    thread = Thread(target=relay.run)
-    thread.start()
-    try:
-        yield
-    finally:
-        relay.stop()
-        thread.join()
-
-
 @pytest.fixture
 def relayed(prefork: Worker, rows: Observer) -> Iterator[Worker]:
-    """A worker with a relay."""
-    with relay_for(prefork):
+    """A worker, and a relay that rings again after half a second."""
+    with relaying(prefork.app, db, grace=0.5):
         yield prefork
 
 

@@ -11,7 +11,6 @@ import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from uuid import uuid4
 
@@ -24,7 +23,7 @@ import celery_ext
 from celery_ext import ArgumentsNotSerializable, DurableDispatchUnsupported
 from celery_ext.binding import database_of
 from celery_ext.durable import administration, statements
-from celery_ext.durable.relay import Relay
+from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, db, health_router
 from tests.models import Item
 from tests.observing import Observer
@@ -322,23 +321,14 @@ async def test_lease_outlives_the_transaction(relayed: Worker, rows: Observer) -
 async def test_lease_ends_with_its_process(rows: Observer) -> None:
     """A worker that is killed while its task waits, its transaction released, is replaced at once."""
     await rows.connection.execute("SELECT pg_advisory_lock(9)")
-    with worker(brokers()[0], "-c", "1") as running:
-        relay = Relay(running.app, db, grace=0.5)
-        thread = Thread(target=relay.run)
-        thread.start()
-        try:
-            async with db.transaction():
-                task_id = running.task("release_and_wait").delay_durably("pid", 9)
-            await rows.until_somebody_waits_for_a_lock()
-            os.kill(
-                await rows.connection.fetchval("SELECT name::int FROM item WHERE name ~ '^[0-9]+$'"), signal.SIGKILL
-            )
-            await rows.connection.execute("DELETE FROM item")
-            await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-            await until_status(rows, task_id, "done")
-        finally:
-            relay.stop()
-            thread.join()
+    with worker(brokers()[0], "-c", "1") as running, relaying(running.app, db, grace=0.5):
+        async with db.transaction():
+            task_id = running.task("release_and_wait").delay_durably("pid", 9)
+        await rows.until_somebody_waits_for_a_lock()
+        os.kill(await rows.connection.fetchval("SELECT name::int FROM item WHERE name ~ '^[0-9]+$'"), signal.SIGKILL)
+        await rows.connection.execute("DELETE FROM item")
+        await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+        await until_status(rows, task_id, "done")
     names = [name for name in await rows.names() if not name.isdigit()]
     assert names == ["pid begun", "pid ended"]
 

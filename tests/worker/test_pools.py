@@ -9,9 +9,10 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 
 from celery_ext import AsyncTaskNotSupported, StatementFailed
+from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.observing import Observer
-from tests.worker.conftest import Until, relay_for
+from tests.worker.conftest import Until
 from tests.worker.running import Worker, brokers, worker
 
 POOLS = ["prefork", "threads", "solo", "gevent"]
@@ -60,7 +61,7 @@ async def test_tasks_send_others(pooled: Worker, empty_tables: Observer) -> None
 async def test_durable_tasks(pooled: Worker, rows: Observer) -> None:
     """Each is run once, those of a key in their order; one that fails leaves nothing, and its error in its row."""
     append, add_item = pooled.task("append"), pooled.task("add_item")
-    with relay_for(pooled):
+    with relaying(pooled.app, db, grace=0.5):
         async with db.transaction():
             for number in range(5):
                 append.apply_durably(("key", number), ordering_key="key")
