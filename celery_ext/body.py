@@ -17,7 +17,8 @@ from celery_ext import event_loop
 from celery_ext.durable.delivery import Delivery
 from celery_ext.execution import Execution, joinable_unit
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, in_event_loop
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, asks_to_retry
+from fastapi_chatdify_db.sqlstates import asks_to_retry
+from fastapi_chatdify_db.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from celery_ext.task import Task

@@ -6,7 +6,7 @@ from celery.exceptions import Retry
 from sqlalchemy.exc import StatementError
 
 from fastapi_chatdify_db.exceptions import AfterCommitError, ChatdifyDBError
-from fastapi_chatdify_db.unit_of_work import sqlstate
+from fastapi_chatdify_db.sqlstates import sqlstate
 
 # Names of things in the schema; PostgreSQL's messages and details quote values.
 # psycopg2: https://www.psycopg.org/docs/extensions.html#psycopg2.extensions.Diagnostics

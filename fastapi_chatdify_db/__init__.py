@@ -14,6 +14,8 @@ from fastapi_chatdify_db.exceptions import (
     InvalidSettings,
     NotInSyncUnit,
     OutsideUnitOfWork,
+    SessionInUse,
+    TransactionAborted,
 )
 from fastapi_chatdify_db.logs import UnitOfWorkFilter
 from fastapi_chatdify_db.session import get_async_session, get_session, get_sync_session
@@ -36,6 +38,8 @@ __all__ = [
     "InvalidSettings",
     "NotInSyncUnit",
     "OutsideUnitOfWork",
+    "SessionInUse",
+    "TransactionAborted",
     "UnitOfWorkFilter",
     "async_engine",
     "create_db_tables",

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
-from fastapi_chatdify_db.session_end import asks_at_end, end_reads
+from fastapi_chatdify_db.session_end import asks_at_end, end_reads, in_use
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, log_failed_callback, logger, roll_back_or_discard
 
 T = TypeVar("T")
@@ -30,6 +30,8 @@ class AsyncUnitOfWork(UnitOfWork):
     Ending it is shielded: a cancellation that arrives during a COMMIT waits for the COMMIT's answer.
     """
 
+    has_committed = False
+    """Whether something stays, whatever becomes of the rest."""
     _async_sessions: Mapping[Engines, AsyncSession] = {}
 
     def async_session(self, engines: Engines) -> AsyncSession:
@@ -43,15 +45,20 @@ class AsyncUnitOfWork(UnitOfWork):
         return session
 
     def session_of_writes(self, engines: Engines) -> Session:
-        """Of the unit's two sessions the one in use; at first the async one, except in a thread."""
-        if engines in self._async_sessions or (engines not in self._sync_sessions and in_event_loop()):
+        """In a thread the sync session; on the event loop the async one, unless only the sync one is there."""
+        if in_event_loop() and (engines in self._async_sessions or engines not in self._sync_sessions):
             return self.async_session(engines).sync_session
         return self.sync_session(engines)
 
     def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
         """Run ``callback``, a plain or a coroutine function, once what the unit did so far is committed."""
-        session = self._async_sessions.get(engines)
-        self._add_callback(callback, session.sync_session if session is not None else self._sync_sessions.get(engines))
+        known = engines in self._async_sessions or engines in self._sync_sessions
+        self._add_callback(callback, self.session_of_writes(engines) if known else None)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether another task or thread is in the middle of an operation of one of the sessions."""
+        return any(map(in_use, self._sessions))
 
     @property
     def at_rest(self) -> bool:
@@ -112,9 +119,13 @@ class AsyncUnitOfWork(UnitOfWork):
                 for sync_session in sync_sessions:
                     await _in_thread(sync_session.flush)
             for async_session in async_sessions:
+                wrote = asks_at_end(async_session.sync_session)
                 await async_session.commit()
+                self.has_committed |= wrote
             for sync_session in sync_sessions:
+                wrote = asks_at_end(sync_session)
                 await _in_thread(sync_session.commit)
+                self.has_committed |= wrote
         except BaseException:
             await self._rollback_async()
             raise

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
 _STATE: Final = "fastapi_chatdify_db.connection_state"
+_ACTIVE: Final = 1  # PQTRANS_ACTIVE: https://www.postgresql.org/docs/current/libpq-status.html
 
 
 @dataclass(slots=True)
@@ -22,16 +23,35 @@ class ConnectionState:
     """The driver's, or the adapter that the dialect puts around it."""
     in_transaction: Callable[[], bool]
     """Whether the server has begun one, by the driver's word; no I/O."""
+    in_flight: Callable[[], bool]
+    """Whether a statement waits for its answer, be it another task's or thread's."""
     reads_alone: bool = False
     """Whether plain reads may run without a transaction."""
     started: bool = False
     """Whether anything but plain reads was run since the checkout."""
+    has_effects: bool = False
+    """Whether anything but plain reads has succeeded since, which a rollback would undo."""
+    failure: str | None = None
+    """What a later statement failed with: PostgreSQL may have given up the transaction."""
     idle_since: float = math.inf
     """When it was last given back, in seconds of the monotonic clock; infinity before that."""
 
+    def cut_off(self) -> None:
+        """End the connection under a statement that is in flight, whose task gets an error.
+
+        Otherwise asyncpg would be asked for two things at once. psycopg2 lets the second one wait.
+        """
+        terminate = getattr(getattr(self.connection, "driver_connection", None), "terminate", None)
+        if terminate is not None:
+            terminate()
+
 
 def follow(engine: Engine) -> None:
-    """Know the state of every connection that the engine's pool makes from now on; listen to ``connect`` after this."""
+    """Know the state of every connection that the engine's pool makes from now on; listen to ``connect`` after this.
+
+    A connection that is given back while somebody else is in the middle of a statement or transaction is closed: the
+    next unit of work would go on in it.
+    """
     event.listen(engine, "connect", _begin)
     event.listen(engine, "checkin", _note_return)
 
@@ -55,13 +75,16 @@ def has_begun(connection: Connection) -> bool:
 
 
 def _begin(connection: Any, record: ConnectionPoolEntry) -> None:
-    state = ConnectionState(connection, _transaction_probe(connection))
+    state = ConnectionState(connection, _transaction_probe(connection), _flight_probe(connection))
     record.record_info[_STATE] = state  # type: ignore[index]
 
 
 def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:
     state = state_in(record)
-    state.started = False
+    if connection is not None and (state.in_flight() or state.in_transaction()):
+        record.invalidate()
+    state.started = state.has_effects = False
+    state.failure = None
     state.idle_since = time.monotonic()
 
 
@@ -77,3 +100,10 @@ def _transaction_probe(connection: Any) -> Callable[[], bool]:
             return False
 
     return in_transaction
+
+
+def _flight_probe(connection: Any) -> Callable[[], bool]:
+    if hasattr(connection, "_execute_mutex"):  # what asyncpg's adapter has to queue statements of several tasks
+        locked: Callable[[], bool] = connection._execute_mutex.locked
+        return locked
+    return lambda: bool(connection.info.transaction_status == _ACTIVE)

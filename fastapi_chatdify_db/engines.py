@@ -20,6 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
 from fastapi_chatdify_db.liveness import ping_when_idle
+from fastapi_chatdify_db.refused_commits import refuse_false_commits
 from fastapi_chatdify_db.session_end import FollowedSession
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.thread_pool import ThreadLendingPool
@@ -136,7 +137,7 @@ class Engines:
         bind = self.sync_engine
         if isolation_level is not None:
             bind = bind.execution_options(isolation_level=isolation_level)
-        return Session(bind, **_SESSION_OPTIONS)
+        return FollowedSession(bind, **_SESSION_OPTIONS)
 
     async def dispose(self) -> None:
         """Close the idle connections of the running loop's pool and of the sync engine's."""
@@ -170,9 +171,9 @@ class Engines:
             return
         # PgBouncer may give every statement outside a transaction to another server.
         begin_lazily = settings.db_lazy_begin and not settings.db_pgbouncer
-        if begin_lazily or settings.db_pool_pre_ping:
-            follow(engine)
-            FirstStatements(engine, begin_lazily=begin_lazily, survive=settings.db_pool_pre_ping)
+        follow(engine)
+        FirstStatements(engine, begin_lazily=begin_lazily, survive=settings.db_pool_pre_ping)
+        refuse_false_commits(engine)
         if settings.db_pool_pre_ping:
             ping_when_idle(engine, settings.db_ping_after)
         if settings.db_pgbouncer and (timeouts := session_timeouts(settings)):

@@ -19,6 +19,14 @@ class NotInSyncUnit(OutsideUnitOfWork):
     """Something async was asked of a unit of work that was opened in synchronous code."""
 
 
+class TransactionAborted(ChatdifyDBError):
+    """A transaction was to be committed in which a statement had failed; PostgreSQL has rolled all of it back."""
+
+
+class SessionInUse(ChatdifyDBError):
+    """A session was to be committed in the middle of a statement that another task or thread runs on it."""
+
+
 class DatabaseUnavailable(ChatdifyDBError):
     """The database did not accept a connection within ``DB_STARTUP_TIMEOUT``."""
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.session_end import asks_at_end
 
 logger: Final = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ class HTTPExchange(AsyncUnitOfWork):
                 await self._answer(failure, scope)
             if not self.at_rest:
                 # A body that was cut short is a client that left: what was written meanwhile is not its to keep.
+                if not self._complete:
+                    self._tell_of_loss(scope)
                 await self.finish_async(commit=self._complete)
         except BaseException:
             await self.finish_async(commit=False)
@@ -77,7 +82,7 @@ class HTTPExchange(AsyncUnitOfWork):
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
-            if not self.untouched:
+            if not (self.untouched or self._body_is_under_way(message)):
                 return self._settle_and_send(message)
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
@@ -101,8 +106,16 @@ class HTTPExchange(AsyncUnitOfWork):
         self._started, self._complete = True, not starts
         await self._send(message)
 
+    def _tell_of_loss(self, scope: Scope) -> None:
+        if any(asks_at_end(session) for session in self._sessions if session.in_transaction()):
+            logger.warning("a client left during its response: what that did is rolled back; path %s", scope["path"])
+
+    def _body_is_under_way(self, start: Message) -> bool:
+        """Whether another task produces a stream already (FastAPI's server-sent events), whose end then commits."""
+        return self.in_use and not any(name.lower() == b"content-length" for name, _ in start.get("headers", ()))
+
     def _wants_retry(self) -> bool:
-        return self._may_retry and self.asked_to_retry and not self._started
+        return self._may_retry and self.asked_to_retry and not (self._started or self.has_committed)
 
     async def _answer(self, failure: Exception, scope: Scope) -> None:
         if self._wants_retry():
@@ -135,15 +148,21 @@ class HTTPExchange(AsyncUnitOfWork):
 class WebSocketExchange(AsyncUnitOfWork):
     """The unit of work of a websocket, from its handshake to its closing.
 
-    Commits when the handler waits for the client, and before it answers: a task which reads from the client, and
-    then sends, is answering. Messages that other tasks push leave the session alone.
+    Commits when the handler waits for the client, and before it answers: a task which asked for the session, or which
+    reads from the client, and then sends, is answering. Messages that other tasks push leave the session alone.
     """
 
     def __init__(self, receive: Receive, send: Send, commit_on: CommitOn) -> None:
         self._receive = receive
         self._send = send
         self._commit_on = commit_on
-        self._reader = asyncio.current_task()
+        self._handler = self._reader = asyncio.current_task()
+        self._workers: set[asyncio.Task[Any] | None] = set()
+
+    def async_session(self, engines: Engines) -> AsyncSession:
+        """The unit's session on one database; who asks for it is at work until it is committed."""
+        self._workers.add(asyncio.current_task())
+        return super().async_session(engines)
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         """Run the application until its handler ends; what it raises rolls back and goes on to the caller."""
@@ -152,17 +171,24 @@ class WebSocketExchange(AsyncUnitOfWork):
 
     async def _receive_settled(self) -> Message:
         self._reader = asyncio.current_task()
-        await self._settle(commit=True)
+        if not self.in_use:  # by a task that others read for, and which settles when it answers
+            await self._settle(commit=True)
         return await self._receive()
 
     async def _send_settled(self, message: Message) -> None:
-        if asyncio.current_task() is self._reader:
+        if self._is_answering():
             await self._settle(commit=self._is_yes(message))
         await self._send(message)
+
+    def _is_answering(self) -> bool:
+        # The reader may be one that lived for a message only: asyncio.wait_for() makes it, before Python 3.12.
+        task = asyncio.current_task()
+        return task is self._reader or task in (self._workers or {self._handler})
 
     async def _settle(self, *, commit: bool) -> None:
         await self.finish_async(commit=commit)
         self.rollback_only = False
+        self._workers.clear()
 
     def _is_yes(self, message: Message) -> bool:
         if message["type"] == "websocket.close":

@@ -17,7 +17,7 @@ _QUERY_CANCELED: Final = "57014"
 
 
 class FirstStatements:
-    """Runs the statements from the checkout of a connection to the first one that needs a transaction.
+    """Runs the statements from the checkout of a connection to the first one that is not a plain read.
 
     At READ COMMITTED every statement has a snapshot of its own. So plain reads give the same without BEGIN and COMMIT,
     in one round trip instead of three, and the transaction begins with the first other statement.
@@ -42,7 +42,7 @@ class FirstStatements:
 
     def _start(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
         if state := state_of(context.root_connection):
-            state.started = True
+            state.started = state.has_effects = True
 
     def _start_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> None:
         self._start(cursor, statement, None, context)
@@ -50,9 +50,9 @@ class FirstStatements:
     def _execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         """The ``do_execute`` event; returns whether the statement was run here."""
         state = state_of(context.root_connection)
-        if state is None or state.started:
+        if state is None or state.has_effects:
             return False
-        ordinary = _begins_ordinarily(state)
+        ordinary = not state.started and _begins_ordinarily(state)
         try:
             self._run(state, statement, parameters, context, ordinary=ordinary)
         except self._errors as error:
@@ -67,7 +67,8 @@ class FirstStatements:
     def _run(
         self, state: ConnectionState, statement: str, parameters: Any, context: ExecutionContext, *, ordinary: bool
     ) -> None:
-        if ordinary and state.reads_alone and _is_read(statement, context):
+        is_read = _is_read(statement, context)
+        if is_read and ordinary and state.reads_alone:
             try:
                 _run_in_autocommit(state.connection, statement, parameters, context)
             except self._errors as error:
@@ -79,6 +80,7 @@ class FirstStatements:
                 return
         state.started = True
         context.dialect.do_execute(context.cursor, statement, parameters, context)
+        state.has_effects = not is_read
 
 
 def _allow_reads_alone(connection: Any, record: ConnectionPoolEntry) -> None:

@@ -1,16 +1,23 @@
-"""Whether the end of a session's transaction asks the server for anything; after plain reads it does not."""
+"""What the end of a session's transaction meets: whether it asks the server for anything, whether others are at it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Final
+
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.state_changes import _StateChangeStates
 from sqlalchemy.pool import QueuePool
 
-from fastapi_chatdify_db.connection_state import has_begun
+from fastapi_chatdify_db.connection_state import ConnectionState, has_begun, state_of
+
+_OURS: Final = 1
+"""How many listeners to the engine's ``commit`` are ours; ``refuse_false_commits`` asks nothing after plain reads."""
 
 
 class FollowedSession(Session):
-    """What is behind an ``AsyncSession`` of ours, whose connections are remembered."""
+    """A session of a unit of work, whose connections are remembered."""
 
     connections: tuple[Connection, ...] = ()
     """Those which its transactions began with; some may be closed by now."""
@@ -26,6 +33,26 @@ def asks_at_end(session: Session) -> bool:
         or session.in_nested_transaction()
         or bool(session.dispatch.before_commit or session.dispatch.after_commit)  # the application's may write
     )
+
+
+def in_use(session: Session) -> bool:
+    """Whether a task or thread is in the middle of an operation of the session."""
+    assert isinstance(session, FollowedSession)
+    transaction = session._transaction
+    if transaction is None:
+        return False
+    return (
+        session._flushing
+        or transaction._next_state is _StateChangeStates.CHANGE_IN_PROGRESS  # e.g. waits for a connection
+        or any(_in_flight(session))
+    )
+
+
+def cut_off(session: Session) -> None:
+    """End the connections on which a task is in the middle of a statement of the session."""
+    assert isinstance(session, FollowedSession)
+    for state in _in_flight(session):
+        state.cut_off()
 
 
 def end_reads(session: Session) -> None:
@@ -47,8 +74,16 @@ def _asks(connection: Connection) -> bool:
         or (pool.overflow() > 0 and pool.checkedin() >= pool.size())
         # Hooks of the application that may ask, too. To look for one costs; SQLAlchemy itself looks at this first.
         or bool(pool.dispatch.reset)
-        or ((connection._has_events or engine._has_events) and bool(hooks.commit or hooks.rollback))
+        or ((connection._has_events or engine._has_events) and (len(hooks.commit) > _OURS or bool(hooks.rollback)))
     )
+
+
+def _in_flight(session: FollowedSession) -> Iterator[ConnectionState]:
+    for connection in session.connections:
+        if not (connection.closed or connection.invalidated):
+            state = state_of(connection)
+            if state is not None and state.in_flight():
+                yield state
 
 
 def _remember(session: FollowedSession, _: SessionTransaction, connection: Connection) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from functools import cached_property, partial
 from itertools import count
+from threading import Lock
 from types import TracebackType
 from typing import Final, Self
 
@@ -20,6 +21,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit, OutsideUnitOfWork
+from fastapi_chatdify_db.session_end import cut_off
+from fastapi_chatdify_db.sqlstates import asks_to_retry
 
 logger: Final = logging.getLogger(__name__)
 
@@ -27,9 +30,7 @@ _current: Final[ContextVar[UnitOfWork | None]] = ContextVar("fastapi_chatdify_db
 
 _ids: Final = count(1)
 
-# serialization_failure and deadlock_detected:
-# https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html
-_WORTH_ANOTHER_TRY: Final = {"40001", "40P01"}
+_making: Final = Lock()
 
 
 def current_unit(engines: Engines) -> UnitOfWork | None:
@@ -44,16 +45,6 @@ def innermost_unit() -> UnitOfWork | None:
     """The open unit of work around the running code, whichever database it is for, or None."""
     unit = _current.get()
     return None if unit is None or unit.closed else unit
-
-
-def sqlstate(error: BaseException | None) -> str | None:
-    """PostgreSQL's code of a driver's error; None for one of the driver's own."""
-    return getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)
-
-
-def asks_to_retry(error: BaseException | None) -> bool:
-    """Whether a driver's error is PostgreSQL's word that the transaction may well succeed when it is run again."""
-    return sqlstate(error) in _WORTH_ANOTHER_TRY
 
 
 def note_error(context: ExceptionContext) -> None:
@@ -101,14 +92,7 @@ class UnitOfWork:
     def sync_session(self, engines: Engines) -> Session:
         """The unit's session on one database."""
         session = self._sync_sessions.get(engines)
-        if session is None:
-            session = engines.new_sync_session(self.isolation_level)
-            self._sync_sessions = {**self._sync_sessions, engines: session}
-            self._sessions = (*self._sessions, session)
-            self.untouched = False
-            if self.closed:  # meanwhile, while this thread was on its way
-                session.close()
-        return session
+        return self._first_sync_session(engines) if session is None else session
 
     def session_of_writes(self, engines: Engines) -> Session:
         """The session whose transaction code that cannot await adds to."""
@@ -175,6 +159,18 @@ class UnitOfWork:
         finally:
             self.close()
 
+    def _first_sync_session(self, engines: Engines) -> Session:
+        with _making:  # threads that ask at the same time get the same one
+            session = self._sync_sessions.get(engines)
+            if session is None:
+                session = engines.new_sync_session(self.isolation_level)
+                self._sync_sessions = {**self._sync_sessions, engines: session}
+                self._sessions = (*self._sessions, session)
+                self.untouched = False
+                if self.closed:  # meanwhile, while this thread was on its way
+                    session.close()
+        return session
+
     def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
         self.untouched = False
         if self._callbacks is None:
@@ -225,6 +221,7 @@ class UnitOfWork:
 
 def roll_back_or_discard(session: Session) -> None:
     """Roll back; where even that fails the connection is broken, and closing it rolls back as well."""
+    cut_off(session)
     try:
         session.rollback()
     except Exception:

@@ -37,6 +37,13 @@ class Observer:
         while not await self.connection.fetchval(query):
             await self.connection.execute("SELECT pg_sleep(0.01)")
 
+    async def until_active(self) -> None:
+        """Return when another session is in the middle of a statement."""
+        query = """SELECT count(*) FROM pg_stat_activity
+                   WHERE datname = current_database() AND state = 'active' AND pid <> pg_backend_pid()"""
+        while not await self.connection.fetchval(query):
+            await self.connection.execute("SELECT pg_sleep(0.01)")
+
     async def terminate_others(self) -> None:
         """What a restart of the server does to every pool: all other sessions end."""
         await self.connection.fetch(

@@ -94,12 +94,14 @@ async def test_stream_that_fails_rolls_back(app: FastAPI, observer: Observer) ->
     assert await observer.in_transaction() == 0
 
 
-async def test_stream_left_by_its_client_rolls_back(app: FastAPI, observer: Observer) -> None:
-    """Rows of a body that was not sent to its end are not kept."""
+async def test_stream_left_by_its_client_rolls_back(
+    app: FastAPI, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows of a body that was not sent to its end are not kept, and nor are its background tasks': the log says so."""
     ended = asyncio.Event()
 
     @app.get("/")
-    async def stream() -> StreamingResponse:
+    async def stream(background: BackgroundTasks) -> StreamingResponse:
         async def body() -> AsyncIterator[bytes]:
             db.session.add(Item("half"))
             await db.session.flush()
@@ -108,8 +110,9 @@ async def test_stream_left_by_its_client_rolls_back(app: FastAPI, observer: Obse
                     yield b"x" * 1000
                     await asyncio.sleep(0)
             finally:
-                ended.set()
+                background.add_task(ended.set)
 
+        background.add_task(lambda: db.sync_session.add(Item("task")))
         return StreamingResponse(body())
 
     async with serve(app) as client:
@@ -117,6 +120,7 @@ async def test_stream_left_by_its_client_rolls_back(app: FastAPI, observer: Obse
             await anext(response.aiter_raw())
         await ended.wait()
     assert await observer.names() == []
+    assert "a client left" in caplog.text
     assert await observer.in_transaction() == 0
 
 

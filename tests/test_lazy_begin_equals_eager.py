@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from fastapi_chatdify_db import Database, DatabaseSettings
+from fastapi_chatdify_db import Database, DatabaseSettings, TransactionAborted
 from tests.models import Counter
 
 # A session that goes on after a failed flush warns of it.
@@ -37,7 +37,7 @@ class Client:
         """Take one step; returns what it gave, or the class of its error."""
         try:
             return getattr(self, action)(row, value)
-        except (SQLAlchemyError, ArithmeticError) as error:
+        except (SQLAlchemyError, TransactionAborted, ArithmeticError) as error:
             return type(error).__name__, type(getattr(error, "orig", None)).__name__
 
     def get(self, row: int, value: int) -> object:

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import threading
 from functools import partial
+from typing import Annotated
 
 import pytest
-from fastapi import FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
@@ -67,6 +68,27 @@ async def test_nothing_runs_after_a_rollback(observer: Observer, path: str) -> N
 
     async with serve(app) as client:
         await client.post(path)
+    assert ran == []
+
+
+async def greeting() -> str:
+    return str(await db.session.scalar(text("SELECT 'hello'")))
+
+
+async def test_def_endpoint_is_decided_by_its_own_session(observer: Observer) -> None:
+    """Also when an async dependency has used the other one: no callback of a commit that fails."""
+    ran: list[str] = []
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/")
+    def handler(greeting: Annotated[str, Depends(greeting)]) -> None:
+        db.sync_session.add_all([Item("a"), Item("a")])
+        db.sync_session.flush()
+        db.on_commit(lambda: ran.append(greeting))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
     assert ran == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 from fastapi import FastAPI, Request
@@ -11,8 +12,8 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from fastapi_chatdify_db import DBSessionMiddleware, db
-from tests.models import Counter
+from fastapi_chatdify_db import AfterCommitError, DBSessionMiddleware, db
+from tests.models import Counter, Item
 from tests.observing import Observer
 from tests.serving import serve
 
@@ -116,6 +117,38 @@ async def test_request_that_never_succeeds_is_an_error_after_its_retries(counter
     async with serve(app) as client:
         assert (await client.post("/")).status_code == 500
     assert runs == 3
+
+
+@pytest.mark.parametrize("path", ["/release", "/callback"])
+async def test_what_is_committed_is_not_done_again(counter: Observer, path: str) -> None:
+    """Once a part of the request's work stays, its failure is an error and not another run."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=2)
+    runs: list[str] = []
+    asks = text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$")
+
+    @app.post("/release")
+    async def release() -> None:
+        runs.append("release")
+        db.session.add(Item(f"run {len(runs)}"))
+        await db.release()
+        await db.session.execute(asks)
+
+    @app.post("/callback")
+    async def callback() -> None:
+        runs.append("callback")
+        db.session.add(Item(f"run {len(runs)}"))
+        with suppress(DBAPIError):
+            async with db.session.begin_nested():
+                await db.session.execute(asks)
+        db.on_commit(fail)
+
+    def fail() -> None:
+        raise AfterCommitError
+
+    async with serve(app) as client:
+        assert (await client.post(path)).status_code == 500
+    assert await counter.names() == ["run 1"]
 
 
 async def test_body_is_received_again_in_full(counter: Observer) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 import websockets
 from fastapi import FastAPI, WebSocket
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from websockets.asyncio.client import ClientConnection
 
@@ -139,3 +140,80 @@ async def test_pushing_task_leaves_the_transaction_alone(app: FastAPI, observer:
         with pytest.raises(websockets.ConnectionClosed):
             await socket.recv()
     assert await observer.names() == []
+
+
+async def wait_for(socket: WebSocket) -> str:
+    return await asyncio.wait_for(socket.receive_text(), 30)
+
+
+async def select(socket: WebSocket) -> str:
+    done, _ = await asyncio.wait([asyncio.create_task(socket.receive_text())])
+    return done.pop().result()
+
+
+@pytest.mark.parametrize("receive", [wait_for, select])
+@pytest.mark.parametrize("pushing", [False, True])
+async def test_task_that_receives_a_single_message(
+    app: FastAPI, observer: Observer, receive: Callable[[WebSocket], Awaitable[str]], pushing: bool
+) -> None:
+    """The handler is answering, although another task received for it."""
+    go_on = asyncio.Event()
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        while True:
+            db.session.add(Item(await receive(socket)))
+            if pushing:
+                await asyncio.create_task(socket.send_text("news"))
+                await go_on.wait()
+            try:
+                await socket.send_text("stored")
+            except IntegrityError:
+                await socket.send_text("taken")
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    async with connected(app) as socket:
+        for name, answer in [("a", "stored"), ("a", "taken"), ("b", "stored")]:
+            go_on.clear()
+            await socket.send(name)
+            if pushing:
+                assert await socket.recv() == "news"
+                assert (name in await observer.names()) == (answer == "taken")
+                go_on.set()
+            assert await socket.recv() == answer
+            assert await observer.in_transaction() == 0
+    assert await observer.names() == ["a", "b"]
+
+
+async def test_task_that_works_is_answering(app: FastAPI, observer: Observer) -> None:
+    """One task receives, another one works on the session and answers: each answer follows its commit."""
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        messages: asyncio.Queue[str] = asyncio.Queue()
+
+        async def work() -> None:
+            while True:
+                db.session.add(Item(await messages.get()))
+                await db.session.flush()
+                await db.session.execute(text("SELECT pg_sleep(0.3)"))
+                await socket.send_text("stored")
+
+        working = asyncio.create_task(work())
+        try:
+            async for name in socket.iter_text():
+                messages.put_nowait(name)
+        finally:
+            working.cancel()
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    async with connected(app) as socket:
+        for name in "abc":
+            await socket.send(name)
+            await observer.until_active()  # and so in the middle of a statement when the next one is received
+        for name in "abc":
+            assert await socket.recv() == "stored"
+            assert name in await observer.names()
+    assert await observer.in_transaction() == 0

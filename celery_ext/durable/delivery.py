@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from celery_ext.durable import lease, statements
 from celery_ext.durable.row import HEADER, seconds_until, serialize
 from celery_ext.errors import portable
-from fastapi_chatdify_db.unit_of_work import asks_to_retry, sqlstate
+from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate
 
 if TYPE_CHECKING:
     from celery_ext.task import Task

@@ -1,0 +1,67 @@
+"""A commit is refused where PostgreSQL would not commit, but end the transaction without an error."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
+
+from fastapi_chatdify_db.connection_state import state_of
+from fastapi_chatdify_db.exceptions import SessionInUse, TransactionAborted
+from fastapi_chatdify_db.sqlstates import sqlstate, was_given_up
+
+
+def refuse_false_commits(engine: Engine) -> None:
+    """Raise at a commit that would be none; whoever waits for it is then not told of a success.
+
+    A statement that fails makes PostgreSQL give up its transaction, unless there is a savepoint to return to, and then
+    it answers COMMIT with ROLLBACK, which drivers take for a success:
+    https://www.postgresql.org/docs/current/sql-commit.html. A COMMIT in the middle of another task's first statement
+    is never sent, since the driver does not know yet that a transaction began.
+
+    Parameters:
+        engine: One that ``follow`` follows.
+    """
+    event.listen(engine, "handle_error", _note_failure)
+    event.listen(engine, "commit", _refuse)
+
+
+def _note_failure(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    state = state_of(connection)
+    if state is None or state.failure is not None:
+        return
+    # Of a transaction that has done nothing yet, nothing is lost; until a statement is refused that comes later.
+    if state.has_effects or was_given_up(context.original_exception):
+        kind = type(context.sqlalchemy_exception or context.original_exception).__name__
+        code = sqlstate(context.original_exception)
+        state.failure = f"{kind}, SQLSTATE {code}" if code else kind
+
+
+def _refuse(connection: Connection) -> None:
+    state = state_of(connection)
+    if state is None:
+        return
+    if state.in_flight():
+        state.cut_off()
+        raise SessionInUse(
+            "the commit came while another task or thread was in the middle of a statement of the same session; wait "
+            "for it first, or give it a session of its own: async with db.transaction() as session: ..."
+        )
+    if state.failure is not None and _is_aborted(connection):
+        raise TransactionAborted(
+            f"nothing was committed, because an earlier statement of the transaction had failed ({state.failure}); "
+            "put a statement whose failure you handle in a savepoint: async with db.session.begin_nested(): ..."
+        )
+
+
+def _is_aborted(connection: Connection) -> bool:
+    try:
+        connection.exec_driver_sql("SELECT 1")
+    except DBAPIError as error:
+        if was_given_up(error.orig):
+            return True
+        raise
+    return False

@@ -1,0 +1,25 @@
+"""What PostgreSQL's error codes say: https://www.postgresql.org/docs/current/errcodes-appendix.html."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# serialization_failure and deadlock_detected:
+# https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html
+_WORTH_ANOTHER_TRY: Final = {"40001", "40P01"}
+_IN_FAILED_TRANSACTION: Final = "25P02"
+
+
+def sqlstate(error: BaseException | None) -> str | None:
+    """PostgreSQL's code of a driver's error; None for one of the driver's own."""
+    return getattr(error, "pgcode", None) or getattr(error, "sqlstate", None)
+
+
+def asks_to_retry(error: BaseException | None) -> bool:
+    """Whether a driver's error is PostgreSQL's word that the transaction may well succeed when it is run again."""
+    return sqlstate(error) in _WORTH_ANOTHER_TRY
+
+
+def was_given_up(error: BaseException | None) -> bool:
+    """Whether a driver's error says that an earlier one has ended the transaction, all but in name."""
+    return sqlstate(error) == _IN_FAILED_TRANSACTION

@@ -1,0 +1,185 @@
+"""A statement that failed, and whose error was handled, takes no success with it.
+
+PostgreSQL has then given up the transaction, and answers COMMIT with a ROLLBACK that drivers take for a success.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import pytest
+import websockets
+from fastapi import FastAPI, WebSocket
+from sqlalchemy import Integer, cast, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import Session
+
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, TransactionAborted, db
+from tests.models import Counter, Item
+from tests.observing import Observer
+from tests.serving import serve
+
+DUPLICATE = text("INSERT INTO counter VALUES (1, 1), (1, 1)")
+NOT_A_NUMBER = select(cast(Item.name, Integer))
+
+
+@pytest.fixture
+def ran() -> list[str]:
+    """The callbacks that ran."""
+    return []
+
+
+@pytest.fixture
+def app(ran: list[str]) -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/async")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+        await db.session.flush()
+        db.on_commit(lambda: ran.append("callback"))
+        with suppress(IntegrityError):
+            await db.session.execute(DUPLICATE)
+
+    @app.post("/def")
+    def plain_def() -> None:
+        db.sync_session.add(Item("a"))
+        db.sync_session.flush()
+        db.on_commit(lambda: ran.append("callback"))
+        with suppress(IntegrityError):
+            db.sync_session.execute(DUPLICATE)
+
+    @app.post("/read")
+    async def read() -> None:
+        db.session.add(Item("a"))
+        await db.session.flush()
+        with suppress(DBAPIError):
+            await db.session.scalar(NOT_A_NUMBER)
+
+    @app.post("/release")
+    async def release() -> None:
+        db.session.add(Item("a"))
+        await db.session.flush()
+        with suppress(IntegrityError):
+            await db.session.execute(DUPLICATE)
+        await db.release()
+
+    @app.post("/first")
+    async def first() -> None:
+        with suppress(IntegrityError):
+            await db.session.execute(DUPLICATE)
+        with suppress(DBAPIError):
+            await db.session.execute(text("INSERT INTO item (name) VALUES ('a')"))
+
+    return app
+
+
+@pytest.mark.parametrize("path", ["/async", "/def", "/read", "/release", "/first"])
+async def test_client_is_told_that_nothing_was_stored(
+    app: FastAPI, observer: Observer, ran: list[str], path: str
+) -> None:
+    """A 500, no row and no callback; and an error that names what had failed, and what to write instead."""
+    errors: list[BaseException] = []
+
+    async def noting(scope: object, receive: object, send: object) -> None:
+        try:
+            await app(scope, receive, send)  # type: ignore[arg-type]  # as they came
+        except TransactionAborted as error:
+            errors.append(error)
+
+    async with serve(noting) as client:
+        assert (await client.post(path)).status_code == 500
+        assert await observer.in_transaction() == 0
+    assert (await observer.names(), ran) == ([], [])
+    assert "begin_nested()" in str(errors[0])
+    assert "SQLSTATE 2" in str(errors[0])
+
+
+async def test_websocket_is_not_told_either(app: FastAPI, observer: Observer) -> None:
+    """The commit before an answer fails where the handler sends it."""
+
+    @app.websocket("/")
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        db.session.add(Item(await socket.receive_text()))
+        await db.session.flush()
+        with suppress(IntegrityError):
+            await db.session.execute(DUPLICATE)
+        try:
+            await socket.send_text("stored")
+        except TransactionAborted:
+            await socket.send_text("not stored")
+
+    async with (
+        serve(app) as client,
+        websockets.connect(str(client.base_url.copy_with(scheme="ws", path="/"))) as socket,
+    ):
+        await socket.send("a")
+        assert await socket.recv() == "not stored"
+    assert await observer.names() == []
+
+
+@pytest.fixture(params=[True, False], ids=["lazy", "eager"])
+async def database(request: pytest.FixtureRequest, observer: Observer) -> AsyncIterator[Database]:
+    made = Database(settings=DatabaseSettings(db_lazy_begin=request.param, db_pool_pre_ping=request.param))
+    yield made
+    await made.dispose()
+
+
+async def test_block_raises(database: Database, observer: Observer) -> None:
+    """Explicit units raise at their end, on either driver, and so does the user's own commit."""
+
+    def work(session: Session) -> None:
+        session.add(Item("a"))
+        session.flush()
+        with suppress(IntegrityError):
+            session.execute(DUPLICATE)
+
+    async def in_block() -> None:
+        async with database.transaction() as session:
+            await session.run_sync(work)
+
+    def commits(session: Session) -> None:
+        work(session)
+        session.commit()
+
+    with pytest.raises(TransactionAborted):
+        await in_block()
+    for own in (work, commits):
+        with pytest.raises(TransactionAborted), database.sync_transaction() as sync_session:
+            own(sync_session)
+    assert await observer.names() == []
+
+
+async def test_savepoint_keeps_the_rest(database: Database, observer: Observer) -> None:
+    """What may fail in a savepoint takes only that with it."""
+
+    def work(session: Session, name: str) -> None:
+        session.add(Item(name))
+        session.flush()
+        with suppress(IntegrityError), session.begin_nested():
+            session.execute(DUPLICATE)
+
+    async with database.transaction() as session:
+        await session.run_sync(work, "a")
+    with database.sync_transaction() as sync_session:
+        work(sync_session, "b")
+    assert await observer.names() == ["a", "b"]
+
+
+async def test_nothing_lost_is_no_error(database: Database, observer: Observer) -> None:
+    """Where nothing but reads came before the failure, and nothing after it, handling it is the end of it."""
+    async with database.transaction() as session:
+        session.add(Item("not a number"))
+    for failing in (DUPLICATE, NOT_A_NUMBER):
+        async with database.transaction() as session:
+            await session.get(Counter, 1)
+            with suppress(DBAPIError):
+                await session.execute(failing)
+        with database.sync_transaction() as sync_session:
+            sync_session.get(Counter, 1)
+            with suppress(DBAPIError):
+                sync_session.execute(failing)
+    assert await observer.in_transaction() == 0

@@ -1,0 +1,177 @@
+"""A session that another task is in the middle of: streams are let be, and nobody else is harmed by mistakes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import suppress
+from contextvars import copy_context
+from threading import Barrier, BrokenBarrierError
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI
+from fastapi.sse import EventSourceResponse
+from sqlalchemy import select, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from fastapi_chatdify_db import DBSessionMiddleware, SessionInUse, db, get_session
+from fastapi_chatdify_db.engines import Engines
+from tests.models import Counter, Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+@pytest.fixture
+async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.get("/events/write", response_class=EventSourceResponse)
+    async def write(name: str) -> AsyncIterable[str]:
+        db.session.add(Item(name))
+        await db.session.flush()
+        yield "stored"
+
+    @app.get("/events/dependency", response_class=EventSourceResponse)
+    async def dependency(name: str, session: AsyncSession = Depends(get_session)) -> AsyncIterable[str]:  # noqa: B008
+        session.add(Item(name))
+        await session.execute(text("SELECT pg_sleep(0.1)"))
+        yield "stored"
+
+    @app.get("/events/read", response_class=EventSourceResponse)
+    async def read() -> AsyncIterable[str]:
+        for name in await db.session.scalars(select(Item.name)):
+            yield name
+
+    @app.post("/branches")
+    async def branches() -> None:
+        """What ``asyncio.gather`` leaves running when one branch fails."""
+        began = asyncio.Event()
+
+        async def slow() -> None:
+            began.set()
+            await db.session.execute(text("INSERT INTO item SELECT 1, 'branch' FROM pg_sleep(0.3)"))
+
+        async def fails() -> None:
+            await began.wait()
+            await asyncio.sleep(0)
+            raise ZeroDivisionError
+
+        await asyncio.gather(slow(), fails())
+
+    @app.post("/left-running")
+    async def left_running() -> str:
+        """A task that nobody waits for, on the request's session."""
+        db.session.add(Item("the handler's"))
+        app.state.task = asyncio.create_task(
+            db.session.execute(text("INSERT INTO item SELECT 1, 'task' FROM pg_sleep(0.3)"))
+        )
+        await asyncio.sleep(0.05)
+        return "stored"
+
+    @app.post("/left-reading")
+    async def left_reading() -> None:
+        """The same with a read, which begins no transaction."""
+        app.state.task = asyncio.create_task(db.session.scalar(select(Item)))
+        await asyncio.sleep(0.1)
+
+    @app.get("/other")
+    async def other() -> None:
+        await db.session.get(Counter, 1)
+
+    @app.post("/ordinary")
+    async def ordinary(name: str) -> None:
+        db.session.add(Item(name))
+
+    async with serve(app) as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/events/write", "/events/dependency"])
+async def test_server_sent_events_may_write(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
+    """FastAPI starts their generator before the status line; its rows are there before the body ends."""
+    for name in ("a", "b"):
+        async with client.stream("GET", path, params={"name": name}) as response:
+            assert "".join([chunk async for chunk in response.aiter_text()]) == 'data: "stored"\n\n'
+        assert name in await observer.names()
+        assert await observer.in_transaction() == 0
+
+
+async def test_server_sent_events_whose_commit_fails_are_cut_short(
+    client: httpx.AsyncClient, observer: Observer
+) -> None:
+    """As any stream is."""
+    await client.post("/ordinary", params={"name": "a"})
+    with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+        await client.get("/events/write", params={"name": "a"})
+    assert await observer.names() == ["a"]
+
+
+async def test_server_sent_events_may_read(client: httpx.AsyncClient, observer: Observer) -> None:
+    """Also on a connection that was used before."""
+    await client.post("/ordinary", params={"name": "a"})
+    for _ in range(3):
+        assert (await client.get("/events/read")).text == 'data: "a"\n\n'
+
+
+@pytest.mark.parametrize("path", ["/branches", "/left-running"])
+async def test_mistake_is_nobody_elses(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
+    """Who ends a unit in the middle of another task's statement gets an error; the next requests are as always."""
+    for name in ("a", "b"):
+        await client.post("/ordinary", params={"name": name})
+    assert (await client.post(path)).status_code == 500
+    assert await observer.in_transaction() == 0
+    statuses = [(await client.post("/ordinary", params={"name": name})).status_code for name in "cdef"]
+    assert statuses == [200] * 4
+    assert await observer.names() == list("abcdef")
+    assert await observer.in_transaction() == 0
+
+
+async def test_read_that_nobody_waits_for_holds_up_nobody(client: httpx.AsyncClient, observer: Observer) -> None:
+    """Its connection is not given to the next request, which would have to wait for the answer."""
+    await client.get("/other")
+    async with observer.connection.transaction():
+        await observer.connection.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
+        assert (await client.post("/left-reading")).status_code == 200
+        assert (await client.get("/other", timeout=5)).status_code == 200
+
+
+async def test_commit_in_the_middle_of_a_statement_is_refused(observer: Observer) -> None:
+    """The driver would send none, since it does not know yet that a transaction began."""
+
+    statement: asyncio.Task[object]
+
+    async def leave_it_running() -> None:
+        nonlocal statement
+        async with db.transaction() as session:
+            statement = asyncio.create_task(session.execute(text("INSERT INTO item SELECT 1, 'a' FROM pg_sleep(0.3)")))
+            await observer.until_active()
+
+    with pytest.raises(SessionInUse, match=r"db\.transaction\(\)"):
+        await leave_it_running()
+    with pytest.raises(SQLAlchemyError, match="clos"):
+        await statement
+    assert await observer.names() == []
+
+
+def test_threads_that_ask_at_once_get_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would be two transactions, of which one may fail."""
+    made, both = Engines.new_sync_session, Barrier(2)
+
+    def make(engines: Engines, isolation_level: str | None = None) -> Session:
+        with suppress(BrokenBarrierError):  # nobody else is making one
+            both.wait(0.2)
+        return made(engines, isolation_level)
+
+    monkeypatch.setattr(Engines, "new_sync_session", make)
+
+    async def ask_twice() -> list[Session]:
+        async with db.transaction():
+            asks = [asyncio.to_thread(copy_context().run, lambda: db.sync_session) for _ in range(2)]
+            return list(await asyncio.gather(*asks))
+
+    first, second = asyncio.run(ask_twice())
+    assert first is second
