@@ -9,6 +9,7 @@ from celery_ext.errors import (
     AsyncTaskNotSupported,
     DispatchFailed,
     DurableDispatchUnsupported,
+    NotInitialized,
     StatementFailed,
 )
 from celery_ext.task import Task
@@ -19,6 +20,7 @@ __all__ = [
     "AsyncTaskNotSupported",
     "DispatchFailed",
     "DurableDispatchUnsupported",
+    "NotInitialized",
     "StatementFailed",
     "Task",
     "init_app",

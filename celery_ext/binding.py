@@ -15,6 +15,7 @@ from celery_ext import context, event_loop
 from celery_ext.durable.administration import health_figures
 from celery_ext.durable.relay import relaying
 from celery_ext.durable.table import metadata
+from celery_ext.errors import NotInitialized
 from celery_ext.execution import Execution
 from celery_ext.task import Task
 from fastapi_chatdify_db.database import Database
@@ -45,8 +46,15 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
 
 
 def database_of(app: Celery[Any]) -> Database:
-    """The database that ``init_app`` was given."""
-    return _databases[app]
+    """The database that ``init_app`` was given.
+
+    Raises:
+        NotInitialized: It was not called.
+    """
+    try:
+        return _databases[app]
+    except KeyError:
+        raise NotInitialized(f"{app!r} has no database; call celery_ext.init_app(app) where it is made") from None
 
 
 def _adopt_all(sender: Celery[Any], **_: object) -> None:

@@ -8,10 +8,10 @@ from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from celery import current_task
 from celery.utils import uuid
 
 from celery_ext.errors import DispatchFailed
+from celery_ext.execution import Execution
 from celery_ext.sender import send_within
 from fastapi_chatdify_db.unit_of_work import innermost_unit
 
@@ -32,8 +32,10 @@ def send_on_commit(
     """Send ``task`` when the innermost unit of work is committed, or at once where there is none; returns its id.
 
     Raises:
+        TypeError: The task does not take these arguments.
         DispatchFailed: It could not be sent at once, and ``on_error`` is ``"raise"``.
     """
+    check_arguments(task, args, kwargs)
     options = {"task_id": uuid(), **lineage(), **options}
     send = partial(copy_context().run, partial(task.apply_async, tuple(args), dict(kwargs), **options))
     publish = partial(_publish, task, str(options["task_id"]), send, on_error)
@@ -45,11 +47,22 @@ def send_on_commit(
     return str(options["task_id"])
 
 
+def check_arguments(task: Task, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """What Celery checks when it sends, while there is still somebody to tell.
+
+    Raises:
+        TypeError: The task does not take these arguments.
+    """
+    if task.typing:
+        task.__header__(*args, **kwargs)  # type: ignore[attr-defined]  # missing in the stubs
+
+
 def lineage() -> dict[str, Any]:
-    """Which task sends; the thread that publishes would not know."""
-    request = current_task.request if current_task else None
-    if request is None or request.id is None:
+    """Which task sends; the thread that publishes, and the one with the event loop, would not know."""
+    execution = Execution.current()
+    if execution is None:
         return {}
+    request = execution.request
     return {"parent_id": request.id, "root_id": request.root_id or request.id}
 
 
@@ -60,7 +73,7 @@ def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError) ->
     error = send_within(float(task.app.conf.broker_connection_timeout or _TIME_LIMIT), send)
     if error is None:
         return
-    message = f"task {task.name}[{task_id}] was not sent after the commit: {type(error).__name__}: {error}"
+    message = f"task {task.name}[{task_id}] was not sent: {type(error).__name__}: {error}"
     if on_error == "raise":
         raise DispatchFailed(message) from error
     logger.error(message)

@@ -22,6 +22,10 @@ class ArgumentsNotSerializable(ChatdifyDBError, TypeError):
     """A durable task's arguments cannot be stored."""
 
 
+class NotInitialized(ChatdifyDBError):
+    """A Celery application was named that ``init_app`` has not seen."""
+
+
 class DurableDispatchUnsupported(ChatdifyDBError):
     """The task's database is not PostgreSQL, or it has no session: durable dispatch is built on both."""
 

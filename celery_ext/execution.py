@@ -37,9 +37,9 @@ class Execution:
         self.task = task
         self._task_id = task_id
         self._outer = _current.get()
-        request = task.request
-        self._leave_context = context.restore(request)
-        self.delivery = Delivery.of(task, task_id, request)
+        self.request = task.request
+        self._leave_context = context.restore(self.request)
+        self.delivery = Delivery.of(task, task_id, self.request)
         if task.db_session:
             self._open(AsyncUnitOfWork() if task.is_async else UnitOfWork())
         _current.set(self)

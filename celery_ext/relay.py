@@ -16,7 +16,9 @@ from celery_ext.durable import administration
 from celery_ext.durable.relay import GRACE, Relay
 from fastapi_chatdify_db.database import Database
 
-cli = typer.Typer(help="Send durable tasks to the broker, and look after them.", no_args_is_help=True)
+cli = typer.Typer(
+    help="Send durable tasks to the broker, and look after them.", no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
 @cli.callback()

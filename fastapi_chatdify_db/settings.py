@@ -45,7 +45,7 @@ class DatabaseSettings(BaseSettings):
     """
 
     # Values never appear in errors: one of them is a password, another holds one.
-    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     database_url: Secret = None
     postgres_host: str = "localhost"

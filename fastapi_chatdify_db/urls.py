@@ -120,6 +120,8 @@ def _normalized(url: URL) -> URL:
         raise InvalidSettings(f"DATABASE_URL: {backend!r} is not supported; use postgresql:// or sqlite://")
     if url.port is not None and not 1 <= url.port <= 65535:
         raise InvalidSettings("DATABASE_URL: the port has to be between 1 and 65535")
+    if url.host and "@" in url.host:  # the end of a password, which messages about the host would show
+        raise InvalidSettings("DATABASE_URL: write an @ in the user's name or password as %40")
     url = url.set(drivername="sqlite" if backend == "sqlite" else "postgresql")
     host = unquote(url.host) if url.host else ""
     if host.startswith("/"):  # a unix socket; both dialects take its directory from the query only

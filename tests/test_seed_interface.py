@@ -206,9 +206,9 @@ async def test_legacy_dependencies(observer: Observer) -> None:
         session.add(Item("get_session"))
 
     async with serve(app) as client:
-        with pytest.warns(DeprecationWarning, match=r"fastapi_chatdify_db\.session import get_session"):
+        with pytest.warns(DeprecationWarning, match=r"write: .* db\.sync_session"):
             assert (await client.post("/db")).status_code == 200
-        with pytest.warns(DeprecationWarning, match=r"fastapi_chatdify_db\.session import get_session"):
+        with pytest.warns(DeprecationWarning, match="write: from fastapi_chatdify_db import get_session"):
             assert (await client.post("/session")).status_code == 200
     assert await observer.names() == ["get_db", "get_session"]
 

@@ -100,6 +100,7 @@ def test_database_url_comes_before_its_parts(monkeypatch: pytest.MonkeyPatch) ->
         ("DATABASE_URL", f"user:{SECRET}"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host:port/name"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host:99999/name"),
+        ("DATABASE_URL", f"postgresql://user:half@{SECRET}@host/name"),
         ("DATABASE_URL", f"mysql://user:{SECRET}@host/name"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host/name?channel_binding=require"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host/name?connect_timeout={SECRET}"),
@@ -118,6 +119,12 @@ def test_wrong_value_is_one_line_that_names_the_variable(
     assert "\n" not in message
     assert SECRET not in "".join(traceback.format_exception(caught.value))
     assert caught.value.__context__ is None
+
+
+def test_name_that_is_no_setting_is_an_error() -> None:
+    """A misspelt one would leave the default in force, and that may be another database."""
+    with pytest.raises(InvalidSettings, match=r"^URL: "):
+        DatabaseSettings(url=f"postgresql://user:{SECRET}@reports/name")  # type: ignore[call-arg]
 
 
 def test_several_wrong_values_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:

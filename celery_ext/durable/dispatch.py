@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from celery_ext.dispatch import lineage, send_on_commit
+from celery_ext.dispatch import check_arguments, lineage, send_on_commit
 from celery_ext.durable import outbox
 from celery_ext.durable.row import new_row
 from celery_ext.errors import DurableDispatchUnsupported
@@ -32,6 +32,7 @@ def store(
     """Store a call of ``task`` with what the unit of work around it commits; returns the task's id.
 
     Raises:
+        TypeError: The task does not take these arguments.
         OutsideUnitOfWork: There is no unit on the task's database here.
         ArgumentsNotSerializable: The arguments are no JSON.
         DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
@@ -47,6 +48,7 @@ def store(
         raise DurableDispatchUnsupported(f"{task.name} has db_session=False; its end is marked in the session it lacks")
     if engines.sync_engine.dialect.name != "postgresql":
         raise DurableDispatchUnsupported("durable dispatch needs PostgreSQL; write task.delay_on_commit(...)")
+    check_arguments(task, args, kwargs)
     row = new_row(
         task,
         args,

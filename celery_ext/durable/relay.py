@@ -66,24 +66,23 @@ class Relay:
         self._wake_reader, self._wake_writer = os.pipe()
         self._line: _Line | None = None
         self._looked_for_forgotten = 0.0
+        self._failures = 0  # since a batch, or the lack of one, last went well
 
     def run(self) -> None:
         """Relay until ``stop`` is called; what is claimed by then is still sent."""
-        failures = 0
         try:
             while not self._stopping.is_set():
                 try:
                     with self._database.sync_engine.connect() as connection:
                         listening = connection.execution_options(isolation_level="AUTOCOMMIT")
                         listening.execute(text(f"LISTEN {statements.CHANNEL}"))
-                        failures = 0
                         self._relay(listening)
                 except Exception as error:
                     if not isinstance(error, (SQLAlchemyError, OSError, *self._broker_errors())):
                         raise
-                    failures += 1
-                    logger.warning("relay pauses (%d): %s", failures, _one_line(error))
-                    self._stopping.wait(min(_LONGEST_PAUSE, 0.1 * 2**failures))
+                    self._failures += 1
+                    logger.warning("relay pauses (%d): %s", self._failures, _one_line(error))
+                    self._stopping.wait(min(_LONGEST_PAUSE, 0.1 * 2 ** min(self._failures, 10)))
         finally:
             self._disconnect()
             os.close(self._wake_reader)
@@ -96,7 +95,9 @@ class Relay:
 
     def _relay(self, connection: Connection) -> None:
         while not self._stopping.is_set():
-            if self._send_batch(connection) < BATCH:
+            number = self._send_batch(connection)
+            self._failures = 0
+            if number < BATCH:
                 self._wait(connection)
 
     def _send_batch(self, connection: Connection) -> int:

@@ -54,11 +54,8 @@ def new_row(
     """The row of one call of ``task``.
 
     Raises:
-        TypeError: The task does not take these arguments.
         ArgumentsNotSerializable: They are no JSON, as kombu extends it.
     """
-    if task.typing:
-        task.__header__(*args, **kwargs)  # type: ignore[attr-defined]  # missing in the stubs
     headers = {**_mapping(options.get("headers")), HEADER: True}
     inject(headers)
     return Row(

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 import celery_ext
 from celery_ext import StatementFailed
+from celery_ext.dispatch import lineage
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import Observer
@@ -47,6 +48,33 @@ async def test_eager_dispatch_waits_for_the_commit(eager: dict[str, Any], empty_
         session.add(Item("row"))
         task_id = eager["read_item"].delay_on_commit("row")
     assert isinstance(task_id, str)
+
+
+async def test_arguments_are_checked_at_the_call(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """And not after the commit, when there is nobody to tell any more."""
+    async with db.transaction():
+        with pytest.raises(TypeError, match="missing 1 required"):
+            eager["read_item"].delay_on_commit()
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_lineage(empty_tables: Observer, kind: str) -> None:
+    """What a task sends has it as its parent; in a coroutine too, where Celery does not know of the task."""
+    app = Celery("lineage", backend="cache+memory://", set_as_current=False)
+    celery_ext.init_app(app)
+
+    @app.task(shared=False)
+    def parent() -> dict[str, Any]:
+        return lineage()
+
+    @app.task(shared=False)
+    async def async_parent() -> dict[str, Any]:
+        return lineage()
+
+    task = parent if kind == "def" else async_parent
+    assert task.apply(task_id="parent").get() == {"parent_id": "parent", "root_id": "parent"}
+    assert lineage() == {}
+    app.close()
 
 
 async def test_called_functions(eager: dict[str, Any], empty_tables: Observer) -> None:
