@@ -20,7 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
 from fastapi_chatdify_db.liveness import ping_when_idle
-from fastapi_chatdify_db.refused_commits import refuse_false_commits
+from fastapi_chatdify_db.refused_commits import note_failures
 from fastapi_chatdify_db.session_end import FollowedSession
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.thread_pool import ThreadLendingPool
@@ -173,7 +173,7 @@ class Engines:
         begin_lazily = settings.db_lazy_begin and not settings.db_pgbouncer
         follow(engine)
         FirstStatements(engine, begin_lazily=begin_lazily, survive=settings.db_pool_pre_ping)
-        refuse_false_commits(engine)
+        note_failures(engine)
         if settings.db_pool_pre_ping:
             ping_when_idle(engine, settings.db_ping_after)
         if settings.db_pgbouncer and (timeouts := session_timeouts(settings)):

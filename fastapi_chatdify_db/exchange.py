@@ -112,7 +112,8 @@ class HTTPExchange(AsyncUnitOfWork):
 
     def _body_is_under_way(self, start: Message) -> bool:
         """Whether another task produces a stream already (FastAPI's server-sent events), whose end then commits."""
-        return self.in_use and not any(name.lower() == b"content-length" for name, _ in start.get("headers", ()))
+        has_length = any(name.lower() == b"content-length" for name, _ in start.get("headers", ()))
+        return not has_length and self.in_use
 
     def _wants_retry(self) -> bool:
         return self._may_retry and self.asked_to_retry and not (self._started or self.has_committed)

@@ -6,24 +6,23 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
-from fastapi_chatdify_db.connection_state import state_of
+from fastapi_chatdify_db.connection_state import ConnectionState, state_of
 from fastapi_chatdify_db.exceptions import SessionInUse, TransactionAborted
+from fastapi_chatdify_db.session_end import FollowedSession
 from fastapi_chatdify_db.sqlstates import sqlstate, was_given_up
 
 
-def refuse_false_commits(engine: Engine) -> None:
-    """Raise at a commit that would be none; whoever waits for it is then not told of a success.
+def note_failures(engine: Engine) -> None:
+    """Remember what statements failed with, for the commit.
 
     A statement that fails makes PostgreSQL give up its transaction, unless there is a savepoint to return to, and then
     it answers COMMIT with ROLLBACK, which drivers take for a success:
-    https://www.postgresql.org/docs/current/sql-commit.html. A COMMIT in the middle of another task's first statement
-    is never sent, since the driver does not know yet that a transaction began.
+    https://www.postgresql.org/docs/current/sql-commit.html
 
     Parameters:
         engine: One that ``follow`` follows.
     """
     event.listen(engine, "handle_error", _note_failure)
-    event.listen(engine, "commit", _refuse)
 
 
 def _note_failure(context: ExceptionContext) -> None:
@@ -40,11 +39,18 @@ def _note_failure(context: ExceptionContext) -> None:
         state.failure = f"{kind}, SQLSTATE {code}" if code else kind
 
 
-def _refuse(connection: Connection) -> None:
-    state = state_of(connection)
-    if state is None:
-        return
+def _refuse(session: FollowedSession) -> None:
+    if session.in_nested_transaction():
+        return  # PostgreSQL refuses to release a savepoint itself
+    for connection in session.connections:
+        if not (connection.closed or connection.invalidated) and (state := state_of(connection)) is not None:
+            _refuse_on(connection, state)
+
+
+def _refuse_on(connection: Connection, state: ConnectionState) -> None:
     if state.in_flight():
+        # Of another task's first statement the driver does not know yet that it began a transaction, and would not
+        # send the COMMIT.
         state.cut_off()
         raise SessionInUse(
             "the commit came while another task or thread was in the middle of a statement of the same session; wait "
@@ -65,3 +71,7 @@ def _is_aborted(connection: Connection) -> bool:
             return True
         raise
     return False
+
+
+# Not the engine's "commit": to have any listener of that kind makes every statement slower.
+event.listen(FollowedSession, "before_commit", _refuse)

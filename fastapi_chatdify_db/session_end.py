@@ -13,7 +13,7 @@ from sqlalchemy.pool import QueuePool
 from fastapi_chatdify_db.connection_state import ConnectionState, has_begun, state_of
 
 _OURS: Final = 1
-"""How many listeners to the engine's ``commit`` are ours; ``refuse_false_commits`` asks nothing after plain reads."""
+"""How many listeners to a session's ``before_commit`` are ours; it asks nothing after plain reads."""
 
 
 class FollowedSession(Session):
@@ -31,7 +31,8 @@ def asks_at_end(session: Session) -> bool:
         or not session._is_clean()  # as the commit asks; its public parts are properties that copy
         or not session.is_active
         or session.in_nested_transaction()
-        or bool(session.dispatch.before_commit or session.dispatch.after_commit)  # the application's may write
+        or len(session.dispatch.before_commit) > _OURS  # the application's may write
+        or bool(session.dispatch.after_commit)
     )
 
 
@@ -74,7 +75,7 @@ def _asks(connection: Connection) -> bool:
         or (pool.overflow() > 0 and pool.checkedin() >= pool.size())
         # Hooks of the application that may ask, too. To look for one costs; SQLAlchemy itself looks at this first.
         or bool(pool.dispatch.reset)
-        or ((connection._has_events or engine._has_events) and (len(hooks.commit) > _OURS or bool(hooks.rollback)))
+        or ((connection._has_events or engine._has_events) and bool(hooks.commit or hooks.rollback))
     )
 
 
