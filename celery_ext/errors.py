@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from celery.exceptions import Retry
-from sqlalchemy.exc import StatementError
+from sqlalchemy.exc import SQLAlchemyError, StatementError
 
 from fastapi_chatdify_db.exceptions import AfterCommitError, ChatdifyDBError
 from fastapi_chatdify_db.sqlstates import sqlstate
@@ -50,16 +50,16 @@ class StatementFailed(ChatdifyDBError):
 def portable(error: BaseException) -> BaseException:
     """The exception to leave a task: ``StatementFailed`` for SQLAlchemy's, with its traceback; any other as it is."""
     if isinstance(error, Retry):
-        if isinstance(error.exc, StatementError):
+        if isinstance(error.exc, SQLAlchemyError):
             error.exc = _statement_failed(error.exc)
             error.excs = repr(error.exc)  # type: ignore[attr-defined]  # missing in the stubs
             error.__cause__, error.__suppress_context__ = None, True
         return error
-    return _statement_failed(error) if isinstance(error, StatementError) else error
+    return _statement_failed(error) if isinstance(error, SQLAlchemyError) else error
 
 
-def _statement_failed(error: StatementError) -> StatementFailed:
-    original = error.orig
+def _statement_failed(error: SQLAlchemyError) -> StatementFailed:
+    original = error.orig if isinstance(error, StatementError) else None  # e.g. PendingRollbackError quotes one
     fields = getattr(original, "diag", original)
     details = [f"SQLSTATE {state}"] if (state := sqlstate(original)) else []
     details += [f"{name.removesuffix('_name')} {value}" for name in _NAMED if (value := getattr(fields, name, None))]

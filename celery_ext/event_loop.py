@@ -48,10 +48,10 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         coroutine.close()
         raise
     outcome: Future[T] = Future()
-    tasks: list[asyncio.Task[T]] = []
+    tasks: list[asyncio.Task[Any]] = []
 
     def start() -> None:
-        tasks.append(loop.create_task(coroutine))
+        tasks.append(loop.create_task(_contained(coroutine, outcome)))
         tasks[0].add_done_callback(lambda task: _copy_outcome(task, outcome))
 
     loop.call_soon_threadsafe(start)
@@ -76,7 +76,17 @@ def stop(last: Coroutine[Any, Any, None]) -> None:
     stopping.stop()
 
 
-def _copy_outcome(task: asyncio.Task[T], outcome: Future[T]) -> None:
+async def _contained(coroutine: Coroutine[Any, Any, T], outcome: Future[T]) -> Any:
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:  # asyncio would end the loop, and every later task with it
+        outcome.set_exception(error)
+        return None
+
+
+def _copy_outcome(task: asyncio.Task[Any], outcome: Future[T]) -> None:
+    if outcome.done():
+        return
     if task.cancelled():
         # Celery takes an exception that is no Exception for the end of the worker.
         outcome.set_exception(AsyncTaskCancelled("the coroutine was cancelled; to end a task quietly raise Ignore()"))

@@ -80,10 +80,10 @@ class Execution:
         except Exception:
             logger.exception("what the handlers of task %s[%s] wrote is lost", self.task.name, self._task_id)
         finally:
-            if self.delivery is not None:
-                self.delivery.close()
             if self._leave_context is not None:
                 self._leave_context()
+            if self.delivery is not None:
+                self.delivery.close()
 
     def _open(self, unit: UnitOfWork) -> None:
         unit.task_id = self._task_id

@@ -6,15 +6,17 @@ import inspect
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import celery
+from celery.canvas import Signature
 from celery.result import AsyncResult
 
 from celery_ext.body import put_in_unit
 from celery_ext.dispatch import OnError, send_on_commit
 from celery_ext.durable.dispatch import store
-from celery_ext.errors import portable
+from celery_ext.errors import DurableDispatchUnsupported, portable
 from celery_ext.execution import Execution
 from fastapi_chatdify_db.database import Database
 from fastapi_chatdify_db.database import db as default_database
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     _CeleryTask = celery.Task[..., Any]
 else:
     _CeleryTask = celery.Task
+
+
+_CELERY: Final = str(Path(celery.__file__).parent)
 
 
 class Task(_CeleryTask):
@@ -67,7 +72,7 @@ class Task(_CeleryTask):
     @cached_property
     def is_async(self) -> bool:
         """Whether the body is an ``async def``."""
-        return inspect.iscoroutinefunction(inspect.unwrap(self.run))
+        return inspect.iscoroutinefunction(inspect.unwrap(self.run, stop=_is_the_users))
 
     def delay_on_commit(self, *args: object, **kwargs: object) -> str:
         """Send the task once the unit of work around the call is committed; never after a rollback.
@@ -171,3 +176,23 @@ class Task(_CeleryTask):
             delivery.retry_later(args or (), kwargs or {}, options)
             return self.AsyncResult(task_id)
         return super().apply_async(args, kwargs, task_id, *rest, **options)
+
+    def replace(self, sig: Signature[Any]) -> NoReturn:
+        """Celery's, which ends this task without its effects; a durable one has to store its successor instead.
+
+        Raises:
+            DurableDispatchUnsupported: The task is durable.
+        """
+        execution = Execution.current()
+        if execution is not None and execution.delivery is not None:
+            raise DurableDispatchUnsupported(
+                f"{self.name} is durable, and self.replace() would not be; write: other_task.delay_durably(...)"
+            )
+        super().replace(sig)
+        raise AssertionError("it raises Ignore")
+
+
+def _is_the_users(function: Any) -> bool:
+    """Whether a function is no wrapper of Celery's (``autoretry_for``, ``pydantic=True``), which hides a coroutine."""
+    code = getattr(function, "__code__", None)
+    return code is None or not code.co_filename.startswith(_CELERY)

@@ -157,4 +157,9 @@ def _text(error: BaseException | None) -> str | None:
     if error is None:
         return None
     shown = portable(error)
-    return (str(shown) if shown is not error else f"{type(error).__name__}: {error}")[:2000]
+    try:
+        text = str(shown) if shown is not error else f"{type(error).__name__}: {error}"
+    except Exception as broken:
+        text = f"{type(error).__name__}, whose text cannot be had: {type(broken).__name__}"
+    # What PostgreSQL does not store shall not keep a failure from being stored.
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")[:2000]

@@ -7,10 +7,12 @@ connection per process holds the locks of all its tasks.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from threading import Lock
 from typing import Final
 
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 
 from fastapi_chatdify_db.database import Database
 
@@ -45,7 +47,8 @@ def free(database: Database, task_id: str) -> None:
         connection = _connections[database]
         _held[database].discard(task_id)
         if not connection.invalidated:
-            connection.scalar(_FREE, {"id": task_id})
+            with suppress(DBAPIError):  # its end has freed them all
+                connection.scalar(_FREE, {"id": task_id})
         if not _held[database]:
             connection.close()
             del _connections[database]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Final
 
 from sqlalchemy import event
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
 
 from celery_ext.durable import statements
 from celery_ext.durable.row import Row
@@ -44,10 +44,23 @@ class Outbox:
         session = self._session
         if not session.in_transaction():
             session.begin()
-        self._rows.append((row, session.get_nested_transaction() or session.get_transaction()))
+        self._rows.append((row, _innermost(session)))
+        if session._flushing:  # a handler of the flush's events; it may be the COMMIT's own flush
+            event.listen(session, "after_flush_postexec", self._store_what_it_added, once=True)
 
     def _store(self, session: Session) -> None:
+        if session.in_nested_transaction():
+            return  # a savepoint is released; the transaction around it still decides
         rows, self._rows = [row for row, _ in self._rows], []
+        self._insert(session, rows)
+
+    def _store_what_it_added(self, session: Session, _: UOWTransaction) -> None:
+        innermost = _innermost(session)
+        rows = [row for row, began in self._rows if began is innermost]
+        self._rows = [(row, began) for row, began in self._rows if began is not innermost]
+        self._insert(session, rows)
+
+    def _insert(self, session: Session, rows: list[Row]) -> None:
         if not rows:
             return
         if keys := sorted({row.ordering_key for row in rows if row.ordering_key is not None}):
@@ -59,6 +72,10 @@ class Outbox:
 
     def _forget(self, _: Session, ended: SessionTransaction) -> None:
         self._rows = [(row, began) for row, began in self._rows if ended not in self_and_parents(began)]
+
+
+def _innermost(session: Session) -> SessionTransaction | None:
+    return session.get_nested_transaction() or session.get_transaction()
 
 
 def _numbered(rows: list[Row], seen: set[str | None]) -> Iterable[dict[str, object]]:

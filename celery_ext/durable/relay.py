@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import select
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from selectors import EVENT_READ, DefaultSelector
+from socket import socketpair
 from threading import Event, Thread
 from typing import Any, Final
 
@@ -63,7 +63,7 @@ class Relay:
         self._database = database
         self._grace = grace
         self._stopping = Event()
-        self._wake_reader, self._wake_writer = os.pipe()
+        self._wake_reader, self._wake_writer = socketpair()
         self._line: _Line | None = None
         self._looked_for_forgotten = 0.0
         self._failures = 0  # since a batch, or the lack of one, last went well
@@ -85,13 +85,14 @@ class Relay:
                     self._stopping.wait(min(_LONGEST_PAUSE, 0.1 * 2 ** min(self._failures, 10)))
         finally:
             self._disconnect()
-            os.close(self._wake_reader)
-            os.close(self._wake_writer)
+            self._wake_reader.close()
+            self._wake_writer.close()
 
     def stop(self) -> None:
         """End ``run``, from another thread or a signal handler."""
         self._stopping.set()
-        os.write(self._wake_writer, b"x")
+        with suppress(OSError):  # it has ended by itself
+            self._wake_writer.send(b"x")
 
     def _relay(self, connection: Connection) -> None:
         while not self._stopping.is_set():
@@ -105,9 +106,7 @@ class Relay:
         if not rows:
             return 0
         try:
-            line = self._line or self._connect()
-            sent = [row for row in rows if self._send(line, row)]
-            line.confirms.wait(_BROKER_LIMIT)
+            sent = self._send_all(rows)
         except self._broker_errors():
             self._disconnect()
             connection.execute(statements.UNCLAIM, {"ids": [row.id for row in rows]})
@@ -116,12 +115,43 @@ class Relay:
         logger.info("relayed sent=%d rerung=%d refused=%d", len(sent), rerung, len(rows) - len(sent))
         return len(rows)
 
-    def _send(self, line: _Line, row: Row[Any]) -> bool:
-        args, kwargs = deserialize(row.arguments)
-        options = deserialize(row.options)
-        send = getattr(self._app.tasks.get(row.name), "apply_async", None)
-        options |= {"task_id": row.id, "retries": row.retries, "producer": line.producer, "retry": False}
+    def _send_all(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
         try:
+            return self._send_together(rows)
+        except self._broker_errors() as error:
+            if not self._is_about_one(error):
+                raise
+        return self._send_one_by_one(rows)
+
+    def _send_together(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
+        line = self._line or self._connect()
+        sent = [row for row in rows if self._send(line, row)]
+        line.confirms.wait(_BROKER_LIMIT)
+        return sent
+
+    def _send_one_by_one(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
+        """Leave out what the broker refuses: a queue or an exchange that is not as the row says."""
+        sent: list[Row[Any]] = []
+        self._disconnect()
+        for row in rows:
+            try:
+                sent += self._send_together([row])
+            except self._broker_errors() as error:
+                if not self._is_about_one(error):
+                    raise
+                logger.error("task %s[%s] can not be sent: %s", row.name, row.id, _one_line(error))
+                self._disconnect()
+        return sent
+
+    def _is_about_one(self, error: BaseException) -> bool:
+        return isinstance(error, self._line.connection.channel_errors if self._line is not None else ())
+
+    def _send(self, line: _Line, row: Row[Any]) -> bool:
+        send = getattr(self._app.tasks.get(row.name), "apply_async", None)
+        try:
+            args, kwargs = deserialize(row.arguments)
+            options = deserialize(row.options)
+            options |= {"task_id": row.id, "retries": row.retries, "producer": line.producer, "retry": False}
             if send is None:
                 self._app.send_task(row.name, args, kwargs, **options)
             else:
@@ -143,7 +173,10 @@ class Relay:
         limit = _POLL if until_next is None else max(0.0, min(_POLL, float(until_next)))
         driver: Any = connection.connection.driver_connection
         if not driver.notifies:
-            select.select([driver, self._wake_reader], [], [], limit)
+            with DefaultSelector() as either:  # select.select() takes no descriptor beyond 1023
+                either.register(driver, EVENT_READ)
+                either.register(self._wake_reader, EVENT_READ)
+                either.select(limit)
             driver.poll()
         driver.notifies.clear()
 
@@ -151,6 +184,7 @@ class Relay:
         broker = self._app.connection_for_write()
         limits = _LIMITS.get(str(broker.transport.driver_type), ())
         options = {**(broker.transport_options or {}), **dict.fromkeys(limits, _BROKER_LIMIT)}
+        options.pop("confirm_publish", None)  # Confirms does that, for a batch at once
         connection = broker.clone(transport_options=options)
         producer = self._app.amqp.Producer(connection.default_channel, auto_declare=False)
         self._line = _Line(connection, producer, Confirms(connection))

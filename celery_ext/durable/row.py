@@ -71,17 +71,19 @@ def new_row(
 
 
 def serialize(name: str, value: object) -> str:
-    """In kombu's JSON, which also carries dates, UUIDs and decimals.
+    """In kombu's JSON, which also carries dates, UUIDs and decimals; read back at once, so that the relay can.
 
     Raises:
         ArgumentsNotSerializable: There is something in it that JSON does not carry.
     """
     try:
-        return str(dumps(value))
-    except (TypeError, ValueError) as error:
+        written = str(dumps(value))
+        loads(written)  # which fails for a dictionary that looks like kombu's own way to write, e.g., a date
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArgumentsNotSerializable(
             f"the arguments of {name} are no JSON ({error}); send ids, not objects"
         ) from error
+    return written
 
 
 def deserialize(value: str) -> Any:

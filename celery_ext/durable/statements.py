@@ -70,7 +70,13 @@ KEY_OF_PENDING: Final = text("SELECT ordering_key FROM durable_task WHERE id = :
 CANCEL: Final = text(
     """
     UPDATE durable_task SET status = 'cancelled', finished_at = clock_timestamp()
-    WHERE id IN (SELECT id FROM durable_task WHERE id = :id AND status = 'pending' FOR UPDATE SKIP LOCKED)
+    WHERE id IN (
+        SELECT id FROM (
+            SELECT id FROM durable_task WHERE id = :id AND status = 'pending' FOR UPDATE SKIP LOCKED
+        ) AS locked
+        WHERE CASE WHEN pg_try_advisory_lock(hashtextextended(id, 21))
+                   THEN pg_advisory_unlock(hashtextextended(id, 21)) ELSE false END
+    )
     RETURNING id
     """
 )
@@ -132,7 +138,7 @@ CLAIM: Final = text(
     )
     UPDATE durable_task AS task
     SET rings = rings + 1,
-        ring_at = clock_timestamp() + make_interval(secs => :grace * least(power(2, rings), 64))
+        ring_at = clock_timestamp() + make_interval(secs => :grace * power(2, least(rings, 6)))
     FROM due WHERE task.id = due.id
     RETURNING task.id, task.name, task.arguments, task.options, task.retries, task.rings
     """

@@ -317,6 +317,19 @@ def refused_once(name: str) -> None:
         db.sync_session.execute(text("DO $$ BEGIN RAISE 'too many clients' USING ERRCODE = '53300'; END $$"))
 
 
+@shared_task
+def raise_text(utf_16: str) -> None:
+    """Fail with a text that may be none PostgreSQL stores."""
+    raise ValueError(bytes.fromhex(utf_16).decode("utf-16", "surrogatepass"))
+
+
+@shared_task(base=Task, bind=True)
+def replaced(self: Task, name: str) -> None:
+    """Hand over to another task."""
+    insert(name)
+    self.replace(record.s(name))
+
+
 def _terminate(backend: int | None) -> None:
     with db.sync_transaction() as session:
         session.execute(text("SELECT pg_terminate_backend(:backend, 5000)"), {"backend": backend})

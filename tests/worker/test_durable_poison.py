@@ -1,0 +1,158 @@
+"""What is wrong with one durable task is no harm to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import pytest
+from celery import Celery
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+import celery_ext
+from celery_ext import ArgumentsNotSerializable
+from celery_ext.durable import administration
+from celery_ext.durable.relay import relaying
+from fastapi_chatdify_db import db
+from tests.models import Item
+from tests.observing import Observer
+from tests.worker.running import Worker, brokers, task, urls
+from tests.worker.test_durable_dispatch import stored, unheard, until_status
+
+__all__ = ["unheard"]
+
+
+def savepoint_that_fails(session: Session, store: Callable[[], str]) -> None:
+    store()
+    savepoint = session.begin_nested()
+    session.add_all([Item("a"), Item("a")])
+    session.flush()
+    with pytest.raises(IntegrityError):
+        session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+    savepoint.rollback()
+
+
+def inner_savepoint_released(session: Session, store: Callable[[], str]) -> None:
+    store()
+    savepoint = session.begin_nested()
+    with session.begin_nested():
+        session.add(Item("inner"))
+    savepoint.rollback()
+
+
+def handler_of_the_commits_flush(session: Session, store: Callable[[], str]) -> None:
+    event.listen(Item, "after_insert", lambda *_: store(), once=True)
+    session.add(Item("b"))
+
+
+def handler_of_another_flush(session: Session, store: Callable[[], str]) -> None:
+    handler_of_the_commits_flush(session, store)
+    session.flush()
+
+
+@pytest.mark.parametrize(
+    "work",
+    [savepoint_that_fails, inner_savepoint_released, handler_of_the_commits_flush, handler_of_another_flush],
+)
+async def test_stored_with_the_transaction_of_the_call(
+    unheard: Celery[celery_ext.Task], rows: Observer, work: Callable[[Session, Callable[[], str]], None]
+) -> None:
+    """Savepoints that come and go after the call do not matter, nor whether it is called within a flush."""
+    with db.sync_transaction() as session:
+        work(session, lambda: task(unheard, "record").delay_durably("x"))
+    assert await stored(rows) == [("pending", '[["x"], {}]')]
+
+
+@pytest.mark.parametrize("argument", [{"__type__": "x", "__value__": 1}, {"__type__": "datetime", "__value__": "now"}])
+async def test_what_cannot_be_read_back_is_not_stored(
+    unheard: Celery[celery_ext.Task], rows: Observer, argument: object
+) -> None:
+    """A dictionary that only looks like kombu's way to write a date is refused at the call, and no relay meets it."""
+    async with db.transaction():
+        with pytest.raises(ArgumentsNotSerializable):
+            task(unheard, "record").delay_durably(argument)
+    assert await stored(rows) == []
+
+
+async def test_row_that_cannot_be_read_is_passed_over(
+    relayed: Worker, rows: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor can one that was stored by something else, or was rung for weeks, stop a relay."""
+    add = relayed.task("add_item")
+    async with db.transaction() as session:
+        bad, old = add.apply_durably(("bad",), countdown=3600), add.apply_durably(("old",), countdown=3600)
+        await session.flush()
+    await rows.connection.execute("UPDATE durable_task SET rings = 2000 WHERE id = $1", old)
+    await rows.connection.execute("""UPDATE durable_task SET arguments = '{"__type__": "x"' WHERE id = $1""", bad)
+    await rows.connection.execute("UPDATE durable_task SET due_at = now(), ring_at = now()")
+    async with db.transaction():
+        innocent = add.delay_durably("innocent")
+    await until_status(rows, old, "done")
+    await until_status(rows, innocent, "done")
+    assert f"[{bad}] can not be sent" in caplog.text
+
+
+@pytest.mark.skipif("rabbitmq" not in brokers(), reason="needs RabbitMQ")
+@pytest.mark.parametrize("alone", [False, True])
+async def test_row_that_the_broker_refuses(
+    rows: Observer, prefork: Worker, caplog: pytest.LogCaptureFixture, alone: bool
+) -> None:
+    """An exchange that is not there closes the channel; the other rows of the batch are sent, once each."""
+    caplog.set_level(logging.INFO, logger="celery_ext")
+    app = Celery("refused", broker=urls("rabbitmq")[0], task_cls=celery_ext.Task, set_as_current=False)
+    app.conf.task_default_queue = prefork.app.conf.task_default_queue
+    app.conf.broker_transport_options = {"confirm_publish": True}
+    celery_ext.init_app(app)
+    app.set_default()
+    try:
+        add = task(app, "add_item")
+        async with db.transaction():
+            good = [] if alone else [add.delay_durably(name) for name in ("a", "b")]
+            add.apply_durably(("refused",), exchange="chatdify-test-nowhere", routing_key="x")
+            good += [] if alone else [add.delay_durably("c")]
+        with relaying(app, db):
+            while "can not be sent" not in caplog.text or "relayed sent=" not in caplog.text:
+                await asyncio.sleep(0.02)
+                assert "relay pauses (3)" not in caplog.text
+    finally:
+        app.close()
+    figures = administration.figures(db)
+    assert figures["rerung"] == 0
+    assert "pauses" not in caplog.text
+    assert f"relayed sent={len(good)} rerung=0 refused=1" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\udcff"])
+async def test_error_that_cannot_be_stored_as_it_is(relayed: Worker, rows: Observer, text: str) -> None:
+    """A failure is a failure, whatever its text, and the next task of its key begins."""
+    async with db.transaction():
+        failing = relayed.task("raise_text").apply_durably(
+            (text.encode("utf-16", "surrogatepass").hex(),), ordering_key="k"
+        )
+        behind = relayed.task("add_item").apply_durably(("behind",), ordering_key="k")
+    await until_status(rows, failing, "failed")
+    await until_status(rows, behind, "done")
+
+
+async def test_replace_is_refused(relayed: Worker, rows: Observer) -> None:
+    """The successor would be an ordinary task, sent before the commit; the error says what to write instead."""
+    async with db.transaction():
+        task_id = relayed.task("replaced").delay_durably("x")
+    await until_status(rows, task_id, "failed")
+    [failed] = administration.failed(db, 10)
+    assert "delay_durably" in failed.error
+    assert await rows.names() == []
+
+
+async def test_running_task_that_was_released_is_not_cancelled(relayed: Worker, rows: Observer) -> None:
+    """``cancel`` says no, and the next of its key does not begin beside it."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    async with db.transaction():
+        running = relayed.task("release_and_wait").apply_durably(("x", 9), ordering_key="k")
+    await rows.until_somebody_waits_for_a_lock()
+    assert not await asyncio.to_thread(administration.cancel, db, running)
+    await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+    await until_status(rows, running, "done")
