@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import logging
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.threads import LocalStack
 from celery.utils.time import get_exponential_backoff_interval
 from sqlalchemy.exc import DBAPIError
@@ -16,12 +19,15 @@ from sqlalchemy.exc import DBAPIError
 from celery_ext import event_loop
 from celery_ext.durable.delivery import Delivery
 from celery_ext.execution import Execution, joinable_unit
+from celery_ext.soft_limit import soft_limit_held_back
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, in_event_loop
 from fastapi_chatdify_db.sqlstates import asks_to_retry
 from fastapi_chatdify_db.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from celery_ext.task import Task
+
+logger: Final = logging.getLogger(__name__)
 
 Body = Callable[..., Any]
 
@@ -76,12 +82,25 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         except BaseException:
             unit.finish(commit=False)
             raise
-        unit.finish(commit=True)
+        _commit(unit, task)
         if delivery is not None and unit.rollback_only:
             delivery.finish_without_effects()
         return result
     finally:
         execution.body_ended()
+
+
+def _commit(unit: UnitOfWork, task: Task) -> None:
+    """Commit; a soft time limit that passes meanwhile can no longer make the task a failure."""
+    committed = False
+    try:
+        with soft_limit_held_back():
+            unit.finish(commit=True)
+            committed = True
+    except SoftTimeLimitExceeded:
+        if not committed:
+            raise
+        logger.warning("the soft time limit of %s passed during its commit, which succeeded", task.name)
 
 
 def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -116,7 +135,12 @@ async def _finished(
         raise
     finally:
         call.close()  # a delivery that was dropped never awaited it
-    await unit.finish_async(commit=True)
+    try:
+        await unit.finish_async(commit=True)
+    except asyncio.CancelledError:
+        if not unit.ended_in_commit:
+            raise
+        logger.warning("the time limit of %s passed during its commit, which succeeded", task.name)
     return result
 
 

@@ -10,6 +10,8 @@ from concurrent.futures import Future, wait
 from threading import Lock, Thread
 from typing import Any, TypeVar
 
+from celery.exceptions import SoftTimeLimitExceeded
+
 from celery_ext.errors import AsyncTaskCancelled, AsyncTaskNotSupported
 
 T = TypeVar("T")
@@ -35,7 +37,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on the process's loop, with the context variables of the calling thread, and wait for it.
 
     An exception that is raised in the waiting thread, as by a time limit, cancels the coroutine and goes on when the
-    coroutine has ended.
+    coroutine has ended; that of a soft time limit does not where the coroutine has returned nevertheless.
 
     Raises:
         AsyncTaskNotSupported: The process runs on greenlets, where an event loop would block all of them.
@@ -57,10 +59,12 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     loop.call_soon_threadsafe(start)
     try:
         return outcome.result()
-    except BaseException:
+    except BaseException as error:
         if not outcome.done():
             loop.call_soon_threadsafe(lambda: tasks[0].cancel())
             wait([outcome])
+        if isinstance(error, SoftTimeLimitExceeded) and outcome.exception() is None:
+            return outcome.result()  # what it did is committed
         raise
 
 

@@ -32,6 +32,8 @@ class AsyncUnitOfWork(UnitOfWork):
 
     has_committed = False
     """Whether something stays, whatever becomes of the rest."""
+    ended_in_commit = False
+    """Whether the last ``finish_async`` committed, be it that a cancellation was raised then."""
     _async_sessions: Mapping[Engines, AsyncSession] = {}
 
     def async_session(self, engines: Engines) -> AsyncSession:
@@ -78,6 +80,7 @@ class AsyncUnitOfWork(UnitOfWork):
         Raises:
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
+        self.ended_in_commit = False
         if self._callbacks is None and not self._sync_sessions:
             begun = [session for session in self._sessions if session.in_transaction()]
             if not any(map(asks_at_end, begun)):
@@ -104,6 +107,7 @@ class AsyncUnitOfWork(UnitOfWork):
         try:
             if commit and not self.rollback_only:
                 await self._commit_async()
+                self.ended_in_commit = True
             else:
                 await self._rollback_async()
         finally:

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import celery
@@ -328,6 +329,37 @@ def replaced(self: Task, name: str) -> None:
     """Hand over to another task."""
     insert(name)
     self.replace(record.s(name))
+
+
+@shared_task(soft_time_limit=1)
+def slow_commit(name: str) -> str:
+    """Have a COMMIT that takes longer than the limit."""
+    insert(name)
+    return name
+
+
+@shared_task(soft_time_limit=1)
+async def slow_commit_async(name: str) -> str:
+    """The same in a coroutine."""
+    db.session.add(Item(name))
+    return name
+
+
+@shared_task
+async def exit_async() -> None:
+    """What a library may do that is meant for command lines."""
+    raise SystemExit(1)
+
+
+@shared_task
+def handled_flush_error(secret: str) -> None:
+    """Go on after a flush that failed."""
+    db.sync_session.add(Item(secret))
+    db.sync_session.flush()
+    with suppress(IntegrityError):
+        db.sync_session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+        db.sync_session.add(Item(secret))
+        db.sync_session.flush()
 
 
 def _terminate(backend: int | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
@@ -134,6 +134,40 @@ async def test_soft_time_limit_rolls_back(empty_tables: Observer, task: str) -> 
         await asyncio.to_thread(running.task("add_item").delay("y").get, timeout=20)
         assert await empty_tables.names() == ["y"]
         assert await empty_tables.in_transaction() == 0
+
+
+@pytest.fixture
+async def slow_commits(empty_tables: Observer) -> AsyncIterator[None]:
+    """COMMITs of inserted items that take two seconds."""
+    await empty_tables.connection.execute("""
+        CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(2); RETURN NULL; END';
+        CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON item DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION slow()
+    """)
+    yield
+    await empty_tables.connection.execute("DROP FUNCTION slow CASCADE")
+
+
+@pytest.mark.usefixtures("slow_commits")
+async def test_soft_time_limit_during_the_commit(empty_tables: Observer) -> None:
+    """What is committed is a success, although the limit passed while PostgreSQL was at it."""
+    with worker(brokers()[0], "-c", "2") as running:
+        results = {name: running.task(name).delay(name) for name in ("slow_commit", "slow_commit_async")}
+        for name, result in results.items():
+            assert await asyncio.to_thread(result.get, timeout=20) == name
+            running.until_logged(f"{name} passed during its commit")
+        assert await asyncio.to_thread(running.task("pid_after_insert").delay("next").get, timeout=20)
+    assert await empty_tables.names() == ["next", "slow_commit", "slow_commit_async"]
+
+
+async def test_coroutine_that_exits(empty_tables: Observer) -> None:
+    """It ends its process, as in a ``def`` task, and not the loop under the next task."""
+    with worker(brokers()[0], "-c", "1") as running:
+        exits = running.task("exit_async").delay()
+        last = running.task("add_item_async").delay("x")
+        assert await asyncio.to_thread(last.get, timeout=20)
+        assert isinstance(await asyncio.to_thread(exits.get, timeout=20, propagate=False), Exception)
+    assert await empty_tables.names() == ["x"]
 
 
 async def test_hard_time_limit_rolls_back(empty_tables: Observer) -> None:

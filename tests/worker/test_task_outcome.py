@@ -18,7 +18,7 @@ TASKS = 2000
 
 async def until_names(observer: Observer, expected: list[str]) -> None:
     """Return when just these rows are there; callbacks run after the result that they follow."""
-    for _ in range(500):
+    for _ in range(3000):
         if await observer.names() == sorted(expected):
             return
         await asyncio.sleep(0.02)
@@ -117,6 +117,16 @@ async def test_result_names_the_error_and_no_parameter(prefork: Worker, empty_ta
         await asyncio.to_thread(result.get, timeout=20)
     assert "hunter2" not in str(result.traceback)
     assert "hunter2" not in prefork.log.replace("'hunter2'", "")
+
+
+async def test_error_that_quotes_another_is_not_shown(prefork: Worker, empty_tables: Observer) -> None:
+    """A session whose flush failed says so with the first error's text, when its commit is refused."""
+    result = prefork.task("handled_flush_error").delay("hunter2")
+    error = await asyncio.to_thread(result.get, timeout=20, propagate=False)
+    assert (type(error), str(error)) == (StatementFailed, "PendingRollbackError")
+    prefork.until_logged(f"[{result.id}] raised")
+    assert "hunter2" not in prefork.log.partition(f"[{result.id}] raised")[2]
+    assert await empty_tables.names() == []
 
 
 async def test_constraint_is_named(prefork: Worker, empty_tables: Observer) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -74,6 +76,33 @@ def test_lineage(empty_tables: Observer, kind: str) -> None:
     task = parent if kind == "def" else async_parent
     assert task.apply(task_id="parent").get() == {"parent_id": "parent", "root_id": "parent"}
     assert lineage() == {}
+    app.close()
+
+
+def test_decorator_that_runs_a_coroutine(empty_tables: Observer) -> None:
+    """A function that is synchronous to its caller is a ``def`` task, whatever it wraps."""
+
+    def synchronous(function: Callable[[], Coroutine[Any, Any, str]]) -> Callable[[], str]:
+        @wraps(function)
+        def run() -> str:
+            return asyncio.run(function())
+
+        return run
+
+    app = Celery("decorated", backend="cache+memory://", set_as_current=False)
+    celery_ext.init_app(app)
+
+    @app.task(shared=False)
+    @synchronous
+    async def wrapped() -> str:
+        return "returned"
+
+    @app.task(shared=False, autoretry_for=(ValueError,))
+    async def retried() -> str:
+        return "awaited"
+
+    assert wrapped.apply().get() == "returned"
+    assert retried.apply().get() == "awaited"
     app.close()
 
 
