@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 from celery.exceptions import Ignore
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,14 +27,18 @@ Work = Callable[[Message], Awaitable[MessageState]]
 """Does a step outside, holding no connection; notes what came of it and returns the message's next state."""
 
 
-async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: MessageState) -> MessageState:
+_LONGEST_PAUSE: Final = 300.0  # seconds between attempts of what is never given up
+
+
+async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: MessageState | None) -> MessageState:
     """Do ``work`` once, and dispatch what is next.
 
     Parameters:
         task: Who does it, to be retried.
         message_id: Whose step it is.
         work: The step.
-        given_up: The message's state after ``CELERY_TASK_MAX_RETRIES`` more failures, or one that will not pass.
+        given_up: The message's state after ``CELERY_TASK_MAX_RETRIES`` more failures, or one that will not pass; None
+            for a step that is tried for as long as its failure may pass.
 
     Returns:
         The message's new state.
@@ -41,6 +46,7 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
     Raises:
         celery.exceptions.Retry: It failed, and is tried again later.
         celery.exceptions.Ignore: The dialogue was deleted.
+        OutsideError: There is no giving up, and the failure will not pass: the task has failed.
     """
     try:
         message = await db.session.get(Message, message_id, options=[joinedload(Message.dialogue)])
@@ -57,10 +63,10 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
     return message.state
 
 
-async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up: MessageState) -> MessageState:
+async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up: MessageState | None) -> MessageState:
     settings = get_settings()
     retries = settings.celery_task_max_retries
-    if message.attempts > retries + 1:  # each time the worker died over it
+    if given_up is not None and message.attempts > retries + 1:  # each time the worker died over it
         return given_up
     try:
         async with asyncio.timeout(settings.celery_task_soft_time_limit):
@@ -70,7 +76,10 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
     except Exception as error:
         foreseen = error if isinstance(error, OutsideError) else None
         logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=foreseen is None)
-        if message.attempts > retries or (foreseen and not foreseen.may_pass):
+        hopeless = not foreseen.may_pass if foreseen else message.attempts > retries
+        if given_up is None and hopeless:
+            raise
+        if given_up is not None and (hopeless or message.attempts > retries):
             return given_up
-        pause = settings.celery_retry_countdown * 2 ** (message.attempts - 1)
+        pause = min(settings.celery_retry_countdown * 2 ** min(message.attempts - 1, 20), _LONGEST_PAUSE)
         raise task.retry(exc=error, countdown=max(pause, foreseen.retry_after if foreseen else 0.0)) from error

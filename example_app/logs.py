@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 from example_app.settings import Settings
 from fastapi_chatdify_db import InvalidSettings
 
 logger: Final = logging.getLogger("chatdify")
 
-_SECRET: Final = re.compile(r"(?<=[?&]secret=)[^&\s]*")
+_SECRET: Final = re.compile(r"(?<![^?&])secret=[^&\s]*")
+
+
+def _without(text: object) -> object:
+    return _SECRET.sub("secret=***", text) if isinstance(text, str) else text
 
 
 class _WithoutSecret(logging.Filter):
@@ -20,7 +24,7 @@ class _WithoutSecret(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
-            record.args = tuple(_SECRET.sub("***", arg) if isinstance(arg, str) else arg for arg in record.args)
+            record.args = tuple(_without(arg) for arg in record.args)
         return True
 
 
@@ -50,4 +54,14 @@ def _report_to_sentry(settings: Settings) -> None:
         environment=settings.sentry_environment,
         traces_sample_rate=settings.sentry_traces_sample_rate,
         send_default_pii=False,
+        include_local_variables=False,  # some hold keys
+        before_send=_strike_secret_out,
+        before_send_transaction=_strike_secret_out,
     )
+
+
+def _strike_secret_out(report: dict[str, Any], _: object) -> dict[str, Any]:
+    """What is said of the request in a report to Sentry, without the webhook's secret."""
+    request = report.get("request") or {}
+    request.update({name: _without(request[name]) for name in ("query_string", "url") if name in request})
+    return report

@@ -112,6 +112,16 @@ class Settings(DatabaseSettings):
     def _split_commas(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
+    @field_validator(
+        "chatdify_api_token", "chatwoot_webhook_secret", "dify_api_key", "chatwoot_api_key", "chatwoot_admin_api_key"
+    )
+    @classmethod
+    def _fit_for_a_header(cls, value: str | None) -> str | None:
+        value = (value or "").strip() or None
+        if value is not None and not (value.isascii() and value.isprintable()):
+            raise ValueError("has to be printable ASCII; was something else pasted along?")
+        return value
+
     @property
     def in_development(self) -> bool:
         """Whether doors without a secret stand open, and the tables are made at the start."""

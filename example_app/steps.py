@@ -6,6 +6,8 @@ on it looks first whether it has been done.
 
 from __future__ import annotations
 
+from typing import Final
+
 from sqlalchemy import select
 
 from example_app.clients import get_chatwoot, get_dify
@@ -14,6 +16,9 @@ from example_app.clients.http import NotFound
 from example_app.db.models import Message, MessageState
 from example_app.settings import get_settings
 from fastapi_chatdify_db import db
+
+_CLOCKS: Final = 60.0
+"""Seconds by which Dify's clock may be behind ours."""
 
 
 def dify_user(chatwoot_conversation_id: str | int) -> str:
@@ -44,7 +49,8 @@ async def ask(message: Message) -> MessageState:
                 raise
             # Dify forgot the conversation: begin anew.
             answer = await dify.ask(question.model_copy(update={"conversation_id": None}))
-    message.answer = answer.answer.replace("\0", "")
+    # What PostgreSQL does not store: NUL, and half of a surrogate pair.
+    message.answer = answer.answer.replace("\0", "").encode("utf-8", "replace").decode()
     message.dify_message_id = answer.message_id
     dialogue.dify_conversation_id = answer.conversation_id
     return MessageState.ANSWERED
@@ -62,7 +68,8 @@ async def _earlier_answer(question: Question, message: Message) -> Answer | None
     ids = [message_id for message_id in known if message_id is not None]
     await db.release()
     try:
-        return await dify.find_answer(question.query, question.user, question.conversation_id, ids)
+        since = message.created_at.timestamp() - _CLOCKS
+        return await dify.find_answer(question.query, question.user, question.conversation_id, ids, since)
     except StillAnswering:
         if message.attempts > get_settings().celery_task_max_retries:
             return None  # it never will
@@ -80,7 +87,10 @@ async def hand_over(message: Message) -> MessageState:
     """Open the conversation for a human, and say so to the customer and to the agents."""
     settings = get_settings()
     chatwoot = await get_chatwoot()
-    await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
+    try:
+        await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
+    except NotFound:
+        return MessageState.UNDELIVERABLE  # there is no such conversation any more
     if message.conversation_status == "pending" and settings.bot_error_message_internal:
         await _post_once(message, settings.bot_error_message_internal, "note", private=True)
     if settings.bot_conversation_opened_message_external:

@@ -35,7 +35,7 @@ async def handle_dify_response(self: celery_ext.Task, message_id: int) -> str:
 @app.task(bind=True, name=dispatch.HAND_OVER, max_retries=None)
 async def handle_dify_error(self: celery_ext.Task, message_id: int) -> str:
     """Hand the conversation to a human; returns the message's state."""
-    return await attempt(self, message_id, steps.hand_over, MessageState.UNDELIVERABLE)
+    return await attempt(self, message_id, steps.hand_over, given_up=None)
 
 
 @app.task(bind=True, name=dispatch.DELETE)

@@ -14,7 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from example_app.settings import get_settings
 
 BODY_LIMIT: Final = 1024 * 1024
-"""Bytes; the longest message that Chatwoot takes has 150,000 characters."""
+"""Bytes."""
+WEBHOOK_LIMIT: Final = 8 * 1024 * 1024
+"""Bytes. Chatwoot's longest message has 150,000 characters and stands in the payload twice, an e-mail with its HTML as
+well, and Rails writes ``<`` in six bytes."""
 
 _bearer: Final = HTTPBearer(auto_error=False, description="CHATDIFY_API_TOKEN")
 
@@ -72,7 +75,7 @@ def sign(secret: str, timestamp: str, body: bytes) -> str:
 
 
 class BodyLimit:
-    """Refuses request bodies beyond ``BODY_LIMIT`` with 413; the server discards the rest.
+    """Refuses bodies beyond ``BODY_LIMIT`` (the webhook: ``WEBHOOK_LIMIT``) with 413; the server drops the rest.
 
     Parameters:
         app: The application.
@@ -83,14 +86,15 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
+        limit = WEBHOOK_LIMIT if scope.get("path", "").endswith("/chatwoot-webhook") else BODY_LIMIT
 
         async def receive_limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > BODY_LIMIT:
+            if received > limit:
                 # Raised where the application reads its body, so that its own handler answers.
-                raise HTTPException(413, f"The body is larger than {BODY_LIMIT} bytes.")
+                raise HTTPException(413, f"The body is larger than {limit} bytes.")
             return message
 
         await self._app(scope, receive_limited, send)

@@ -77,7 +77,7 @@ def _outside_error(_: Request, error: Exception) -> ProblemResponse:
     logger.warning("%s", error)
     if isinstance(error, NotFound):
         return _problem(404, "Chatwoot has no such conversation.")
-    if isinstance(error, Busy):
+    if isinstance(error, Busy) or error.retry_after:
         return _problem(
             503, "Chatwoot is busy, try again.", headers={"Retry-After": str(round(error.retry_after) or 1)}
         )

@@ -85,7 +85,8 @@ class Chatwoot(OutsideAPI):
     async def has_message(self, conversation_id: int | str, marker: str) -> bool:
         """Whether a message with this marker is among the latest of the conversation."""
         path = f"/conversations/{conversation_id}/messages"
-        messages = read(_Messages, await self.call("GET", path), self.name).payload
+        # An agent bot's own token may post, and read nothing.
+        messages = read(_Messages, await self.call("GET", path, headers=self._as_admin), self.name).payload
         return any((message.content_attributes or {}).get(MARKER) == marker for message in messages)
 
     async def conversations(self) -> list[Conversation]:
@@ -100,7 +101,7 @@ class Chatwoot(OutsideAPI):
 
     async def teams(self) -> list[Team]:
         """The account's teams."""
-        return read(_Teams, await self.call("GET", "/teams"), self.name).root
+        return read(_Teams, await self.call("GET", "/teams", headers=self._as_admin), self.name).root
 
     async def set_labels(self, conversation_id: int, labels: list[str]) -> JsonValue:
         """Replace the conversation's labels."""

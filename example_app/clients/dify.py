@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from typing import Final
 
 import httpx
@@ -59,6 +59,7 @@ class _Message(BaseModel):
     conversation_id: str
     query: str
     answer: str | None = None
+    created_at: float  # seconds since 1970
 
 
 class _Messages(BaseModel):
@@ -97,7 +98,9 @@ class Dify(OutsideAPI):
             return await self._ask_streaming(body)
         return _answer(await self.call_once("POST", "/chat-messages", json=body))
 
-    async def find_answer(self, query: str, user: str, conversation_id: str, known: Collection[str]) -> Answer | None:
+    async def find_answer(
+        self, query: str, user: str, conversation_id: str, known: Collection[str], since: float
+    ) -> Answer | None:
         """The answer to a question that was asked before, when it is not known whether Dify got it.
 
         Parameters:
@@ -105,6 +108,7 @@ class Dify(OutsideAPI):
             user: By whom.
             conversation_id: Where.
             known: The ids of the messages whose answers are known: the same words may be said twice.
+            since: When at the earliest, in seconds since 1970; an older question was another one.
 
         Raises:
             StillAnswering: It is under way, or was when Dify died.
@@ -113,7 +117,7 @@ class Dify(OutsideAPI):
         parameters: dict[str, str | int] = {"conversation_id": conversation_id, "user": user, "limit": 20}
         answer = await self.call("GET", "/messages", params=parameters)
         for message in reversed(read(_Messages, answer, _NAME).data):
-            if message.query == query and message.id not in known:
+            if message.query == query and message.id not in known and message.created_at >= since:
                 if not message.answer:
                     raise StillAnswering("Dify, GET /messages", "has no answer yet")
                 return Answer(conversation_id=message.conversation_id, message_id=message.id, answer=message.answer)
@@ -143,7 +147,7 @@ class Dify(OutsideAPI):
 async def _assemble(response: httpx.Response) -> Answer:
     """Put a streamed answer together out of its server-sent events."""
     pieces: list[str] = []
-    async for line in response.aiter_lines():
+    async for line in _lines(response):
         if not line.startswith("data:"):
             continue
         event = read(_Event, _parse(line.removeprefix("data:")), _NAME)
@@ -151,6 +155,8 @@ async def _assemble(response: httpx.Response) -> Answer:
             raise Unanswered(_ASK, "answered with an error event")
         if event.event in ("message", "agent_message"):
             pieces.append(event.answer or "")
+        if event.event == "message_replace":  # by Dify's moderation
+            pieces = [event.answer or ""]
         if event.event == "message_end":
             return _answer(
                 {
@@ -160,6 +166,19 @@ async def _assemble(response: httpx.Response) -> Answer:
                 }
             )
     raise Unanswered(_ASK, "ended before the answer did")
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of an event stream; ``aiter_lines`` would also end one at, say, a U+2028 within a JSON string.
+
+    https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
+    """
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace").rstrip("\r")
+    yield rest.decode("utf-8", "replace")
 
 
 def _answer(content: JsonValue) -> Answer:

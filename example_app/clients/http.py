@@ -18,6 +18,8 @@ M = TypeVar("M", bound=BaseModel)
 TRIES: Final = 3
 LONGEST_PAUSE: Final = 10.0
 """Seconds that a call waits for ``Retry-After``; who is told to wait longer gets the error."""
+_LONGEST_WAIT: Final = 3600.0
+"""Seconds that anybody is believed who asks to wait."""
 
 _backoff: Final = wait_random_exponential(multiplier=0.2, max=5.0)
 
@@ -48,7 +50,7 @@ class Rejected(OutsideError):
 
 
 class Busy(OutsideError):
-    """429 or 503: nothing was done, later it may be."""
+    """429: nothing was done, later it may be."""
 
     may_pass = True
     never_began = True
@@ -62,7 +64,10 @@ class Unreachable(OutsideError):
 
 
 class Unanswered(OutsideError):
-    """A 5xx, a time-out, a broken or senseless answer: it may have been done or not."""
+    """A 5xx, a time-out, a broken or senseless answer: it may have been done or not.
+
+    A 503 too: proxies also answer it when the server behind them went away with the request.
+    """
 
     may_pass = True
 
@@ -126,7 +131,7 @@ class OutsideAPI:
         call = f"{self.name}, {response.request.method} {response.request.url.path}"
         outcome = f"answered {status}"
         if status in (429, 503):
-            raise Busy(call, outcome, _seconds(response.headers.get("Retry-After")))
+            raise (Busy if status == 429 else Unanswered)(call, outcome, _seconds(response.headers.get("Retry-After")))
         if status == 404:
             raise NotFound(call, outcome)
         raise (Unanswered if status >= 500 else Rejected)(call, outcome)
@@ -197,7 +202,7 @@ def _seconds(retry_after: str | None) -> float:
         return 0.0
     try:
         if retry_after.strip().isdecimal():
-            return float(retry_after)
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
+            return min(float(retry_after), _LONGEST_WAIT)
+        return min(max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()), _LONGEST_WAIT)
+    except (ValueError, OverflowError):
         return 0.0

@@ -61,16 +61,20 @@ class FakeChatwoot:
 
     Parameters:
         api_key: What callers have to bring.
+        admin_key: What they have to bring to read; then the other is an agent bot's, which may only write.
         webhook_url: Where to tell.
         webhook_secret: What to sign with; None is an older Chatwoot, which does not sign.
     """
 
-    def __init__(self, api_key: str, webhook_url: str, webhook_secret: str | None) -> None:
+    def __init__(
+        self, api_key: str, webhook_url: str, webhook_secret: str | None, admin_key: str | None = None
+    ) -> None:
         self.conversations: dict[int, ChatwootConversation] = {}
         self.teams = [{"id": 1, "name": "Support"}, {"id": 2, "name": "Sales"}]
         self.faults = Faults()
         self.posted = asyncio.Event()
-        self._api_key = api_key
+        self._keys_to_read = {admin_key or api_key}
+        self._keys_to_write = {api_key, admin_key or api_key}
         self.webhook_url = webhook_url
         self._webhook_secret = webhook_secret
         self._ids = itertools.count(time.time_ns() // 1_000_000)  # new ones after a restart
@@ -212,7 +216,11 @@ class FakeChatwoot:
 
     def _with_key(self, app: Starlette) -> ASGIApp:
         async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http" and (b"api_access_token", self._api_key.encode()) not in scope["headers"]:
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            keys = self._keys_to_read if scope["method"] == "GET" else self._keys_to_write
+            if dict(scope["headers"]).get(b"api_access_token", b"").decode() not in keys:
                 await JSONResponse({"error": "Invalid Access Token"}, 401)(scope, receive, send)
             else:
                 await app(scope, receive, send)

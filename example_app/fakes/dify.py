@@ -53,6 +53,8 @@ class FakeDify:
         self.answering = asyncio.Event()
         self.answering.set()
         self.delay = 0.0
+        self.replaced: str | None = None
+        """What its moderation makes of every streamed answer."""
         self._api_key = api_key
         routes = [
             Route("/v1/chat-messages", self._chat, methods=["POST"]),
@@ -89,7 +91,7 @@ class FakeDify:
         await self.answering.wait()
         message.answer = f"You said: {message.query}"
         if body.get("response_mode") == "streaming":
-            return StreamingResponse(_events(conversation, message), media_type="text/event-stream")
+            return StreamingResponse(_events(conversation, message, self.replaced), media_type="text/event-stream")
         return JSONResponse(
             {
                 "event": "message",
@@ -134,12 +136,14 @@ class FakeDify:
         return conversation if conversation is not None and conversation.user == user else None
 
 
-async def _events(conversation: DifyConversation, message: DifyMessage) -> AsyncIterator[str]:
+async def _events(conversation: DifyConversation, message: DifyMessage, replaced: str | None) -> AsyncIterator[str]:
     ids = {"conversation_id": conversation.id, "message_id": message.id}
     yield "event: ping\n\n"
     half = len(message.answer) // 2
     for piece in (message.answer[:half], message.answer[half:]):
-        yield f"data: {json.dumps({'event': 'agent_message', 'answer': piece} | ids)}\n\n"
+        yield f"data: {json.dumps({'event': 'agent_message', 'answer': piece} | ids, ensure_ascii=False)}\n\n"
+    if replaced is not None:
+        yield f"data: {json.dumps({'event': 'message_replace', 'answer': replaced} | ids)}\n\n"
     yield f"data: {json.dumps({'event': 'message_end'} | ids)}\n\n"
 
 

@@ -51,6 +51,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Co
         CHATDIFY_API_TOKEN=API_TOKEN,
         CHATWOOT_WEBHOOK_SECRET=WEBHOOK_SECRET,
         CHATWOOT_API_KEY="chatwoot-key",
+        CHATWOOT_ADMIN_API_KEY="chatwoot-admin-key",
         DIFY_API_KEY="dify-key",
         HTTPX_READ_TIMEOUT="1",
         CELERY_BROKER_URL="memory://localhost",
@@ -76,7 +77,9 @@ class Outside:
 @pytest.fixture
 async def outside(configure: Configure, tables: None) -> AsyncIterator[Outside]:
     """Both fakes on sockets, and the application's tables."""
-    chatwoot = FakeChatwoot("chatwoot-key", "http://127.0.0.1:9/nobody-listens", WEBHOOK_SECRET)
+    chatwoot = FakeChatwoot(
+        "chatwoot-key", "http://127.0.0.1:9/nobody-listens", WEBHOOK_SECRET, admin_key="chatwoot-admin-key"
+    )
     dify = FakeDify("dify-key")
     async with served(chatwoot.app) as chatwoot_url, served(dify.app) as dify_url:
         configure(CHATWOOT_API_URL=f"{chatwoot_url}/api/v1", DIFY_API_URL=f"{dify_url}/v1")

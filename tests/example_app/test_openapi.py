@@ -37,7 +37,7 @@ def api(configure: Configure) -> Iterator[schemathesis.BaseSchema]:
     ready, stop, urls = threading.Event(), threading.Event(), []
 
     async def run() -> None:
-        chatwoot = FakeChatwoot("chatwoot-key", "http://127.0.0.1:9/nobody-listens", None)
+        chatwoot = FakeChatwoot("chatwoot-key", "http://127.0.0.1:9/nobody-listens", None, "chatwoot-admin-key")
         for number in range(1, 8):
             chatwoot.conversation(number)
         with free_socket() as listener:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -71,6 +74,36 @@ def test_webhook_url_for_older_versions(configure: Configure) -> None:
     """The URL to enter in Chatwoot has the secret, escaped."""
     configure(CHATWOOT_WEBHOOK_SECRET="a&b")
     assert get_settings().webhook_url() == "http://localhost:8000/api/v1/chatwoot-webhook?secret=a%26b"
+
+
+@pytest.mark.parametrize("name", ["DIFY_API_KEY", "CHATWOOT_API_KEY", "CHATWOOT_WEBHOOK_SECRET"])
+def test_key_that_fits_no_header(configure: Configure, name: str) -> None:
+    """What was pasted along with a key is an error that names the variable and not the key; white space is none."""
+    configure(**{name: "app-s3cr\u200bt"})
+    with pytest.raises(InvalidSettings, match=f"^{name}: ") as caught:
+        get_settings()
+    assert "s3cr" not in str(caught.value)
+    configure(**{name: " app-s3cret\n"})
+    assert getattr(get_settings(), name.lower()) == "app-s3cret"
+    configure(**{name: " "})
+    assert getattr(get_settings(), name.lower()) is None
+
+
+def test_sentry_gets_no_secret(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the webhook's, of which older versions of Chatwoot send the URL, nor what local variables hold."""
+    sentry = ModuleType("sentry_sdk")
+    told: dict[str, Any] = {}
+    sentry.init = told.update  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sentry_sdk", sentry)
+    configure(SENTRY_DSN="https://key@sentry.invalid/1")
+    create_app()
+    assert told["include_local_variables"] is False
+    for hook in ("before_send", "before_send_transaction"):
+        report = {"request": {"query_string": "secret=s3cr3t&a=b", "url": "http://x/y?a=b&secret=s3cr3t"}}
+        assert told[hook](report, {}) == {
+            "request": {"query_string": "secret=***&a=b", "url": "http://x/y?a=b&secret=***"}
+        }
+    assert told[hook]({}, {}) == {}
 
 
 def test_sentry_needs_its_package(configure: Configure) -> None:

@@ -9,7 +9,8 @@ import pytest
 from celery.exceptions import Ignore
 
 from example_app import dialogues, steps
-from example_app.clients.http import OutsideError, Rejected, Unanswered
+from example_app.clients import get_chatwoot
+from example_app.clients.http import Busy, OutsideError, Rejected, Unanswered
 from example_app.dialogues import delete_dialogue, store_message, upsert_dialogue
 from example_app.dispatch import DELETE, HAND_OVER, RESPOND, dispatch_deletion
 from example_app.fakes.faults import Fault
@@ -97,9 +98,21 @@ async def test_question_carries_what_dify_needs(outside: Outside) -> None:
 async def test_either_response_mode(outside: Outside, configure: Configure, mode: str) -> None:
     """A streamed answer is put together from its pieces."""
     configure(DIFY_RESPONSE_MODE=mode)
-    assert [await run(ask, message) for message in await receive(outside, "Hello 🎉", "again")] == ["answered"] * 2
-    assert await rows("SELECT answer FROM message ORDER BY id") == [("You said: Hello 🎉",), ("You said: again",)]
+    assert [await run(ask, message) for message in await receive(outside, "Hello 🎉\u2028", "again")] == [
+        "answered"
+    ] * 2
+    answers = await rows("SELECT answer FROM message ORDER BY id")
+    assert answers == [("You said: Hello 🎉\u2028",), ("You said: again",)]
     assert len(outside.dify.conversations) == 1
+
+
+async def test_moderated_answer(outside: Outside, configure: Configure) -> None:
+    """What Dify's moderation has replaced does not reach the customer."""
+    configure(DIFY_RESPONSE_MODE="streaming")
+    outside.dify.replaced = "[removed]"
+    [message] = await receive(outside, "Hello")
+    assert await run(ask, message) == "answered"
+    assert await rows("SELECT answer FROM message") == [("[removed]",)]
 
 
 @pytest.mark.parametrize("mode", ["blocking", "streaming"])
@@ -127,6 +140,29 @@ async def test_lost_answer_is_found_again(outside: Outside) -> None:
     assert await rows("SELECT count(DISTINCT dify_message_id) FROM message") == [(2,)]
 
 
+async def test_old_answer_is_none_to_a_new_question(outside: Outside) -> None:
+    """The same words as yesterday, whose answer nobody knows of: Dify is asked."""
+    first, second = await receive(outside, "Hello", "Hello")
+    await run(ask, first)
+    await write(f"UPDATE message SET dify_message_id = NULL WHERE id = {first}")
+    outside.dify.faults.add(Fault(*ASK, 500))
+    [conversation] = outside.dify.conversations.values()
+    conversation.messages[0].created_at -= 86400
+    assert [await run(ask, second), await run(ask, second)] == ["again", "answered"]
+    assert len(conversation.messages) == 2
+
+
+@pytest.mark.parametrize("header", ["9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+async def test_nobody_waits_for_years(outside: Outside, header: str) -> None:
+    """Whoever asks to wait longer than an hour is not believed."""
+    outside.chatwoot.conversation(7)
+    outside.chatwoot.faults.add(Fault("GET", "", 429, retry_after=header))
+    chatwoot = await get_chatwoot()
+    with pytest.raises(Busy) as caught:
+        await chatwoot.conversation(7)
+    assert caught.value.retry_after == 3600
+
+
 async def test_post_whose_answer_was_lost_is_not_repeated(outside: Outside) -> None:
     """Chatwoot took the answer and said 502: it is found there, not posted again."""
     [message] = await receive(outside, "Hello")
@@ -134,6 +170,22 @@ async def test_post_whose_answer_was_lost_is_not_repeated(outside: Outside) -> N
     outside.chatwoot.faults.add(Fault("POST", "/messages", 502, too_late=True))
     assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
     assert len(outside.chatwoot.conversation(7).answers()) == 1
+
+
+@pytest.mark.parametrize("step", ["ask", "respond"])
+async def test_what_a_proxy_may_have_passed_on_is_not_repeated(outside: Outside, step: str) -> None:
+    """A 503 does not say that nothing was done: it is looked up first."""
+    [message] = await receive(outside, "Hello")
+    if step == "ask":
+        outside.dify.faults.add(Fault(*ASK, 503, too_late=True))
+        assert [await run(ask, message), await run(ask, message)] == ["again", "answered"]
+    else:
+        await run(ask, message)
+        outside.chatwoot.faults.add(Fault("POST", "/messages", 503, too_late=True))
+        assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
+    [conversation] = outside.dify.conversations.values()
+    assert len(conversation.messages) == 1
+    assert len(outside.chatwoot.conversation(7).answers()) == (step == "respond")
 
 
 async def test_post_that_chatwoot_refused_is_repeated(outside: Outside) -> None:
@@ -193,13 +245,27 @@ async def test_failure_for_good_hands_over(outside: Outside, status: str, notes:
 
 
 async def test_retries_end(outside: Outside) -> None:
-    """After CELERY_TASK_MAX_RETRIES more attempts Dify's failure is for good, and Chatwoot's too."""
+    """After CELERY_TASK_MAX_RETRIES more attempts Dify's failure is for good."""
     [message] = await receive(outside, "Hello")
     outside.dify.faults.add(Fault(*ASK, 500, times=1000))
     assert [await run(ask, message) for _ in range(4)] == ["again"] * 3 + ["failed"]
-    outside.chatwoot.faults.add(Fault("POST", "", 500, times=1000))
-    assert [await run(hand_over, message) for _ in range(4)] == ["again"] * 3 + ["undeliverable"]
     assert len(await dispatched()) == 1
+
+
+async def test_hand_over_is_not_given_up(outside: Outside) -> None:
+    """It is tried until Chatwoot is back; what will not pass fails the task, to be retried by hand."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 400))
+    await run(ask, message)
+    outside.chatwoot.faults.add(Fault("POST", "", 500, times=30))  # each attempt is three calls
+    assert [await run(hand_over, message) for _ in range(10)] == ["again"] * 10
+    outside.chatwoot.faults.add(Fault("POST", "", 401))
+    async with db.transaction():
+        with pytest.raises(Rejected):
+            await hand_over(message)
+    assert await run(hand_over, message) == "handed_over"
+    del outside.chatwoot.conversations[7]
+    assert await run(hand_over, message) == "undeliverable"
 
 
 async def test_answer_that_chatwoot_does_not_take(outside: Outside) -> None:

@@ -206,6 +206,15 @@ async def test_ten_megabytes_are_refused(client: httpx.AsyncClient, chunked: boo
     assert response.json()["status"] == 413
 
 
+async def test_long_message_in_a_large_payload(client: httpx.AsyncClient) -> None:
+    """Chatwoot's longest message, twice in its payload and with every character escaped, is taken."""
+    text = r"\u003c" * 150_000
+    body = json.dumps({"event": "contact_updated"})[:-1] + f', "content": "{text}", "again": "{text}"}}'
+    timestamp = str(int(time.time()))
+    headers = signed(body.encode(), timestamp) | {"Content-Type": "application/json"}
+    assert (await client.post(PATH, content=body.encode(), headers=headers)).status_code == 200
+
+
 async def test_fake_chatwoot_signs_as_the_real_one(client: httpx.AsyncClient, outside: Outside) -> None:
     """What a customer says in the fake arrives through the signed webhook."""
     outside.chatwoot.webhook_url = f"{client.base_url}{PATH}"
