@@ -59,9 +59,9 @@ async def test_old_import_paths(tables: None) -> None:
 
     db.init_app(app)
     async with serve(app) as client:
-        with pytest.warns(DeprecationWarning, match=r"db\.sync_session"):
+        with pytest.warns(DeprecationWarning, match="import get_session"):
             assert (await client.get("/")).json() is True
     with pytest.warns(DeprecationWarning, match="import get_sync_session"), database.SessionLocal() as session:
         assert session.connection().closed is False
-    with pytest.warns(DeprecationWarning, match="import get_session"):
+    with pytest.warns(DeprecationWarning, match=r"db\.sync_session"):
         next(database.get_db())
