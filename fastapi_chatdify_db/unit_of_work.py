@@ -30,8 +30,6 @@ _current: Final[ContextVar[UnitOfWork | None]] = ContextVar("fastapi_chatdify_db
 
 _ids: Final = count(1)
 
-_making: Final = Lock()
-
 
 def current_unit(engines: Engines) -> UnitOfWork | None:
     """The open unit of work that the sessions of ``engines`` belong to here, or None."""
@@ -160,7 +158,8 @@ class UnitOfWork:
             self.close()
 
     def _first_sync_session(self, engines: Engines) -> Session:
-        with _making:  # threads that ask at the same time get the same one
+        # Threads that ask at the same time get the same one; of the locks, too, setdefault() keeps the first.
+        with self.__dict__.setdefault("_making", Lock()):
             session = self._sync_sessions.get(engines)
             if session is None:
                 session = engines.new_sync_session(self.isolation_level)
