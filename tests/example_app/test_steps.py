@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Retry
 
 from example_app import dialogues, steps
 from example_app.clients import get_chatwoot
@@ -266,6 +266,29 @@ async def test_hand_over_is_not_given_up(outside: Outside) -> None:
     assert await run(hand_over, message) == "handed_over"
     del outside.chatwoot.conversations[7]
     assert await run(hand_over, message) == "undeliverable"
+
+
+@pytest.mark.parametrize(("attempts", "pause"), [(0, 5.0), (2, 20.0), (5, 160.0), (6, 300.0), (2000, 300.0)])
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_pauses_of_a_hand_over(
+    outside: Outside, configure: Configure, monkeypatch: pytest.MonkeyPatch, attempts: int, pause: float, hangs: bool
+) -> None:
+    """A Chatwoot that breaks or hangs is tried again, however often it was: later each time, up to five minutes."""
+    pauses = []
+
+    def retry(*, exc: Exception, countdown: float) -> Retry:
+        pauses.append(countdown)
+        return Retry(exc=exc)
+
+    configure(CELERY_RETRY_COUNTDOWN="5", CELERY_TASK_SOFT_TIME_LIMIT="0.3" if hangs else None)
+    monkeypatch.setattr(handle_dify_error, "retry", retry)
+    [message] = await receive(outside, "Hello")
+    await write(f"UPDATE message SET attempts = {attempts}")
+    outside.chatwoot.faults.add(Fault("POST", "", 500, times=3, delay=0.5 if hangs else 0.0))
+    with pytest.raises(Retry):
+        await run(hand_over, message)
+    assert pauses == [pause]
+    assert await rows("SELECT attempts FROM message") == [(attempts + 1,)]
 
 
 async def test_answer_that_chatwoot_does_not_take(outside: Outside) -> None:
