@@ -89,12 +89,12 @@ async def hand_over(message: Message) -> MessageState:
     chatwoot = await get_chatwoot()
     try:
         await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
+        if message.conversation_status == "pending" and settings.bot_error_message_internal:
+            await _post_once(message, settings.bot_error_message_internal, "note", private=True)
+        if settings.bot_conversation_opened_message_external:
+            await _post_once(message, settings.bot_conversation_opened_message_external, "opened")
     except NotFound:
         return MessageState.UNDELIVERABLE  # there is no such conversation any more
-    if message.conversation_status == "pending" and settings.bot_error_message_internal:
-        await _post_once(message, settings.bot_error_message_internal, "note", private=True)
-    if settings.bot_conversation_opened_message_external:
-        await _post_once(message, settings.bot_conversation_opened_message_external, "opened")
     message.dialogue.status = "open"
     return MessageState.HANDED_OVER
 

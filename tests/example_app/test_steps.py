@@ -291,6 +291,14 @@ async def test_pauses_of_a_hand_over(
     assert await rows("SELECT attempts FROM message") == [(attempts + 1,)]
 
 
+@pytest.mark.parametrize("path", ["/toggle_status", "/messages"])
+async def test_conversation_that_is_gone_ends_the_hand_over(outside: Outside, path: str) -> None:
+    """It may also be deleted while it is handed over."""
+    [message] = await receive(outside, "Hello")
+    outside.chatwoot.faults.add(Fault("POST", path, 404))
+    assert await run(hand_over, message) == "undeliverable"
+
+
 async def test_answer_that_chatwoot_does_not_take(outside: Outside) -> None:
     """An answer that can't be posted hands the conversation over."""
     [message] = await receive(outside, "Hello")
