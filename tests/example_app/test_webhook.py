@@ -215,6 +215,12 @@ async def test_long_message_in_a_large_payload(client: httpx.AsyncClient) -> Non
     assert (await client.post(PATH, content=body.encode(), headers=headers)).status_code == 200
 
 
+async def test_two_megabytes_are_refused_elsewhere(client: httpx.AsyncClient) -> None:
+    """Only the webhook's bodies are as large as that."""
+    response = await client.post("/api/v1/update-labels/7", content=b" " * 2 * 2**20)
+    assert response.status_code == 413
+
+
 async def test_fake_chatwoot_signs_as_the_real_one(client: httpx.AsyncClient, outside: Outside) -> None:
     """What a customer says in the fake arrives through the signed webhook."""
     outside.chatwoot.webhook_url = f"{client.base_url}{PATH}"
