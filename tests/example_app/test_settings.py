@@ -76,7 +76,10 @@ def test_webhook_url_for_older_versions(configure: Configure) -> None:
     assert get_settings().webhook_url() == "http://localhost:8000/api/v1/chatwoot-webhook?secret=a%26b"
 
 
-@pytest.mark.parametrize("name", ["DIFY_API_KEY", "CHATWOOT_API_KEY", "CHATWOOT_WEBHOOK_SECRET"])
+@pytest.mark.parametrize(
+    "name",
+    ["DIFY_API_KEY", "CHATWOOT_API_KEY", "CHATWOOT_ADMIN_API_KEY", "CHATDIFY_API_TOKEN", "CHATWOOT_WEBHOOK_SECRET"],
+)
 def test_key_that_fits_no_header(configure: Configure, name: str) -> None:
     """What was pasted along with a key is an error that names the variable and not the key; white space is none."""
     configure(**{name: "app-s3cr\u200bt"})
