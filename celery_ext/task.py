@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import celery
 from celery.canvas import Signature
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 else:
     _CeleryTask = celery.Task
 
+
+R = TypeVar("R")
 
 _CELERY: Final = str(Path(celery.__file__).parent)
 
@@ -177,7 +179,7 @@ class Task(_CeleryTask):
             return self.AsyncResult(task_id)
         return super().apply_async(args, kwargs, task_id, *rest, **options)
 
-    def replace(self, sig: Signature[Any]) -> NoReturn:
+    def replace(self, sig: Signature[R]) -> R:
         """Celery's, which ends this task without its effects; a durable one has to store its successor instead.
 
         Raises:
@@ -188,8 +190,7 @@ class Task(_CeleryTask):
             raise DurableDispatchUnsupported(
                 f"{self.name} is durable, and self.replace() would not be; write: other_task.delay_durably(...)"
             )
-        super().replace(sig)
-        raise AssertionError("it raises Ignore")
+        return super().replace(sig)
 
 
 def _is_the_users(function: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.result import allow_join_result
 from fastapi import FastAPI
 
 import celery_ext
@@ -42,6 +43,19 @@ async def test_eager_tasks_have_their_own_unit(eager: dict[str, Any], empty_tabl
     assert eager["add_item_async"].delay("async").get() is not None
     assert eager["unique_at_second_try_async"].delay("async retried").get() == 1
     assert await empty_tables.names() == ["async", "async retried", "errback lost", "linked ok", "ok", "retried"]
+
+
+def test_eager_task_that_is_replaced(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """It returns what its successor does, as Celery has it."""
+
+    app: Celery[celery_ext.Task] = eager["record"].app
+
+    @app.task(bind=True, shared=False)
+    def first(self: celery_ext.Task, name: str) -> Any:
+        with allow_join_result():  # or Celery refuses to wait for the successor
+            return self.replace(eager["add_item"].s(name))
+
+    assert first.delay("x").get() == "x"
 
 
 async def test_eager_dispatch_waits_for_the_commit(eager: dict[str, Any], empty_tables: Observer) -> None:
@@ -176,6 +190,7 @@ def test_worker_imports_no_web_framework() -> None:
     code = """
 import sys, celery_ext
 from celery import Celery
+from celery.result import allow_join_result
 from fastapi_chatdify_db import Base, db, get_sync_session
 app = Celery("worker", task_cls=celery_ext.Task)
 celery_ext.init_app(app)
