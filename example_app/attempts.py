@@ -76,12 +76,13 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
     except Exception as error:
         foreseen = error if isinstance(error, OutsideError) else None
         logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=foreseen is None)
+        tries_left = message.attempts <= retries
         # Who hangs may answer later; a bug of ours is tried a few times.
-        by_itself = isinstance(error, TimeoutError) or message.attempts <= retries
-        may_pass = foreseen.may_pass if foreseen else by_itself
-        if given_up is None and not may_pass:
-            raise
-        if given_up is not None and (not may_pass or message.attempts > retries):
+        may_pass = foreseen.may_pass if foreseen else (tries_left or isinstance(error, TimeoutError))
+        if given_up is None:
+            if not may_pass:
+                raise
+        elif not (may_pass and tries_left):
             return given_up
         pause = min(settings.celery_retry_countdown * 2 ** min(message.attempts - 1, 20), _LONGEST_PAUSE)
         raise task.retry(exc=error, countdown=max(pause, foreseen.retry_after if foreseen else 0.0)) from error

@@ -32,7 +32,7 @@ class CallbackQueue:
         """Register a callback, bound to the innermost transaction or savepoint of ``session`` if there is one."""
         transaction = None
         if session is not None and session.in_transaction():
-            transaction = session.get_nested_transaction() or session.get_transaction()
+            transaction = innermost(session)
             self._watch(session)
         self._pending.append(_Pending(callback, transaction))
 
@@ -63,6 +63,11 @@ class CallbackQueue:
 
     def _after_rollback(self, _: Session, ended: SessionTransaction) -> None:
         self._pending = [entry for entry in self._pending if ended not in self_and_parents(entry.transaction)]
+
+
+def innermost(session: Session) -> SessionTransaction | None:
+    """The savepoint, or else the transaction, that a statement of the session would belong to."""
+    return session.get_nested_transaction() or session.get_transaction()
 
 
 def self_and_parents(transaction: SessionTransaction | None) -> list[SessionTransaction]:

@@ -12,6 +12,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from fastapi_chatdify_db.connection_state import ConnectionState, state_in, state_of
 from fastapi_chatdify_db.liveness import died, errors_of, replace_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
+from fastapi_chatdify_db.sqlstates import sqlstate
 
 _QUERY_CANCELED: Final = "57014"
 
@@ -72,7 +73,7 @@ class FirstStatements:
             try:
                 _run_in_autocommit(state.connection, statement, parameters, context)
             except self._errors as error:
-                if died(context, error) or getattr(error, "pgcode", None) == _QUERY_CANCELED:
+                if died(context, error) or sqlstate(error) == _QUERY_CANCELED:
                     raise
                 # Now as the first statement of a transaction. It fails again, and so the transaction is a failed one,
                 # as whoever catches the error expects.

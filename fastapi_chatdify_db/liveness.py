@@ -12,6 +12,7 @@ from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from fastapi_chatdify_db.connection_state import state_in
+from fastapi_chatdify_db.sqlstates import sqlstate
 
 
 def ping_when_idle(engine: Engine, seconds: float) -> None:
@@ -51,7 +52,7 @@ def died(context: ExecutionContext, error: Exception) -> bool:
     return (
         # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. asyncpg that
         # heard them while nothing was asked says that it is confused; SQLAlchemy 2.0 leaves that error as it is.
-        (getattr(error, "pgcode", None) or "").startswith("57P0")
+        (sqlstate(error) or "").startswith("57P0")
         or isinstance(error, _confusion(context.dialect))
         or isinstance(error.__cause__, _confusion(context.dialect))
         or context.dialect.is_disconnect(

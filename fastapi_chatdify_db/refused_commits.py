@@ -8,7 +8,7 @@ from sqlalchemy.exc import DBAPIError
 
 from fastapi_chatdify_db.connection_state import ConnectionState, state_of
 from fastapi_chatdify_db.exceptions import SessionInUse, TransactionAborted
-from fastapi_chatdify_db.session_end import FollowedSession
+from fastapi_chatdify_db.session_end import FollowedSession, open_connections
 from fastapi_chatdify_db.sqlstates import sqlstate, was_given_up
 
 
@@ -42,9 +42,8 @@ def _note_failure(context: ExceptionContext) -> None:
 def _refuse(session: FollowedSession) -> None:
     if session.in_nested_transaction():
         return  # PostgreSQL refuses to release a savepoint itself
-    for connection in session.connections:
-        if not (connection.closed or connection.invalidated) and (state := state_of(connection)) is not None:
-            _refuse_on(connection, state)
+    for connection, state in open_connections(session):
+        _refuse_on(connection, state)
 
 
 def _refuse_on(connection: Connection, state: ConnectionState) -> None:

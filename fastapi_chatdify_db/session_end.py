@@ -23,6 +23,13 @@ class FollowedSession(Session):
     """Those which its transactions began with; some may be closed by now."""
 
 
+def open_connections(session: FollowedSession) -> Iterator[tuple[Connection, ConnectionState]]:
+    """The connections that the session holds, each with its state."""
+    for connection in session.connections:
+        if not (connection.closed or connection.invalidated) and (state := state_of(connection)) is not None:
+            yield connection, state
+
+
 def asks_at_end(session: Session) -> bool:
     """Whether a commit or a rollback of the session may have to wait for the server; in doubt it may."""
     assert isinstance(session, FollowedSession)
@@ -80,11 +87,7 @@ def _asks(connection: Connection) -> bool:
 
 
 def _in_flight(session: FollowedSession) -> Iterator[ConnectionState]:
-    for connection in session.connections:
-        if not (connection.closed or connection.invalidated):
-            state = state_of(connection)
-            if state is not None and state.in_flight():
-                yield state
+    return (state for _, state in open_connections(session) if state.in_flight())
 
 
 def _remember(session: FollowedSession, _: SessionTransaction, connection: Connection) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
+from fastapi_chatdify_db.sqlstates import sqlstate
 
 logger: Final = logging.getLogger(__name__)
 
@@ -98,9 +99,9 @@ async def _connect(engine: AsyncEngine, deadline: float) -> None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    state = getattr(getattr(error, "orig", error), "sqlstate", None)
+    state = sqlstate(getattr(error, "orig", error))
     if state is not None:
-        return str(state).startswith(_PASSING)
+        return state.startswith(_PASSING)
     return isinstance(error, OSError) or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
 

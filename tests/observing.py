@@ -33,14 +33,15 @@ class Observer:
 
     async def until_somebody_waits_for_a_lock(self) -> None:
         """Return when a statement of another session is held up by a lock."""
-        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        while not await self.connection.fetchval(query):
-            await self.connection.execute("SELECT pg_sleep(0.01)")
+        await self._until_another("wait_event_type = 'Lock'")
 
     async def until_active(self) -> None:
         """Return when another session is in the middle of a statement."""
-        query = """SELECT count(*) FROM pg_stat_activity
-                   WHERE datname = current_database() AND state = 'active' AND pid <> pg_backend_pid()"""
+        await self._until_another("state = 'active'")
+
+    async def _until_another(self, condition: str) -> None:
+        query = f"""SELECT count(*) FROM pg_stat_activity
+                    WHERE datname = current_database() AND pid <> pg_backend_pid() AND {condition}"""
         while not await self.connection.fetchval(query):
             await self.connection.execute("SELECT pg_sleep(0.01)")
 

@@ -9,7 +9,9 @@ from contextlib import asynccontextmanager
 
 import httpx
 import uvicorn
+import websockets
 from starlette.types import ASGIApp
+from websockets.asyncio.client import ClientConnection
 
 
 def free_socket() -> socket.socket:
@@ -38,3 +40,12 @@ async def serve(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
         server.should_exit = True
         await running
         listener.close()
+
+
+@asynccontextmanager
+async def connected(app: ASGIApp) -> AsyncIterator[ClientConnection]:
+    """Serve the app, and connect to its websocket at ``/``."""
+    async with serve(app) as client:
+        url = client.base_url.copy_with(scheme="ws", path="/")
+        async with websockets.connect(str(url)) as connection:
+            yield connection

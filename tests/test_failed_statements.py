@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import pytest
-import websockets
 from fastapi import FastAPI, WebSocket
 from sqlalchemy import Integer, cast, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -18,7 +17,7 @@ from sqlalchemy.orm import Session
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, TransactionAborted, db
 from tests.models import Counter, Item
 from tests.observing import Observer
-from tests.serving import serve
+from tests.serving import connected, serve
 
 DUPLICATE = text("INSERT INTO counter VALUES (1, 1), (1, 1)")
 NOT_A_NUMBER = select(cast(Item.name, Integer))
@@ -112,10 +111,7 @@ async def test_websocket_is_not_told_either(app: FastAPI, observer: Observer) ->
         except TransactionAborted:
             await socket.send_text("not stored")
 
-    async with (
-        serve(app) as client,
-        websockets.connect(str(client.base_url.copy_with(scheme="ws", path="/"))) as socket,
-    ):
+    async with connected(app) as socket:
         await socket.send("a")
         assert await socket.recv() == "not stored"
     assert await observer.names() == []

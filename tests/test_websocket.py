@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import pytest
 import websockets
 from fastapi import FastAPI, WebSocket
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
-from websockets.asyncio.client import ClientConnection
 
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import Observer
-from tests.serving import serve
-
-
-@asynccontextmanager
-async def connected(app: FastAPI) -> AsyncIterator[ClientConnection]:
-    async with serve(app) as client:
-        url = client.base_url.copy_with(scheme="ws", path="/")
-        async with websockets.connect(str(url)) as connection:
-            yield connection
+from tests.serving import connected
 
 
 @pytest.fixture

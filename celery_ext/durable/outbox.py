@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
 
 from celery_ext.durable import statements
 from celery_ext.durable.row import Row
-from fastapi_chatdify_db.after_commit import self_and_parents
+from fastapi_chatdify_db.after_commit import innermost, self_and_parents
 
 BATCH: Final = 1000
 """Rows in one INSERT."""
@@ -44,7 +44,7 @@ class Outbox:
         session = self._session
         if not session.in_transaction():
             session.begin()
-        self._rows.append((row, _innermost(session)))
+        self._rows.append((row, innermost(session)))
         if session._flushing:  # a handler of the flush's events; it may be the COMMIT's own flush
             event.listen(session, "after_flush_postexec", self._store_what_it_added, once=True)
 
@@ -55,9 +55,9 @@ class Outbox:
         self._insert(session, rows)
 
     def _store_what_it_added(self, session: Session, _: UOWTransaction) -> None:
-        innermost = _innermost(session)
-        rows = [row for row, began in self._rows if began is innermost]
-        self._rows = [(row, began) for row, began in self._rows if began is not innermost]
+        flushed = innermost(session)
+        rows = [row for row, began in self._rows if began is flushed]
+        self._rows = [(row, began) for row, began in self._rows if began is not flushed]
         self._insert(session, rows)
 
     def _insert(self, session: Session, rows: list[Row]) -> None:
@@ -72,10 +72,6 @@ class Outbox:
 
     def _forget(self, _: Session, ended: SessionTransaction) -> None:
         self._rows = [(row, began) for row, began in self._rows if ended not in self_and_parents(began)]
-
-
-def _innermost(session: Session) -> SessionTransaction | None:
-    return session.get_nested_transaction() or session.get_transaction()
 
 
 def _numbered(rows: list[Row], seen: set[str | None]) -> Iterable[dict[str, object]]:

@@ -78,7 +78,7 @@ def serialize(name: str, value: object) -> str:
     """
     try:
         written = str(dumps(value))
-        loads(written)  # which fails for a dictionary that looks like kombu's own way to write, e.g., a date
+        deserialize(written)  # which fails for a dictionary that looks like kombu's own way to write, e.g., a date
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArgumentsNotSerializable(
             f"the arguments of {name} are no JSON ({error}); send ids, not objects"

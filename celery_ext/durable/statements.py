@@ -38,12 +38,14 @@ NOTIFY: Final = text(f"SELECT pg_notify('{CHANNEL}', '')")
 
 # The row lock is the lease: the worker holds it until its transaction ends, and PostgreSQL frees it when the worker
 # dies. A task that ended its transaction half way holds an advisory lock instead; whether there is one is asked
-# after the row is locked, hence the subquery.
+# after the row is locked, hence the subqueries.
+_NO_LEASE: Final = """CASE WHEN pg_try_advisory_lock(hashtextextended(id, 21))
+                THEN pg_advisory_unlock(hashtextextended(id, 21)) ELSE false END"""
+
 BEGIN: Final = text(
-    """
+    f"""
     SELECT retries, ordering_key, coalesce(expires_at < clock_timestamp(), false) AS expired,
-           CASE WHEN pg_try_advisory_lock(hashtextextended(id, 21))
-                THEN pg_advisory_unlock(hashtextextended(id, 21)) ELSE false END AS free
+           {_NO_LEASE} AS free
     FROM (
         SELECT id, retries, ordering_key, expires_at FROM durable_task AS this
         WHERE id = :id AND status = 'pending' AND due_at <= clock_timestamp() AND ring_at < 'infinity'
@@ -68,14 +70,13 @@ FINISH: Final = text(
 KEY_OF_PENDING: Final = text("SELECT ordering_key FROM durable_task WHERE id = :id AND status = 'pending'")
 
 CANCEL: Final = text(
-    """
+    f"""
     UPDATE durable_task SET status = 'cancelled', finished_at = clock_timestamp()
     WHERE id IN (
         SELECT id FROM (
             SELECT id FROM durable_task WHERE id = :id AND status = 'pending' FOR UPDATE SKIP LOCKED
         ) AS locked
-        WHERE CASE WHEN pg_try_advisory_lock(hashtextextended(id, 21))
-                   THEN pg_advisory_unlock(hashtextextended(id, 21)) ELSE false END
+        WHERE {_NO_LEASE}
     )
     RETURNING id
     """

@@ -202,7 +202,9 @@ def _seconds(retry_after: str | None) -> float:
         return 0.0
     try:
         if retry_after.strip().isdecimal():
-            return min(float(retry_after), _LONGEST_WAIT)
-        return min(max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()), _LONGEST_WAIT)
+            asked = float(retry_after)
+        else:
+            asked = parsedate_to_datetime(retry_after).timestamp() - time.time()
     except (ValueError, OverflowError):
         return 0.0
+    return min(max(0.0, asked), _LONGEST_WAIT)

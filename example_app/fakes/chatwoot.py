@@ -61,9 +61,9 @@ class FakeChatwoot:
 
     Parameters:
         api_key: What callers have to bring.
-        admin_key: What they have to bring to read; then the other is an agent bot's, which may only write.
         webhook_url: Where to tell.
         webhook_secret: What to sign with; None is an older Chatwoot, which does not sign.
+        admin_key: What they have to bring to read; then ``api_key`` is an agent bot's, which may only write.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ import celery_ext
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.observing import Observer
+from tests.worker.application import create_app
 from tests.worker.running import Worker, brokers, worker
 
 
@@ -50,6 +51,15 @@ def relayed(prefork: Worker, rows: Observer) -> Iterator[Worker]:
     """A worker, and a relay that rings again after half a second."""
     with relaying(prefork.app, db, grace=0.5):
         yield prefork
+
+
+@pytest.fixture
+def unheard(rows: Observer) -> Iterator[Celery[celery_ext.Task]]:
+    """An application that nobody relays for."""
+    app = create_app("memory://", "cache+memory://", "nowhere")
+    app.finalize()
+    yield app
+    app.close()
 
 
 Until = Callable[[Callable[[], bool]], None]

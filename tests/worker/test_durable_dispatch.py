@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,22 +27,12 @@ from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, d
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
-from tests.worker.application import create_app
 from tests.worker.running import Worker, brokers, task, worker
 
 ADVISORY_LOCKS = """
     SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = database
     WHERE locktype = 'advisory' AND datname = current_database()
 """
-
-
-@pytest.fixture
-def unheard(rows: Observer) -> Iterator[Celery[celery_ext.Task]]:
-    """An application that nobody relays for."""
-    app = create_app("memory://", "cache+memory://", "nowhere")
-    app.finalize()
-    yield app
-    app.close()
 
 
 async def result(worker: Worker, task_id: str) -> object:

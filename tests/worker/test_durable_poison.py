@@ -20,9 +20,7 @@ from fastapi_chatdify_db import db
 from tests.models import Item
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, task, urls
-from tests.worker.test_durable_dispatch import stored, unheard, until_status
-
-__all__ = ["unheard"]
+from tests.worker.test_durable_dispatch import stored, until_status
 
 
 def savepoint_that_fails(session: Session, store: Callable[[], str]) -> None:

@@ -151,7 +151,7 @@ async def slow_commits(empty_tables: Observer) -> AsyncIterator[None]:
 @pytest.mark.usefixtures("slow_commits")
 async def test_soft_time_limit_during_the_commit(empty_tables: Observer) -> None:
     """What is committed is a success, although the limit passed while PostgreSQL was at it."""
-    with worker(brokers()[0], "-c", "2") as running:
+    with worker(BROKER, "-c", "2") as running:
         results = {name: running.task(name).delay(name) for name in ("slow_commit", "slow_commit_async")}
         for name, result in results.items():
             assert await asyncio.to_thread(result.get, timeout=20) == name
@@ -162,7 +162,7 @@ async def test_soft_time_limit_during_the_commit(empty_tables: Observer) -> None
 
 async def test_coroutine_that_exits(empty_tables: Observer) -> None:
     """It ends its process, as in a ``def`` task, and not the loop under the next task."""
-    with worker(brokers()[0], "-c", "1") as running:
+    with worker(BROKER, "-c", "1") as running:
         exits = running.task("exit_async").delay()
         last = running.task("add_item_async").delay("x")
         assert await asyncio.to_thread(last.get, timeout=20)
