@@ -92,9 +92,11 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _commit(unit: UnitOfWork, task: Task) -> None:
     """Commit; a soft time limit that passes meanwhile can no longer make the task a failure."""
+    if unit.untouched:
+        return
     committed = False
     try:
-        with soft_limit_held_back():
+        with soft_limit_held_back:
             unit.finish(commit=True)
             committed = True
     except SoftTimeLimitExceeded:

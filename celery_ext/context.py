@@ -39,7 +39,7 @@ def restore(request: Context) -> Callable[[], None] | None:
     """Make the sender's context the current one; returns what ends that, or None where nothing was sent along."""
     sent = vars(request)
     names = _trace_headers()
-    if _REQUEST_ID not in sent and names.isdisjoint(sent):
+    if _REQUEST_ID not in sent and sent.keys().isdisjoint(names):
         return None
     stack = ExitStack()
     if (request_id := request.get(_REQUEST_ID)) is not None:

@@ -18,7 +18,7 @@ class ThreadLendingPool(QueuePool):
     """
 
     def _do_get(self) -> ConnectionPoolEntry:
-        if self._max_overflow == -1 or self.checkedout() < self.size() + self._max_overflow:
+        if self._max_overflow == -1 or self.overflow() < self._max_overflow or self.checkedin():
             return super()._do_get()
         with _place_lent():
             return super()._do_get()
