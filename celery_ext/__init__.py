@@ -10,6 +10,7 @@ from celery_ext.errors import (
     DispatchFailed,
     DurableDispatchUnsupported,
     NotInitialized,
+    ResultNotSerializable,
     StatementFailed,
 )
 from celery_ext.task import Task
@@ -21,6 +22,7 @@ __all__ = [
     "DispatchFailed",
     "DurableDispatchUnsupported",
     "NotInitialized",
+    "ResultNotSerializable",
     "StatementFailed",
     "Task",
     "init_app",

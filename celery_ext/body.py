@@ -17,8 +17,8 @@ from celery.utils.time import get_exponential_backoff_interval
 from sqlalchemy.exc import DBAPIError
 
 from celery_ext import event_loop
-from celery_ext.durable.delivery import Delivery
 from celery_ext.execution import Execution, joinable_unit
+from celery_ext.result import check_result
 from celery_ext.soft_limit import soft_limit_held_back
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, in_event_loop
 from fastapi_chatdify_db.sqlstates import asks_to_retry
@@ -77,6 +77,8 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             if delivery is not None:
                 delivery.begin(unit.sync_session(task.database.engines))
             result = body(*args, **kwargs)
+            if not unit.untouched:
+                check_result(task, execution.request, result)
             if delivery is not None:
                 delivery.finish(unit.sync_session(task.database.engines))
         except BaseException:
@@ -115,7 +117,7 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
         return event_loop.run(call)
     assert isinstance(unit, AsyncUnitOfWork)
     try:
-        result = event_loop.run(_finished(unit, task, execution.delivery, call))
+        result = event_loop.run(_finished(unit, execution, call))
         if execution.delivery is not None and unit.rollback_only:
             execution.delivery.finish_without_effects()
         return result
@@ -123,13 +125,14 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
         execution.body_ended()
 
 
-async def _finished(
-    unit: AsyncUnitOfWork, task: Task, delivery: Delivery | None, call: Coroutine[Any, Any, Any]
-) -> Any:
+async def _finished(unit: AsyncUnitOfWork, execution: Execution, call: Coroutine[Any, Any, Any]) -> Any:
+    task, delivery = execution.task, execution.delivery
     try:
         if delivery is not None:
             await unit.async_session(task.database.engines).run_sync(delivery.begin)
         result = await call
+        if not unit.untouched:
+            check_result(task, execution.request, result)
         if delivery is not None:
             await unit.async_session(task.database.engines).run_sync(delivery.finish)
     except BaseException:

@@ -22,6 +22,10 @@ class ArgumentsNotSerializable(ChatdifyDBError, TypeError):
     """A durable task's arguments cannot be stored."""
 
 
+class ResultNotSerializable(ChatdifyDBError, TypeError):
+    """A task that wrote returned what its result backend cannot store; its unit was rolled back."""
+
+
 class NotInitialized(ChatdifyDBError):
     """A Celery application was named that ``init_app`` has not seen."""
 

@@ -39,10 +39,12 @@ class Delivery:
     Parameters:
         task: What is to run.
         task_id: The id of its row.
+        request: What is executed.
     """
 
-    def __init__(self, task: Task, task_id: str) -> None:
+    def __init__(self, task: Task, task_id: str, request: Context) -> None:
         self._task = task
+        self._request = request
         self.task_id = task_id
         self._begun = self._finishing = False
         self._ordering_key: str | None = None
@@ -52,7 +54,7 @@ class Delivery:
     @classmethod
     def of(cls, task: Task, task_id: str, request: Context) -> Delivery | None:
         """The delivery that a task's request belongs to; None for a task that is not durable."""
-        return cls(task, task_id) if vars(request).get(HEADER) else None
+        return cls(task, task_id, request) if vars(request).get(HEADER) else None
 
     def begin(self, session: Session) -> None:
         """Lock the row, as the first statement of the body's transaction.
@@ -66,7 +68,7 @@ class Delivery:
         self._begun, self._ordering_key = True, row.ordering_key
         if row.expired:
             raise Ignore("expired")
-        self._task.request.retries = row.retries  # the row's count outlives crashes, a message's does not
+        self._request.retries = row.retries  # the row's count outlives crashes, a message's does not
         event.listen(session, "before_commit", self._keep_lease)
 
     def finish(self, session: Session) -> None:

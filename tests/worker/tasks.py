@@ -352,6 +352,20 @@ async def exit_async() -> None:
 
 
 @shared_task
+def unserializable(name: str) -> object:
+    """Succeed with what JSON does not carry."""
+    insert(name)
+    return object()
+
+
+@shared_task
+async def unserializable_async(name: str) -> object:
+    """The same in a coroutine."""
+    db.session.add(Item(name))
+    return object()
+
+
+@shared_task
 def handled_flush_error(secret: str) -> None:
     """Go on after a flush that failed."""
     db.sync_session.add(Item(secret))

@@ -9,7 +9,7 @@ import pytest
 from celery import chain, chord, group
 from celery.result import AsyncResult
 
-from celery_ext import StatementFailed
+from celery_ext import ResultNotSerializable, StatementFailed
 from tests.observing import Observer
 from tests.worker.running import Worker
 
@@ -41,6 +41,17 @@ async def test_results_rows_and_callbacks_agree(prefork: Worker, empty_tables: O
     succeeded = [name for name, outcome in outcomes.items() if outcome == "succeed"]
     await until_names(empty_tables, [*succeeded, *(f"linked {name}" for name in succeeded)])
     assert await empty_tables.in_transaction() == 0
+
+
+@pytest.mark.parametrize("task", ["unserializable", "unserializable_async"])
+async def test_result_that_cannot_be_stored(prefork: Worker, empty_tables: Observer, task: str) -> None:
+    """It fails the task before the commit; a task whose result is ignored may return what it likes."""
+    result = prefork.task(task).delay("x")
+    with pytest.raises(ResultNotSerializable, match="return ids, or set ignore_result=True"):
+        await asyncio.to_thread(result.get, timeout=20)
+    assert await empty_tables.names() == []
+    prefork.task(task).apply_async(("ignored",), ignore_result=True)
+    await until_names(empty_tables, ["ignored"])
 
 
 @pytest.mark.parametrize("outcome", ["raise", "duplicate"])

@@ -45,6 +45,12 @@ async def test_eager_tasks_have_their_own_unit(eager: dict[str, Any], empty_tabl
     assert await empty_tables.names() == ["async", "async retried", "errback lost", "linked ok", "ok", "retried"]
 
 
+async def test_eager_task_may_return_anything(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """Its result is not stored."""
+    assert type(eager["unserializable"].delay("x").get()) is object
+    assert await empty_tables.names() == ["x"]
+
+
 def test_eager_task_that_is_replaced(eager: dict[str, Any], empty_tables: Observer) -> None:
     """It returns what its successor does, as Celery has it."""
 

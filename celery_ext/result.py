@@ -1,0 +1,45 @@
+"""Whether a task's result can be stored, asked before the commit: Celery finds out after it, and says FAILURE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from celery.app.task import Context
+from celery.backends.base import DisabledBackend
+
+from celery_ext.errors import ResultNotSerializable
+
+if TYPE_CHECKING:
+    from celery_ext.task import Task
+
+
+def check_result(task: Task, request: Context, result: object) -> None:
+    """Write a result as the result backend will, for the error.
+
+    Parameters:
+        task: Whose result it is.
+        request: What is executed.
+        result: What the body returned.
+
+    Raises:
+        ResultNotSerializable: The backend could not store it.
+    """
+    if result is None or _is_ignored(task, request):
+        return
+    backend = task.backend
+    if isinstance(backend, DisabledBackend):
+        return
+    try:
+        backend.encode(backend.prepare_value(result))
+    except Exception as error:
+        raise ResultNotSerializable(
+            f"{task.name} was rolled back, for {task.app.conf.result_serializer} does not carry its result ({error}); "
+            "return ids, or set ignore_result=True"
+        ) from error
+
+
+def _is_ignored(task: Task, request: Context) -> bool:
+    if request.is_eager and not task.store_eager_result:
+        return True
+    asked = vars(request).get("ignore_result")
+    return bool(task.ignore_result if asked is None else asked)
