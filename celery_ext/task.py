@@ -129,7 +129,7 @@ class Task(_CeleryTask):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
         *,
-        countdown: float = 0,
+        countdown: float | None = None,
         eta: datetime | None = None,
         expires: float | datetime | None = None,
         ordering_key: str | None = None,
@@ -141,7 +141,7 @@ class Task(_CeleryTask):
         Parameters:
             args: The task's positional arguments.
             kwargs: Its keyword arguments.
-            countdown: Seconds until it may start.
+            countdown: Seconds from the commit until it may start.
             eta: The moment from which it may start, instead.
             expires: Seconds, or the moment, after which it is not started any more.
             ordering_key: Tasks of one key run one at a time, in the order in which their transactions committed.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
@@ -90,9 +89,8 @@ class Delivery:
     def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
         """Note the next attempt, for ``ended_by``; the relay will send it."""
         self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])
-        eta = options.get("eta")
-        due_in = seconds_until(eta) if isinstance(eta, datetime) else options.get("countdown") or 0
-        self._retry = {"retries": options.get("retries", 0), "due_in": float(due_in)}
+        due = options.get("eta") or options.get("countdown") or 0.0
+        self._retry = {"retries": options.get("retries", 0), "due_in": seconds_until(due)}
 
     def ended_by(self, error: Exception) -> Exception:
         """Record how the body ended, once it was rolled back; returns what Celery shall be told.

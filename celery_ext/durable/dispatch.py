@@ -22,7 +22,7 @@ def store(
     args: Sequence[object],
     kwargs: Mapping[str, object],
     *,
-    countdown: float = 0,
+    countdown: float | None = None,
     eta: datetime | None = None,
     expires: float | datetime | None = None,
     ordering_key: str | None = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Final
 
 from sqlalchemy import event
@@ -76,5 +75,5 @@ class Outbox:
 
 def _numbered(rows: list[Row], seen: set[str | None]) -> Iterable[dict[str, object]]:
     for number, row in enumerate(rows):
-        yield {**asdict(row), "number": number, "follows": row.ordering_key in seen}
+        yield {**row.columns(), "number": number, "follows": row.ordering_key in seen}
         seen.add(row.ordering_key)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 HEADER: Final = "durable"
 """The message header that tells a worker to look for the row."""
+_LONGEST: Final = 3.2e9
+"""Seconds; a hundred years, which PostgreSQL and its clock can do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,8 @@ class Row:
     """A durable task that is not stored yet.
 
     Parameters:
-        due_in: Seconds until it may start.
-        expires_in: Seconds until it must have started; None for never.
+        due: From when it may start: a moment, or seconds from when it is stored.
+        expires: Until when it must have started, likewise; None for never.
     """
 
     id: str
@@ -35,8 +37,20 @@ class Row:
     arguments: str
     options: str
     ordering_key: str | None
-    due_in: float
-    expires_in: float | None
+    due: float | datetime
+    expires: float | datetime | None
+
+    def columns(self) -> dict[str, object]:
+        """What is stored now, maybe a while after the call."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "arguments": self.arguments,
+            "options": self.options,
+            "ordering_key": self.ordering_key,
+            "due_in": seconds_until(self.due),
+            "expires_in": None if self.expires is None else seconds_until(self.expires),
+        }
 
 
 def new_row(
@@ -44,7 +58,7 @@ def new_row(
     args: Sequence[object],
     kwargs: Mapping[str, object],
     *,
-    countdown: float,
+    countdown: float | None,
     eta: datetime | None,
     expires: float | datetime | None,
     ordering_key: str | None,
@@ -54,8 +68,16 @@ def new_row(
     """The row of one call of ``task``.
 
     Raises:
-        ArgumentsNotSerializable: They are no JSON, as kombu extends it.
+        ArgumentsNotSerializable: They are no JSON, as kombu extends it, or an option is nothing to store.
     """
+    due = eta or countdown or 0.0
+    for moment in (due, expires):
+        if moment is not None and not abs(seconds_until(moment)) <= _LONGEST:
+            raise ArgumentsNotSerializable(f"{task.name} cannot be stored for {moment}; write seconds, or a datetime")
+    if ordering_key is not None and not _is_text(ordering_key):
+        raise ArgumentsNotSerializable(
+            f"{task.name} cannot be stored under {ordering_key!r}; write a string: ordering_key=str(...)"
+        )
     headers = {**_mapping(options.get("headers")), HEADER: True}
     inject(headers)
     return Row(
@@ -65,8 +87,8 @@ def new_row(
         arguments=serialize(task.name, [list(args), dict(kwargs)]),
         options=serialize(task.name, {**options, "headers": headers}),
         ordering_key=ordering_key,
-        due_in=countdown if eta is None else seconds_until(eta),
-        expires_in=seconds_until(expires) if isinstance(expires, datetime) else expires,
+        due=due,
+        expires=expires,
     )
 
 
@@ -95,7 +117,14 @@ def _mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def seconds_until(moment: datetime) -> float:
-    """From now; a moment without a time zone is in UTC."""
+def _is_text(value: object) -> bool:
+    """Whether PostgreSQL stores it as it is."""
+    return isinstance(value, str) and "\0" not in value and value.encode(errors="ignore").decode() == value
+
+
+def seconds_until(moment: float | datetime) -> float:
+    """From now; a number is that already, and a moment without a time zone is in UTC."""
+    if not isinstance(moment, datetime):
+        return moment
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)  # as Celery reads it
     return (aware - datetime.now(UTC)).total_seconds()

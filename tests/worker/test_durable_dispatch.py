@@ -10,7 +10,7 @@ import sys
 import tracemalloc
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
@@ -128,6 +128,14 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
             task(unheard, "record").delay_durably()
         with pytest.raises(DurableDispatchUnsupported, match="db_session=False"):
             task(unheard, "without_session").delay_durably()
+        for wrong in (float("nan"), 1e300):
+            with pytest.raises(ArgumentsNotSerializable, match="write seconds, or a datetime"):
+                task(unheard, "record").apply_durably(("x",), countdown=wrong)
+            with pytest.raises(ArgumentsNotSerializable, match="write seconds, or a datetime"):
+                task(unheard, "record").apply_durably(("x",), expires=wrong)
+        for key in (7, uuid4(), "a\0b", "\ud800"):
+            with pytest.raises(ArgumentsNotSerializable, match=r"ordering_key=str\(\.\.\.\)"):
+                task(unheard, "record").apply_durably(("x",), ordering_key=cast("str", key))
     with pytest.raises(OutsideUnitOfWork, match=r"async with db\.transaction\(\)"):
         task(unheard, "record").delay_durably("x")
     assert await stored(rows) == []
@@ -185,6 +193,17 @@ async def test_due_later(relayed: Worker, rows: Observer) -> None:
     assert not administration.cancel(db, late)
 
 
+async def test_moments_are_kept_by_a_late_commit(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """``eta`` and the ``expires`` of a datetime do not move by the time until the COMMIT."""
+    moment = datetime.now(UTC) + timedelta(hours=1)
+    async with db.transaction():
+        task(unheard, "add_item").apply_durably(("x",), eta=moment, expires=moment)
+        await rows.connection.execute("SELECT pg_sleep(1)")
+    row = await rows.connection.fetchrow("SELECT due_at, expires_at FROM durable_task")
+    assert row is not None
+    assert all(abs(kept - moment) < timedelta(seconds=0.5) for kept in row.values())
+
+
 async def test_cancelled_while_it_ends(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
     """Whoever cancels a task of a key waits for whoever is ending it, and not the other way round as well."""
     async with db.transaction():
@@ -211,6 +230,17 @@ async def test_retries_are_kept_in_the_row(relayed: Worker, rows: Observer) -> N
     assert [await result(relayed, task_id) for task_id in ids] == [1, 1, ids[2]]
     query = "SELECT retries FROM durable_task WHERE id = ANY($1)"
     assert [row["retries"] for row in await rows.connection.fetch(query, ids)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["unique_at_second_try", "unique_at_second_try_async"])
+async def test_late_message_has_the_retries_of_the_row(prefork: Worker, rows: Observer, name: str) -> None:
+    """The message may be older than the latest attempt."""
+    retried = prefork.task(name)
+    async with db.transaction():
+        task_id = retried.delay_durably("x")
+    await rows.connection.execute("UPDATE durable_task SET retries = 1")
+    retried.apply_async(("x",), task_id=task_id, headers={"durable": True})
+    assert await result(prefork, task_id) == 1
 
 
 async def test_failed_for_good(relayed: Worker, rows: Observer) -> None:
