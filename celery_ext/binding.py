@@ -10,6 +10,7 @@ import celery
 import psycopg2.extensions
 import psycopg2.extras
 from celery import Celery, signals
+from celery.states import FAILURE
 
 from celery_ext import context, event_loop
 from celery_ext.durable.administration import health_figures
@@ -77,9 +78,9 @@ def _begin(task_id: str, task: celery.Task[..., Any], **_: object) -> None:
 
 
 @signals.task_postrun.connect(weak=False)
-def _end(task: celery.Task[..., Any], **_: object) -> None:
+def _end(task: celery.Task[..., Any], state: str, retval: object, **_: object) -> None:
     if (execution := Execution.current()) is not None and execution.task is task:
-        execution.end()
+        execution.end(retval if state == FAILURE and isinstance(retval, Exception) else None)
 
 
 @signals.before_task_publish.connect(weak=False)

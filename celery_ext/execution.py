@@ -68,15 +68,20 @@ class Execution:
             self._unit.close()
             self._open(UnitOfWork())
 
-    def end(self) -> None:
+    def end(self, failure: Exception | None) -> None:
         """At ``task_postrun``: commit what the handlers did.
 
         The task's state can't change any more, so errors are logged.
+
+        Parameters:
+            failure: What the task has failed with.
         """
         _current.set(self._outer)
         try:
             if self._unit is not None:
                 self._end_unit(self._unit)
+            if self.delivery is not None and failure is not None and not self._begun:
+                self.delivery.failed_early(failure)
         except Exception:
             logger.exception("what the handlers of task %s[%s] wrote is lost", self.task.name, self._task_id)
         finally:

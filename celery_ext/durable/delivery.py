@@ -114,6 +114,16 @@ class Delivery:
         logger.warning("task %s[%s] will be run again: %s", self._task.name, self.task_id, type(error).__name__)
         return Dropped()
 
+    def failed_early(self, error: Exception) -> None:
+        """Record a failure that Celery was told of before the body began: the task class's ``before_start``."""
+        if _is_passing(error):
+            return
+        with self._task.database.sync_transaction() as session:
+            row = session.execute(statements.BEGIN, {"id": self.task_id}).one_or_none()
+            if row is not None and row.free:
+                self._ordering_key = row.ordering_key
+                self._finish(session, "failed", _text(error))
+
     def _record(self, session: Session, error: Exception) -> None:
         if isinstance(error, Retry) and self._arguments is not None:
             values = {**self._retry, "id": self.task_id, "arguments": self._arguments, "error": _text(error.exc)}

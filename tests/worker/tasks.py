@@ -351,6 +351,18 @@ async def exit_async() -> None:
     raise SystemExit(1)
 
 
+class NeverStarts(celery.Task):  # type: ignore[type-arg]  # a base of the user's
+    """Fails before its body."""
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        raise ValueError("not today")
+
+
+@shared_task(base=NeverStarts)
+def never_starts() -> None:
+    """What nobody gets to see."""
+
+
 @shared_task
 def unserializable(name: str) -> object:
     """Succeed with what JSON does not carry."""

@@ -135,6 +135,18 @@ async def test_error_that_cannot_be_stored_as_it_is(relayed: Worker, rows: Obser
     await until_status(rows, behind, "done")
 
 
+async def test_failure_before_the_body(relayed: Worker, rows: Observer) -> None:
+    """Celery says FAILURE of it, and so does the row, which is not sent again."""
+    async with db.transaction():
+        failing = relayed.task("never_starts").apply_durably(ordering_key="k")
+        behind = relayed.task("add_item").apply_durably(("behind",), ordering_key="k")
+    await until_status(rows, failing, "failed")
+    await until_status(rows, behind, "done")
+    assert await rows.connection.fetchval("SELECT error FROM durable_task WHERE id = $1", failing) == (
+        "ValueError: not today"
+    )
+
+
 async def test_replace_is_refused(relayed: Worker, rows: Observer) -> None:
     """The successor would be an ordinary task, sent before the commit; the error says what to write instead."""
     async with db.transaction():
