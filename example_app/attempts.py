@@ -66,6 +66,10 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
 async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up: MessageState | None) -> MessageState:
     settings = get_settings()
     retries = settings.celery_task_max_retries
+    handed_over_at = message.dialogue.handed_over_at
+    if handed_over_at is not None and message.created_at <= handed_over_at:
+        # The human who got the conversation has this message too: it waited when an earlier one was handed over.
+        return MessageState.HANDED_OVER
     if given_up is not None and message.attempts > retries + 1:  # each time the worker died over it
         return given_up
     try:

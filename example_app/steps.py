@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from example_app.clients import get_chatwoot, get_dify
 from example_app.clients.dify import Answer, Question, StillAnswering
@@ -96,6 +96,7 @@ async def hand_over(message: Message) -> MessageState:
     except NotFound:
         return MessageState.UNDELIVERABLE  # there is no such conversation any more
     message.dialogue.status = "open"
+    message.dialogue.handed_over_at = func.now()
     return MessageState.HANDED_OVER
 
 

@@ -38,6 +38,7 @@ class Dialogue(Base):
     dify_conversation_id: Mapped[str | None] = mapped_column(Text, index=True, default=None)
     status: Mapped[str] = mapped_column(Text, default="pending", server_default="pending")
     assignee_id: Mapped[int | None] = mapped_column(BigInteger, default=None)
+    handed_over_at: Mapped[datetime | None] = mapped_column(Timestamp, init=False, default=None)  # the last time
     created_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now(), onupdate=func.now())
     messages: Mapped[list[Message]] = relationship(

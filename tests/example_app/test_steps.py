@@ -244,6 +244,25 @@ async def test_failure_for_good_hands_over(outside: Outside, status: str, notes:
     assert await rows("SELECT status FROM dialogue") == [("open",)]
 
 
+@pytest.mark.parametrize("status", ["pending", "open"])
+async def test_messages_that_wait_are_handed_over_as_well(outside: Outside, status: str) -> None:
+    """After a hand-over nothing that came before it is asked, posted or handed over again; what comes later is."""
+    failing, answered, failed, waiting, later = await receive(outside, *"abcde", status=status)
+    outside.dify.faults.add(Fault(*ASK, 400))
+    assert [await run(ask, failing), await run(ask, answered)] == ["failed", "answered"]
+    outside.dify.faults.add(Fault(*ASK, 400))
+    assert await run(ask, failed) == "failed"
+    assert await run(hand_over, failing) == "handed_over"
+    told, tasks = list(outside.chatwoot.conversation(7).messages), await dispatched()
+    assert [await run(respond, answered), await run(hand_over, failed), await run(ask, waiting)] == ["handed_over"] * 3
+    assert (outside.chatwoot.conversation(7).messages, await dispatched()) == (told, tasks)
+    [conversation] = outside.dify.conversations.values()
+    assert [message.query for message in conversation.messages] == ["b"]
+    await write(f"UPDATE message SET created_at = now() WHERE id = {later}")
+    assert [await run(ask, later), await run(respond, later)] == ["answered", "posted"]
+    assert outside.chatwoot.conversation(7).answers()[-1] == "You said: e"
+
+
 async def test_retries_end(outside: Outside) -> None:
     """After CELERY_TASK_MAX_RETRIES more attempts Dify's failure is for good."""
     [message] = await receive(outside, "Hello")
@@ -264,8 +283,6 @@ async def test_hand_over_is_not_given_up(outside: Outside) -> None:
         with pytest.raises(Rejected):
             await hand_over(message)
     assert await run(hand_over, message) == "handed_over"
-    del outside.chatwoot.conversations[7]
-    assert await run(hand_over, message) == "undeliverable"
 
 
 @pytest.mark.parametrize(("attempts", "pause"), [(0, 5.0), (2, 20.0), (5, 160.0), (6, 300.0), (2000, 300.0)])
