@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
@@ -10,14 +12,33 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 from example_app.settings import Status
 
+_UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("a NUL character cannot be stored")
+
+def _storable(text: str) -> str:
+    if _UNSTORABLE.search(text):
+        raise ValueError("a NUL character or half of a surrogate pair cannot be stored")
     return text
 
 
-Text = Annotated[str, AfterValidator(_no_nul), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
+def _sendable(value: JsonValue) -> JsonValue:
+    match value:
+        case str():
+            _storable(value)
+        case float() if not math.isfinite(value):
+            raise ValueError("NaN and Infinity are no JSON")  # Python's parser takes them all the same
+        case list():
+            for item in value:
+                _sendable(item)
+        case dict():
+            for key, item in value.items():
+                _storable(key)
+                _sendable(item)
+    return value
+
+
+Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
+CustomAttributes = dict[Text, Annotated[JsonValue, AfterValidator(_sendable)]]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 ConversationID = Annotated[int, Path(ge=1, lt=2**63, description="Chatwoot's display id", examples=[7])]
 DifyID = Annotated[

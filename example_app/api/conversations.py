@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Body, Depends, HTTPException, Query
-from pydantic import JsonValue
 
 from example_app import dialogues
 from example_app.api.doors import require_token
@@ -14,6 +13,7 @@ from example_app.clients import get_chatwoot
 from example_app.clients.chatwoot import Chatwoot as ChatwootClient
 from example_app.schemas import (
     ConversationID,
+    CustomAttributes,
     CustomAttributesResult,
     DialogueInfo,
     DifyConversation,
@@ -61,7 +61,7 @@ async def send_chatwoot_message(
 async def update_labels(
     chatwoot: Chatwoot,
     conversation_id: ConversationID,
-    labels: Annotated[list[str], Body(examples=[["parcel", "vip"]])],
+    labels: Annotated[list[Text], Body(examples=[["parcel", "vip"]])],
 ) -> LabelsResult:
     """Replace a conversation's labels."""
     return LabelsResult(conversation_id=conversation_id, labels=await chatwoot.set_labels(conversation_id, labels))
@@ -71,7 +71,7 @@ async def update_labels(
 async def update_custom_attributes(
     chatwoot: Chatwoot,
     conversation_id: ConversationID,
-    custom_attributes: Annotated[dict[str, JsonValue], Body(examples=[{"region": "Berlin"}])],
+    custom_attributes: Annotated[CustomAttributes, Body(examples=[{"region": "Berlin"}])],
 ) -> CustomAttributesResult:
     """Set a conversation's custom attributes; none at all leaves it alone."""
     if not custom_attributes:

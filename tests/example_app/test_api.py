@@ -184,6 +184,32 @@ async def test_invalid_requests(client: httpx.AsyncClient, path: str, body: obje
     assert response.json()["invalid"][0]["part"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("update-labels/7", r'["\ud800"]'),
+        ("update-labels/7", r'["\u0000"]'),
+        ("update-labels/7", "[NaN]"),
+        ("update-custom-attributes/7", '{"region": NaN}'),
+        ("update-custom-attributes/7", '{"region": [{"name": -Infinity}]}'),
+        ("update-custom-attributes/7", '{"region": 1e999}'),
+        ("update-custom-attributes/7", r'{"region": [{"name": "\ud800"}]}'),
+        ("update-custom-attributes/7", r'{"region": "\u0000"}'),
+        ("update-custom-attributes/7", r'{"region": {"\udfff": 1}}'),
+        ("update-custom-attributes/7", r'{"\ud800": 1}'),
+        ("update-custom-attributes/7", r'{"\u0000": 1}'),
+        ("toggle-priority/7", r'{"priority": "\ud800"}'),
+        ("toggle-status/7", '{"status": Infinity}'),
+        ("assign-team/7", r'{"team": "\ud800"}'),
+    ],
+)
+async def test_what_only_pythons_json_has(client: httpx.AsyncClient, outside: Outside, path: str, body: str) -> None:
+    """NaN, infinities, NUL and halves of surrogate pairs are a 422, wherever they stand."""
+    response = await client.post(f"/api/v1/{path}", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422
+    assert response.json()["invalid"][0]["part"].startswith("body.")
+
+
 async def test_unexpected_error_says_nothing(
     client: httpx.AsyncClient, outside: Outside, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

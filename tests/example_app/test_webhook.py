@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +181,10 @@ async def test_secret_in_the_url_for_older_versions(client: httpx.AsyncClient) -
         (message(content=["a"]), 422),
         (message(content="NUL \0 inside"), 422),
         (json.dumps(message(content="lone \ud800")).encode(), 422),
+        (json.dumps(message(**{"\ud800": 1})).encode(), 422),
+        (message(id=math.nan), 422),
+        (message(conversation={"id": math.inf}), 422),
+        (message(content_attributes={"\0": math.nan}), 200),
         (message(content="🎉 emoji"), 200),
         (b'{"event": ' + b"[" * 5000 + b"]" * 5000 + b"}", 422),
     ],
