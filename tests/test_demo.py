@@ -24,19 +24,23 @@ async def curl(client: httpx.AsyncClient, arguments: list[str]) -> httpx.Respons
     return await client.request(options.get("-X", "GET"), url, content=options.get("-d"), headers=headers)
 
 
-async def test_demo_answers_five_messages_and_serves_what_it_prints() -> None:
-    """Five answers, one past a killed worker; each printed curl line works; Ctrl-C leaves no process behind."""
-    with free_socket() as listener:
-        port = str(listener.getsockname()[1])
+async def start(port: int) -> asyncio.subprocess.Process:
+    """The demo as ``make demo`` starts it, with a PostgreSQL of its own."""
     theirs = ("DATABASE_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "XDG_RUNTIME_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in theirs}
-    demo = await asyncio.create_subprocess_exec(
+    return await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-u", "-m", "example_app", "--port", port),
-        env=environment,
+        *("-u", "-m", "example_app", "--port", str(port)),
+        env={name: value for name, value in os.environ.items() if name not in theirs},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
+
+
+async def test_demo_answers_five_messages_and_serves_what_it_prints() -> None:
+    """Five answers, one past a killed worker; each printed curl line works; Ctrl-C leaves no process behind."""
+    with free_socket() as listener:
+        port: int = listener.getsockname()[1]
+    demo = await start(port)
     assert demo.stdout is not None
     printed = (await asyncio.wait_for(demo.stdout.readuntil(b"Ctrl-C"), 240)).decode()
     assert "Warning" not in printed
@@ -57,3 +61,14 @@ async def test_demo_answers_five_messages_and_serves_what_it_prints() -> None:
     assert b"Traceback" not in rest
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
+
+
+async def test_taken_port_is_named() -> None:
+    """Where somebody else has the port, the demo says so in one line and ends with status 1, having started nothing."""
+    with free_socket() as listener:
+        port: int = listener.getsockname()[1]
+        demo = await start(port)
+        printed, _ = await asyncio.wait_for(demo.communicate(), 60)
+    assert demo.returncode == 1
+    [line] = printed.decode().splitlines()
+    assert line.startswith(f"Port {port} is taken")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -38,10 +39,18 @@ _MESSAGE = (
 
 
 def main() -> None:
-    """Run the demo until Ctrl-C."""
+    """Run the demo until Ctrl-C.
+
+    Raises:
+        SystemExit: 1, with a line on standard error: the port is taken.
+    """
     parser = argparse.ArgumentParser(prog="example_app", description=__doc__)
-    parser.add_argument("--port", type=int, default=8000, help="of the web process")
+    parser.add_argument("--port", type=int, default=8000, help="of the web process; 0 takes a free one")
     port: int = parser.parse_args().port
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        parser.exit(1, f"Port {port} is taken or not yours; a free one: .venv/bin/python -m example_app --port 0\n")
     console = Console(highlight=False)
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as directory, _postgres(Path(directory)) as url:
         console.print(f"[bold]PostgreSQL[/]  {url}", soft_wrap=True)
