@@ -285,6 +285,15 @@ async def test_hand_over_is_not_given_up(outside: Outside) -> None:
     assert await run(hand_over, message) == "handed_over"
 
 
+async def test_hand_over_of_a_conversation_that_is_deleted(outside: Outside) -> None:
+    """Chatwoot has nothing to open any more."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 400))
+    await run(ask, message)
+    del outside.chatwoot.conversations[7]
+    assert await run(hand_over, message) == "undeliverable"
+
+
 @pytest.mark.parametrize(("attempts", "pause"), [(0, 5.0), (2, 20.0), (5, 160.0), (6, 300.0), (2000, 300.0)])
 @pytest.mark.parametrize("hangs", [False, True])
 async def test_pauses_of_a_hand_over(
