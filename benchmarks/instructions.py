@@ -1,7 +1,7 @@
 """Instructions per request, which no noise changes: ``python -m benchmarks.instructions``, with valgrind on the PATH.
 
 The contender runs under https://valgrind.org/docs/manual/cg-manual.html, called in its own process: uvicorn, the
-kernel and PostgreSQL are not counted.
+kernel and PostgreSQL are not counted. Of Celery's tasks, both processes of a worker are counted.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from tempfile import NamedTemporaryFile
 
 from sqlalchemy import URL
 
+from benchmarks import tasks
 from benchmarks.databases import environment, scratch_database
 from benchmarks.peers import HERE, OURS, Contender
 from benchmarks.workloads import WORKLOADS
@@ -48,10 +50,26 @@ def run(contender: Contender, path: str, requests: int, url: URL) -> int:
     return int(counted[1].replace(",", ""))
 
 
+def count_task(contender: str, task: str, url: URL) -> float:
+    """Instructions per Celery task of a contender."""
+
+    def run(number: int) -> int:
+        with NamedTemporaryFile("r+") as output:
+            with tasks.worker(contender, url, under=CACHEGRIND, output=output) as app:
+                for _ in range(number):
+                    app.send_task(f"celery_tasks.{task}")
+                app.send_task("celery_tasks.mark").get(timeout=300)
+            output.seek(0)
+            return sum(int(found.replace(",", "")) for found in COUNTED.findall(output.read()))
+
+    few, many = FEW, 3 * MANY  # how often the worker looks for news is a matter of time
+    return (run(many) - run(few)) / (many - few)
+
+
 def main() -> None:
     """Count for the named workloads and print a Markdown table for each."""
     parser = argparse.ArgumentParser(prog="benchmarks.instructions", description=__doc__)
-    parser.add_argument("workloads", nargs="*", default=["plain", "read", "insert"])
+    parser.add_argument("workloads", nargs="*", default=["plain", "read", "insert", tasks.NAME])
     names = parser.parse_args().workloads
     with scratch_database() as url:
         for workload in (each for each in WORKLOADS if each.name in names):
@@ -61,6 +79,12 @@ def main() -> None:
             for contender in workload.against:
                 others = count(contender, workload.paths[0], url)
                 print(f"| {contender.name} | {others:,.0f} | {ours / others:.2f}x |", flush=True)
+        for task, (peer, _) in tasks.TARGETS.items() if tasks.NAME in names else ():
+            print(f"\n| task: {task} | instructions a task | ours needs |\n|---|---|---|")
+            ours = count_task("ours", task, url)
+            print(f"| **ours** | {ours:,.0f} | |", flush=True)
+            others = count_task(peer, task, url)
+            print(f"| {peer} | {others:,.0f} | {ours / others:.3f}x |", flush=True)
 
 
 if __name__ == "__main__":

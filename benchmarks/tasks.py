@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import IO
 
 from celery import Celery
 from sqlalchemy import URL
@@ -24,8 +25,17 @@ NUMBER = 2000  # tasks a round
 
 
 @contextmanager
-def worker(contender: str, url: URL) -> Iterator[Celery]:
-    """A worker of one process on a core of its own; yields the application that sends to it."""
+def worker(
+    contender: str, url: URL, *, under: Sequence[str] = (), output: IO[str] | int = subprocess.DEVNULL
+) -> Iterator[Celery]:
+    """A worker of one process on a core of its own; yields the application that sends to it.
+
+    Parameters:
+        contender: Whose tasks it has.
+        url: The database.
+        under: A command that runs it.
+        output: Where it may write.
+    """
     queue = f"benchmark-{contender.split()[0]}"
     own = {
         "BENCHMARK_CONTENDER": contender,
@@ -36,11 +46,11 @@ def worker(contender: str, url: URL) -> Iterator[Celery]:
     }
     command = [sys.executable, "-m", "celery", "-A", "celery_tasks", "worker", "-c", "1", "-l", "WARNING"]
     process = subprocess.Popen(
-        [*command, "-n", f"{queue}@benchmark", "--without-gossip", "--without-mingle", "--without-heartbeat"],
+        [*under, *command, "-n", f"{queue}@benchmark", "--without-gossip", "--without-mingle", "--without-heartbeat"],
         cwd=HERE / "contenders",
         env=os.environ | environment(url) | own,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
     )
     pin(process.pid, SERVER_CORE)
     app = Celery("benchmark", broker=BROKER, backend=BACKEND)
