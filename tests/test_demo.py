@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import httpx
 import psutil
@@ -24,23 +25,30 @@ async def curl(client: httpx.AsyncClient, arguments: list[str]) -> httpx.Respons
     return await client.request(options.get("-X", "GET"), url, content=options.get("-d"), headers=headers)
 
 
-async def start(port: int) -> asyncio.subprocess.Process:
+async def start(port: int, directory: Path) -> asyncio.subprocess.Process:
     """The demo as ``make demo`` starts it, with a PostgreSQL of its own."""
     theirs = ("DATABASE_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "XDG_RUNTIME_DIR")
     return await asyncio.create_subprocess_exec(
         sys.executable,
         *("-u", "-m", "example_app", "--port", str(port)),
         env={name: value for name, value in os.environ.items() if name not in theirs},
+        cwd=directory,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
 
 
-async def test_demo_answers_five_messages_and_serves_what_it_prints() -> None:
-    """Five answers, one past a killed worker; each printed curl line works; Ctrl-C leaves no process behind."""
+async def test_demo_answers_five_messages_and_serves_what_it_prints(tmp_path: Path) -> None:
+    """Five answers, one past a killed worker; each printed curl line works; Ctrl-C leaves no process behind.
+
+    A .env that lies about is somebody else's.
+    """
+    (tmp_path / ".env").write_text(
+        "CELERY_BROKER_URL=amqp://nobody.invalid\nCHATWOOT_ADMIN_API_KEY=no-key-of-the-fake\n"
+    )
     with free_socket() as listener:
         port: int = listener.getsockname()[1]
-    demo = await start(port)
+    demo = await start(port, tmp_path)
     assert demo.stdout is not None
     printed = (await asyncio.wait_for(demo.stdout.readuntil(b"Ctrl-C"), 240)).decode()
     assert "Warning" not in printed
@@ -63,11 +71,11 @@ async def test_demo_answers_five_messages_and_serves_what_it_prints() -> None:
     assert alive == []
 
 
-async def test_taken_port_is_named() -> None:
+async def test_taken_port_is_named(tmp_path: Path) -> None:
     """Where somebody else has the port, the demo says so in one line and ends with status 1, having started nothing."""
     with free_socket() as listener:
         port: int = listener.getsockname()[1]
-        demo = await start(port)
+        demo = await start(port, tmp_path)
         printed, _ = await asyncio.wait_for(demo.communicate(), 60)
     assert demo.returncode == 1
     [line] = printed.decode().splitlines()

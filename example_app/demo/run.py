@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, chdir, contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -52,7 +52,12 @@ def main() -> None:
     except OSError:
         parser.exit(1, f"Port {port} is taken or not yours; a free one: .venv/bin/python -m example_app --port 0\n")
     console = Console(highlight=False)
-    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as directory, _postgres(Path(directory)) as url:
+    with (
+        suppress(KeyboardInterrupt),
+        tempfile.TemporaryDirectory() as directory,
+        chdir(directory),  # the settings read the .env of the working directory, and so do those of the processes
+        _postgres(Path(directory)) as url,
+    ):
         console.print(f"[bold]PostgreSQL[/]  {url}", soft_wrap=True)
         asyncio.run(_run(console, Path(directory), url, port))
     console.print("Stopped.")
