@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from tests.serving import free_socket
 
@@ -80,3 +81,22 @@ async def test_taken_port_is_named(tmp_path: Path) -> None:
     assert demo.returncode == 1
     [line] = printed.decode().splitlines()
     assert line.startswith(f"Port {port} is taken")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_signals_end_all_processes(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM and SIGHUP, also sent twice, end the demo as Ctrl-C does."""
+    demo = await start(0, tmp_path)
+    assert demo.stdout is not None
+    printed = (await asyncio.wait_for(demo.stdout.readuntil(b"customer"), 120)).decode()
+    [postgresql] = re.findall(r"host=(\S+)", printed)
+    servers = [each for each in psutil.process_iter(["cmdline"]) if postgresql in (each.info["cmdline"] or ())]
+    web, worker = psutil.Process(demo.pid).children()
+    demo.send_signal(number)
+    await asyncio.to_thread(worker.wait, 60)
+    demo.send_signal(number)
+    rest, _ = await asyncio.wait_for(demo.communicate(), 60)
+    assert (demo.returncode, rest.splitlines()[-1]) == (0, b"Stopped.")
+    assert b"Traceback" not in rest
+    assert servers
+    assert psutil.wait_procs([web, *servers], timeout=10)[1] == []

@@ -31,6 +31,7 @@ _URLS = """
 
   Stop: Ctrl-C
 """
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 _SETTINGS = {"HTTPX_READ_TIMEOUT": "10", "CELERY_RETRY_COUNTDOWN": "1"}
 _MESSAGE = (
     '{"event": "message_created", "id": 1, "content": "One more question", "message_type": "incoming", '
@@ -39,7 +40,7 @@ _MESSAGE = (
 
 
 def main() -> None:
-    """Run the demo until Ctrl-C.
+    """Run the demo until Ctrl-C, SIGTERM or SIGHUP.
 
     Raises:
         SystemExit: 1, with a line on standard error: the port is taken.
@@ -51,6 +52,9 @@ def main() -> None:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
         parser.exit(1, f"Port {port} is taken or not yours; a free one: .venv/bin/python -m example_app --port 0\n")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+    for number in _ENDINGS:
+        signal.signal(number, _end_as_by_ctrl_c)
     console = Console(highlight=False)
     with (
         suppress(KeyboardInterrupt),
@@ -63,22 +67,24 @@ def main() -> None:
     console.print("Stopped.")
 
 
+def _end_as_by_ctrl_c(_: int, __: object) -> None:
+    # Once: a process group's make passes its SIGTERM on, and a second one would cut short what ends the processes.
+    for number in _ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.raise_signal(signal.SIGINT)
+
+
 async def _run(console: Console, directory: Path, database_url: str, port: int) -> None:
-    # As for Ctrl-C: nothing that was started is left behind.
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     db.settings = DatabaseSettings(database_url=database_url)
     broker_url = Settings().celery_broker_url
-    with suppress(asyncio.CancelledError):
-        async with chatdify(directory, database_url, broker_url, port, _SETTINGS) as stack:
-            console.print(f"[bold]Chatwoot[/]    {stack.chatwoot_url} (fake)")
-            console.print(f"[bold]Dify[/]        {stack.dify_url} (fake)")
-            async with stack.web(), AsyncExitStack() as workers:
-                console.print(f"[bold]Web[/]         {stack.url}\n[bold]Worker[/]      2 processes\n")
-                await tell(stack, console, workers)
-                _print_urls(console, stack)
-                await asyncio.Event().wait()
+    async with chatdify(directory, database_url, broker_url, port, _SETTINGS) as stack:
+        console.print(f"[bold]Chatwoot[/]    {stack.chatwoot_url} (fake)")
+        console.print(f"[bold]Dify[/]        {stack.dify_url} (fake)")
+        async with stack.web(), AsyncExitStack() as workers:
+            console.print(f"[bold]Web[/]         {stack.url}\n[bold]Worker[/]      2 processes\n")
+            await tell(stack, console, workers)
+            _print_urls(console, stack)
+            await asyncio.Event().wait()
 
 
 def _print_urls(console: Console, stack: Stack) -> None:

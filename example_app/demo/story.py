@@ -46,7 +46,7 @@ async def tell(stack: Stack, console: Console, workers: AsyncExitStack) -> None:
         workers: Where workers are started, and ended by whoever owns it.
 
     Raises:
-        TimeoutError: An answer did not arrive within ``TIME_LIMIT`` seconds.
+        ExceptionGroup: Of a TimeoutError: an answer did not arrive within ``TIME_LIMIT`` seconds.
     """
     worker = await workers.enter_async_context(stack.worker())
     for number, (content, fault) in enumerate(_MESSAGES):
@@ -57,10 +57,10 @@ async def tell(stack: Stack, console: Console, workers: AsyncExitStack) -> None:
         if number == 3:
             for conversation in list(stack.dify.conversations):
                 stack.dify.forget(conversation)
-        killing = asyncio.create_task(_replace(stack, worker, workers)) if number == 2 else None
-        await _exchange(stack, console, content, number)
-        if killing is not None:
-            await killing
+        async with asyncio.TaskGroup() as group:  # so that no worker is started when the demo is already ending
+            if number == 2:
+                group.create_task(_replace(stack, worker, workers))
+            await _exchange(stack, console, content, number)
     await _show_rows(console)
 
 
