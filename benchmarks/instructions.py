@@ -1,7 +1,8 @@
-"""Instructions per request, which no noise changes: ``python -m benchmarks.instructions``, with valgrind on the PATH.
+"""Instructions per request and task: ``python -m benchmarks.instructions``, with valgrind on the PATH.
 
 The contender runs under https://valgrind.org/docs/manual/cg-manual.html, called in its own process: uvicorn, the
-kernel and PostgreSQL are not counted. Of Celery's tasks, both processes of a worker are counted.
+kernel and PostgreSQL are not counted, and no noise changes the result. Of a task, both processes of a worker are
+counted, which changes by 1%: how often they look for news is a matter of time.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def run(contender: Contender, path: str, requests: int, url: URL) -> int:
 def count_task(contender: str, task: str, url: URL) -> float:
     """Instructions per Celery task of a contender."""
 
-    def run(number: int) -> int:
+    def run_worker(number: int) -> int:
         with NamedTemporaryFile("r+") as output:
             with tasks.worker(contender, url, under=CACHEGRIND, output=output) as app:
                 for _ in range(number):
@@ -62,8 +63,8 @@ def count_task(contender: str, task: str, url: URL) -> float:
             output.seek(0)
             return sum(int(found.replace(",", "")) for found in COUNTED.findall(output.read()))
 
-    few, many = FEW, 3 * MANY  # how often the worker looks for news is a matter of time
-    return (run(many) - run(few)) / (many - few)
+    few, many = FEW, 3 * MANY
+    return (run_worker(many) - run_worker(few)) / (many - few)
 
 
 def main() -> None:

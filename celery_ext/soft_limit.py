@@ -16,7 +16,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 class _HeldBack:
     """A context in which a soft time limit only passes, to take effect at the outermost end.
 
-    Not by a signal mask: two system calls more for each task.
+    Not by a signal mask, which is two system calls for each task.
 
     Raises:
         celery.exceptions.SoftTimeLimitExceeded: At that end; one did pass.
@@ -54,6 +54,6 @@ def _in_main_thread() -> bool:
 
 @lru_cache(maxsize=1)
 def _listen(pid: int) -> None:
-    """Stand before billiard's handler, which a worker's process sets after the last of Celery's signals."""
+    """Stand before billiard's handler, once in each process, which sets it after the last of Celery's signals."""
     if SIG_SOFT_TIMEOUT is not None and signal.getsignal(SIG_SOFT_TIMEOUT) is soft_timeout_sighandler:
         signal.signal(SIG_SOFT_TIMEOUT, soft_limit_held_back.handle)
