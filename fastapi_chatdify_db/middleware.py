@@ -67,7 +67,7 @@ class DBSessionMiddleware:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(TryAgain),
                 stop=stop_after_attempt(1 + self._retries),
-                wait=wait_random_exponential(multiplier=0.01, max=1),
+                wait=wait_random_exponential(multiplier=0.01, exp_base=5, max=1),
             ):
                 number = attempt.retry_state.attempt_number
                 with attempt:
