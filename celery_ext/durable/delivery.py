@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
-from sqlalchemy import event
+from sqlalchemy import Row, event
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -61,10 +61,10 @@ class Delivery:
         Raises:
             Dropped: There is no row to run now.
         """
-        row = session.execute(statements.BEGIN, {"id": self.task_id}).one_or_none()
-        if row is None or not row.free:
+        row = self._lock(session)
+        if row is None:
             raise Dropped
-        self._begun, self._ordering_key = True, row.ordering_key
+        self._begun = True
         if row.expired:
             raise Ignore("expired")
         self._request.retries = row.retries  # the row's count outlives crashes, a message's does not
@@ -119,10 +119,16 @@ class Delivery:
         if _is_passing(error):
             return
         with self._task.database.sync_transaction() as session:
-            row = session.execute(statements.BEGIN, {"id": self.task_id}).one_or_none()
-            if row is not None and row.free:
-                self._ordering_key = row.ordering_key
+            if self._lock(session) is not None:
                 self._finish(session, "failed", _text(error))
+
+    def _lock(self, session: Session) -> Row[Any] | None:
+        """The row, locked for this delivery; None when it is not to be had."""
+        row = session.execute(statements.BEGIN, {"id": self.task_id}).one_or_none()
+        if row is None or not row.free:
+            return None
+        self._ordering_key = row.ordering_key
+        return row
 
     def _record(self, session: Session, error: Exception) -> None:
         if isinstance(error, Retry) and self._arguments is not None:

@@ -196,7 +196,6 @@ def test_worker_imports_no_web_framework() -> None:
     code = """
 import sys, celery_ext
 from celery import Celery
-from celery.result import allow_join_result
 from fastapi_chatdify_db import Base, db, get_sync_session
 app = Celery("worker", task_cls=celery_ext.Task)
 celery_ext.init_app(app)
