@@ -153,7 +153,7 @@ class Task(_CeleryTask):
 
         Raises:
             OutsideUnitOfWork: There is no transaction here.
-            ArgumentsNotSerializable: The arguments are no JSON.
+            ArgumentsNotSerializable: The arguments are no JSON, or an option is nothing to store.
             DurableDispatchUnsupported: The database is not PostgreSQL.
         """
         return store(

@@ -34,7 +34,7 @@ def store(
     Raises:
         TypeError: The task does not take these arguments.
         OutsideUnitOfWork: There is no unit on the task's database here.
-        ArgumentsNotSerializable: The arguments are no JSON.
+        ArgumentsNotSerializable: The arguments are no JSON, or an option is nothing to store.
         DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
     """
     engines = task.database.engines
