@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import AsyncExitStack
 from typing import Final
-from weakref import WeakValueDictionary
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_chatdify_db.exchange import CommitOn, HTTPExchange, TryAgain, WebSocketExchange
+from fastapi_chatdify_db.exchange import CommitOn, HTTPExchange, WebSocketExchange
+from fastapi_chatdify_db.retries import Retries
 
 _ENTERED: Final = "fastapi_chatdify_db.entered"
 
@@ -36,8 +33,7 @@ class DBSessionMiddleware:
     def __init__(self, app: ASGIApp, *, commit_on: CommitOn = commit_below_400, retries: int = 0) -> None:
         self._app = app
         self._commit_on = commit_on
-        self._retries = retries
-        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self._retries = Retries(app, commit_on, retries) if retries else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -47,54 +43,7 @@ class DBSessionMiddleware:
         scope[_ENTERED] = True
         if kind == "websocket":
             await WebSocketExchange(receive, send, self._commit_on).run(self._app, scope)
-        elif self._retries:
-            await self._run_with_retries(scope, receive, send)
+        elif self._retries is not None:
+            await self._retries.run(scope, receive, send)
         else:
             await HTTPExchange(receive, send, self._commit_on).run(self._app, scope)
-
-    async def _run_with_retries(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application until it answers with anything but a serialization failure.
-
-        Requests for one path are likely to want the same rows. So those which are run again take turns, and newcomers
-        wait for them: each then meets at most those that were under way already, and few tries are enough.
-        """
-        request = _RecordedRequest(receive)
-        path = scope["method"], scope["path"]
-        if (turn := self._turns.get(path)) is not None:
-            async with turn:
-                pass
-        async with AsyncExitStack() as turns:
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(TryAgain),
-                stop=stop_after_attempt(1 + self._retries),
-                wait=wait_random_exponential(multiplier=0.01, exp_base=5, max=1),
-            ):
-                number = attempt.retry_state.attempt_number
-                with attempt:
-                    if number == 2:
-                        await turns.enter_async_context(self._turns.setdefault(path, asyncio.Lock()))
-                    # The application writes into its scope; another run starts from a clean one.
-                    attempted = dict(scope)
-                    may_retry = number <= self._retries
-                    exchange = HTTPExchange(request.replay(), send, self._commit_on, may_retry=may_retry)
-                    await exchange.run(self._app, attempted)
-
-
-class _RecordedRequest:
-    """What the client sent so far, to be received again from the start."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._messages: list[Message] = []
-
-    def replay(self) -> Receive:
-        position = 0
-
-        async def receive() -> Message:
-            nonlocal position
-            if position == len(self._messages):
-                self._messages.append(await self._receive())
-            position += 1
-            return self._messages[position - 1]
-
-        return receive

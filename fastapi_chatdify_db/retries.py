@@ -1,0 +1,118 @@
+"""Running a request again: from its recorded body, and with its path for itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Final
+from weakref import WeakValueDictionary
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from fastapi_chatdify_db.exchange import CommitOn, HTTPExchange, TryAgain
+
+_PATIENCE: Final = 1.0
+"""Seconds that a request waits for those before it; one of them may wait for something slow."""
+
+
+class Retries:
+    """Runs the requests of an application until they end in anything but a serialization failure or deadlock.
+
+    Parameters:
+        app: The application.
+        commit_on: Given the response's status, whether to commit.
+        limit: How often a request is run again.
+    """
+
+    def __init__(self, app: ASGIApp, commit_on: CommitOn, limit: int) -> None:
+        self._app = app
+        self._commit_on = commit_on
+        self._limit = limit
+        self._paths: WeakValueDictionary[tuple[str, str], _Path] = WeakValueDictionary()
+
+    async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request."""
+        request = _RecordedRequest(receive)
+        path = self._paths.setdefault((scope["method"], scope["path"]), _Path())
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(TryAgain),
+            stop=stop_after_attempt(1 + self._limit),
+            wait=wait_random_exponential(multiplier=0.01, exp_base=5, max=_PATIENCE),
+        ):
+            number = attempt.retry_state.attempt_number
+            with attempt:
+                async with AsyncExitStack() as unanswered:
+                    await unanswered.enter_async_context(path.beside_others() if number == 1 else path.alone())
+                    exchange = HTTPExchange(
+                        request.replay(),
+                        _leaving(unanswered, send),
+                        self._commit_on,
+                        may_retry=number <= self._limit,
+                    )
+                    # The application writes into its scope; another run starts from a clean one.
+                    await exchange.run(self._app, dict(scope))
+
+
+class _Path:
+    """The requests for one path that are not answered yet: they are likely to want the same rows.
+
+    So one that is run again has them to itself, as far as one process can tell, and few tries are enough.
+    """
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._under_way = 0
+        self._free = asyncio.Event()
+
+    @asynccontextmanager
+    async def beside_others(self) -> AsyncIterator[None]:
+        """Enter when nobody is here alone."""
+        async with self._turn:
+            self._under_way += 1
+            self._free.clear()
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._free.set()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Keep others out, and enter when those who are here have left, or have not for too long."""
+        async with self._turn:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE):
+                    await self._free.wait()
+            yield
+
+
+def _leaving(unanswered: AsyncExitStack, send: Send) -> Send:
+    async def send_answer(message: Message) -> None:
+        if message["type"] == "http.response.start":  # committed; its body may take long
+            await unanswered.aclose()
+        await send(message)
+
+    return send_answer
+
+
+class _RecordedRequest:
+    """What the client sent so far, to be received again from the start."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._messages: list[Message] = []
+
+    def replay(self) -> Receive:
+        position = 0
+
+        async def receive() -> Message:
+            nonlocal position
+            if position == len(self._messages):
+                self._messages.append(await self._receive())
+            position += 1
+            return self._messages[position - 1]
+
+        return receive
