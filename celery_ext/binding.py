@@ -105,6 +105,6 @@ def _close_connections(**_: object) -> None:
         for database in databases:
             await database.dispose()
 
-    event_loop.stop(dispose())
+    event_loop.stop(dispose)
     for database in databases:
         database.engines.dispose_sync()

@@ -1,11 +1,15 @@
-"""The event loop of ``async def`` tasks: one per worker process, in a thread of its own."""
+"""The event loop of ``async def`` tasks: one per worker process, in a thread of its own.
+
+A task that runs another one eagerly (``apply()``, or any call under ``task_always_eager``) blocks its loop; so the
+other one gets a second loop, and so forth.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from threading import Lock, Thread
 from typing import Any, TypeVar
@@ -30,7 +34,8 @@ class _LoopThread:
 
 
 _lock = Lock()
-_running: _LoopThread | None = None
+_running: list[_LoopThread] = []
+"""The process's loop, then the one for what runs eagerly on it, ..."""
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -45,7 +50,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         BaseException: What the coroutine raised.
     """
     try:
-        loop = _process_loop()
+        loop = _free_loop()
     except AsyncTaskNotSupported:
         coroutine.close()
         raise
@@ -68,16 +73,14 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def stop(last: Coroutine[Any, Any, None]) -> None:
-    """End the process's loop, if there is one, when it has run ``last``; a later ``run`` makes another."""
+def stop(last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """End the process's loops, each when it has run ``last``; a later ``run`` makes another."""
     global _running
     with _lock:
-        stopping, _running = _running, None
-    if stopping is None:
-        last.close()
-        return
-    asyncio.run_coroutine_threadsafe(last, stopping.loop).result()
-    stopping.stop()
+        stopping, _running = _running, []
+    for each in stopping:
+        asyncio.run_coroutine_threadsafe(last(), each.loop).result()
+        each.stop()
 
 
 async def _contained(coroutine: Coroutine[Any, Any, T], outcome: Future[T]) -> Any:
@@ -100,21 +103,26 @@ def _copy_outcome(task: asyncio.Task[Any], outcome: Future[T]) -> None:
         outcome.set_result(task.result())
 
 
-def _process_loop() -> asyncio.AbstractEventLoop:
+def _free_loop() -> asyncio.AbstractEventLoop:
     global _running
     gevent = sys.modules.get("gevent.monkey")
     if gevent is not None and gevent.is_module_patched("threading"):
         raise AsyncTaskNotSupported("async def tasks need the pool prefork, threads or solo; with gevent write def")
+    try:
+        here = asyncio.get_running_loop()
+    except RuntimeError:
+        here = None
     with _lock:
-        if _running is None:
-            _running = _LoopThread()
-        return _running.loop
+        free = next((at + 1 for at, each in enumerate(_running) if each.loop is here), 0)
+        if free == len(_running):
+            _running.append(_LoopThread())
+        return _running[free].loop
 
 
-def _forget_parents_loop() -> None:
+def _forget_parents_loops() -> None:
     global _lock, _running
-    _lock, _running = Lock(), None
+    _lock, _running = Lock(), []
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_forget_parents_loop)
+    os.register_at_fork(after_in_child=_forget_parents_loops)

@@ -71,23 +71,23 @@ class Delivery:
         event.listen(session, "before_commit", self._keep_lease)
 
     def finish(self, session: Session) -> None:
-        """Mark the row done, as the last statement of the body's transaction.
+        """Mark the row done, or due again after a ``retry(throw=False)``; the last statement of the body's transaction.
 
         Raises:
             Dropped: It was done by another worker, or cancelled, after this one had lost its lease.
         """
         self._finishing = True
-        if not self._finish(session, "done", None):
+        if not self._succeed(session):
             logger.warning("task %s[%s] was ended elsewhere, and is rolled back", self._task.name, self.task_id)
             raise Dropped
 
     def finish_without_effects(self) -> None:
-        """Mark the row done of a body that succeeded and had its own transaction rolled back."""
+        """``finish``, for a body that succeeded and had its own transaction rolled back."""
         with self._task.database.sync_transaction() as session:
-            self._finish(session, "done", None)
+            self._succeed(session)
 
     def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
-        """Note the next attempt, for ``ended_by``; the relay will send it."""
+        """Note the next attempt, for the end of this one; the relay will send it."""
         self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])
         due = options.get("eta") or options.get("countdown") or 0.0
         self._retry = {"retries": options.get("retries", 0), "due_in": seconds_until(due)}
@@ -132,10 +132,17 @@ class Delivery:
 
     def _record(self, session: Session, error: Exception) -> None:
         if isinstance(error, Retry) and self._arguments is not None:
-            values = {**self._retry, "id": self.task_id, "arguments": self._arguments, "error": _text(error.exc)}
-            session.execute(statements.RETRY, values)
+            self._put_off(session, _text(error.exc))
         else:
             self._finish(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", _text(error))
+
+    def _succeed(self, session: Session) -> bool:
+        return self._finish(session, "done", None) if self._arguments is None else self._put_off(session, None)
+
+    def _put_off(self, session: Session, error: str | None) -> bool:
+        """Let the next attempt come; False when the row was ended before."""
+        values = {**self._retry, "id": self.task_id, "arguments": self._arguments, "error": error}
+        return session.execute(statements.RETRY, values).one_or_none() is not None
 
     def _finish(self, session: Session, status: str, error: str | None) -> bool:
         """End the row, and let the next one of its key begin; False when it was ended before."""

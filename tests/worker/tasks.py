@@ -331,6 +331,14 @@ def replaced(self: Task, name: str) -> None:
     self.replace(record.s(name))
 
 
+@shared_task(base=Task, bind=True)
+def three_times(self: Task, name: str) -> None:
+    """Insert, and ask to be run again without giving up what was done."""
+    insert(f"{name} {self.request.retries}")
+    if self.request.retries < 2:
+        self.retry(countdown=0, throw=False)
+
+
 @shared_task(soft_time_limit=1)
 def slow_commit(name: str) -> str:
     """Have a COMMIT that takes longer than the limit."""

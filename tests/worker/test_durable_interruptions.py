@@ -92,3 +92,11 @@ async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None
     await until_status(rows, last, "done")
     in_order = await rows.connection.fetch("SELECT name FROM item ORDER BY id")
     assert [row["name"] for row in in_order] == ["b 1", "a 0", "a 1", "a 2", "a 4"]
+
+
+async def test_retry_that_does_not_give_up(relayed: Worker, rows: Observer) -> None:
+    """After a ``retry(throw=False)`` the body's effects stay, and it is run again."""
+    async with db.transaction():
+        task_id = relayed.task("three_times").delay_durably("x")
+    await until_status(rows, task_id, "done")
+    assert await rows.names() == ["x 0", "x 1", "x 2"]

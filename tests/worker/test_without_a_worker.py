@@ -45,6 +45,22 @@ async def test_eager_tasks_have_their_own_unit(eager: dict[str, Any], empty_tabl
     assert await empty_tables.names() == ["async", "async retried", "errback lost", "linked ok", "ok", "retried"]
 
 
+async def test_eager_coroutines_run_others_eagerly(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """Each in a unit of its own; what waits for another's end blocks its own loop only."""
+    app: Celery[celery_ext.Task] = eager["record"].app
+
+    @app.task(bind=True, shared=False)
+    async def countdown(self: celery_ext.Task, number: int) -> int:
+        db.session.add(Item(f"before {number}"))
+        await db.session.flush()
+        ran = 1 + self.delay(number - 1).get(disable_sync_subtasks=False) if number else 0
+        db.session.add(Item(f"after {number}"))
+        return ran
+
+    assert countdown.delay(2).get() == 2
+    assert await empty_tables.names() == [f"{when} {number}" for when in ("after", "before") for number in range(3)]
+
+
 async def test_eager_task_may_return_anything(eager: dict[str, Any], empty_tables: Observer) -> None:
     """Its result is not stored."""
     assert type(eager["unserializable"].delay("x").get()) is object
