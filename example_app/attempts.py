@@ -27,7 +27,7 @@ Work = Callable[[Message], Awaitable[MessageState]]
 """Does a step outside, holding no connection; notes what came of it and returns the message's next state."""
 
 
-_LONGEST_PAUSE: Final = 300.0  # seconds between attempts of what is never given up
+_LONGEST_PAUSE: Final = 300.0  # seconds
 
 
 async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: MessageState | None) -> MessageState:
@@ -78,15 +78,29 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
     except SQLAlchemyError:
         raise  # whether it passes is known to celery_ext
     except Exception as error:
-        foreseen = error if isinstance(error, OutsideError) else None
-        logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=foreseen is None)
+        foreseen = isinstance(error, OutsideError)
+        logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=not foreseen)
         tries_left = message.attempts <= retries
-        # Who hangs may answer later; a bug of ours is tried a few times.
-        may_pass = foreseen.may_pass if foreseen else (tries_left or isinstance(error, TimeoutError))
-        if given_up is None:
-            if not may_pass:
+        if not _may_pass(error, tries_left=tries_left) or (given_up is not None and not tries_left):
+            if given_up is None:
                 raise
-        elif not (may_pass and tries_left):
             return given_up
-        pause = min(settings.celery_retry_countdown * 2 ** min(message.attempts - 1, 20), _LONGEST_PAUSE)
-        raise task.retry(exc=error, countdown=max(pause, foreseen.retry_after if foreseen else 0.0)) from error
+        raise task.retry(exc=error, countdown=pause(message.attempts, error)) from error
+
+
+def pause(attempts: int, error: Exception) -> float:
+    """Seconds until the next attempt, five minutes at most: who asks for more is asked now and then.
+
+    Parameters:
+        attempts: How many have failed.
+        error: What the last one failed with.
+    """
+    backoff = get_settings().celery_retry_countdown * 2.0 ** min(attempts - 1, 20)
+    asked = error.retry_after if isinstance(error, OutsideError) else 0.0
+    return min(max(backoff, asked), _LONGEST_PAUSE)
+
+
+def _may_pass(error: Exception, *, tries_left: bool) -> bool:
+    if isinstance(error, OutsideError):
+        return error.may_pass
+    return tries_left or isinstance(error, TimeoutError)  # who hangs may answer later; a bug of ours will stay

@@ -9,7 +9,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from example_app.db.models import Dialogue, Message, WebhookDelivery
+from example_app.db.models import Dialogue, Message, MessageState, WebhookDelivery
 from example_app.schemas import MessageCreated, WebhookConversation
 from fastapi_chatdify_db import db
 
@@ -52,7 +52,7 @@ async def store_message(dialogue_id: int, event: MessageCreated) -> int | None:
         content=event.content,
         message_type=event.message_type,
         conversation_status=event.conversation.status,
-        state="received",
+        state=MessageState.RECEIVED,
         attempts=0,
     )
     return (await db.session.execute(statement.on_conflict_do_nothing().returning(Message.id))).scalar()

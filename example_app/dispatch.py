@@ -17,11 +17,12 @@ RESPOND: Final = "chatdify.handle_dify_response"
 HAND_OVER: Final = "chatdify.handle_dify_error"
 DELETE: Final = "chatdify.delete_dify_conversation"
 
-_STEPS: Final = {
+STEPS: Final = {
     MessageState.RECEIVED: (PROCESS, "ask"),
     MessageState.ANSWERED: (RESPOND, "tell"),
     MessageState.FAILED: (HAND_OVER, "tell"),
 }
+"""By a message's state: the task whose turn it is, and its line."""
 
 
 def dispatch_step(message_id: int, state: MessageState, conversation: str) -> None:
@@ -30,8 +31,8 @@ def dispatch_step(message_id: int, state: MessageState, conversation: str) -> No
     Parameters:
         conversation: The message's conversation in Chatwoot.
     """
-    if state in _STEPS:
-        name, line = _STEPS[state]
+    if state in STEPS:
+        name, line = STEPS[state]
         _send(name, message_id, f"{line} {conversation}")
 
 

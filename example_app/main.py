@@ -40,6 +40,7 @@ def create_app() -> FastAPI:
     settings = get_settings()
     settings.require_secrets()
     logs.configure(settings)
+    logs.logger.info("Chatwoot's webhooks are expected at %s/chatwoot-webhook", settings.api_base_url)
     db.settings = settings
     db.creates_tables = settings.in_development  # elsewhere "alembic upgrade head" has made them
     import_module("example_app.tasks")  # registers what the dispatch stores

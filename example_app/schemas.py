@@ -70,6 +70,12 @@ class Meta(BaseModel):
     assignee: Assignee | None = None
 
 
+class Account(BaseModel):
+    """The Chatwoot account that tells; a conversation's id is its own."""
+
+    id: int
+
+
 class WebhookConversation(BaseModel):
     """A conversation in a webhook."""
 
@@ -93,6 +99,7 @@ class MessageCreated(BaseModel):
     private: bool = False
     content_attributes: dict[str, JsonValue] | None = None
     sender: Sender | None = None
+    account: Account | None = None
     conversation: WebhookConversation
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Literal
-from urllib.parse import quote
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
@@ -13,7 +12,9 @@ from fastapi_chatdify_db import DatabaseSettings, InvalidSettings
 
 Secret = Annotated[str | None, Field(repr=False)]
 Count = Annotated[int, Field(ge=0)]
+URL = Annotated[str, Field(pattern="^https?://")]
 PositiveSeconds = Annotated[float, Field(gt=0)]
+_SECRETS: Final = ("chatdify_api_token", "chatwoot_webhook_secret", "chatwoot_api_key", "dify_api_key")
 Status = Literal["open", "pending", "resolved", "snoozed"]
 
 
@@ -35,7 +36,7 @@ class Settings(DatabaseSettings):
         celery_task_time_limit: Seconds until a task's process is killed.
         celery_task_soft_time_limit: Seconds until an attempt to ask or to post is cancelled, and made again.
         celery_task_max_retries: How often a failed call to Dify or Chatwoot is made again.
-        celery_worker_max_tasks_per_child: Tasks until a worker's process is replaced.
+        celery_task_max_tasks_per_child: Tasks until a worker's process is replaced.
         celery_worker_prefetch_multiplier: Messages that each process may reserve.
         celery_retry_countdown: Seconds until the first retry; the pauses double.
         dify_response_mode: Agent apps only stream.
@@ -76,15 +77,15 @@ class Settings(DatabaseSettings):
     celery_task_time_limit: PositiveSeconds = 300.0
     celery_task_soft_time_limit: PositiveSeconds = 240.0
     celery_task_max_retries: Count = 3
-    celery_worker_max_tasks_per_child: Annotated[int, Field(ge=1)] = 100
+    celery_task_max_tasks_per_child: Annotated[int, Field(ge=1)] = 100
     celery_worker_prefetch_multiplier: Count = 1
     celery_retry_countdown: Annotated[float, Field(ge=0)] = 5.0
 
-    dify_api_url: str = "https://api.dify.ai/v1"
+    dify_api_url: URL = "https://api.dify.ai/v1"
     dify_api_key: Secret = None
     dify_response_mode: Literal["blocking", "streaming"] = "blocking"
 
-    chatwoot_api_url: str = "https://app.chatwoot.com/api/v1"
+    chatwoot_api_url: URL = "https://app.chatwoot.com/api/v1"
     chatwoot_api_key: Secret = None
     chatwoot_admin_api_key: Secret = None
     chatwoot_account_id: Annotated[int, Field(ge=1)] = 1
@@ -141,17 +142,12 @@ class Settings(DatabaseSettings):
         """What the web application asks before it starts.
 
         Raises:
-            InvalidSettings: A door would stand open outside development.
+            InvalidSettings: A door would stand open, or others' stay closed, outside development.
         """
-        missing = [name for name in ("chatdify_api_token", "chatwoot_webhook_secret") if not getattr(self, name)]
+        missing = [name for name in _SECRETS if not getattr(self, name)]
         if missing and not self.in_development:
             names = " and ".join(name.upper() for name in missing)
             raise InvalidSettings(f"{names}: set it, or ENVIRONMENT=development for open doors on your own machine")
-
-    def webhook_url(self) -> str:
-        """The URL to enter in Chatwoot; with the secret, for versions that do not sign."""
-        url = f"{self.api_base_url}/chatwoot-webhook"
-        return url + (f"?secret={quote(self.chatwoot_webhook_secret)}" if self.chatwoot_webhook_secret else "")
 
 
 @lru_cache

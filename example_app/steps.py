@@ -23,7 +23,7 @@ _CLOCKS: Final = 60.0
 
 def dify_user(chatwoot_conversation_id: str | int) -> str:
     """The Dify user of a conversation: one each, so that no customer is answered out of another's memory."""
-    return f"chatwoot-conversation-{chatwoot_conversation_id}"
+    return f"chatwoot-{get_settings().chatwoot_account_id}-conversation-{chatwoot_conversation_id}"
 
 
 async def ask(message: Message) -> MessageState:
@@ -77,8 +77,12 @@ async def _earlier_answer(question: Question, message: Message) -> Answer | None
 
 
 async def respond(message: Message) -> MessageState:
-    """Post Dify's answer into the Chatwoot conversation."""
-    if message.answer:
+    """Post Dify's answer into the Chatwoot conversation, unless that has become a human's meanwhile."""
+    if message.answer and message.answer.strip():
+        chatwoot = await get_chatwoot()
+        conversation = await chatwoot.conversation(message.dialogue.chatwoot_conversation_id)
+        if conversation.status not in get_settings().allowed_conversation_statuses:
+            return MessageState.HANDED_OVER
         await _post_once(message, message.answer, "answer")
     return MessageState.POSTED
 

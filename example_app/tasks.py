@@ -7,11 +7,10 @@ from typing import Final
 import celery_ext
 from celery_ext.durable import administration
 from example_app import dialogues, dispatch, steps
-from example_app.attempts import attempt
+from example_app.attempts import attempt, pause
 from example_app.clients import get_dify
 from example_app.clients.http import OutsideError
 from example_app.db.models import MessageState
-from example_app.settings import get_settings
 from example_app.worker import app
 from fastapi_chatdify_db import db
 
@@ -19,7 +18,7 @@ TASKS_KEPT: Final = 7
 """Days for which the rows of tasks that are done are kept."""
 
 
-# max_retries=None: the attempts are counted with the message, where a worker that dies counts as well.
+# max_retries=None: a message's attempts are counted with it, where a worker that dies counts as well.
 @app.task(bind=True, name=dispatch.PROCESS, max_retries=None)
 async def process_message_with_dify(self: celery_ext.Task, message_id: int) -> str:
     """Ask Dify about a message; returns the message's state."""
@@ -38,11 +37,10 @@ async def handle_dify_error(self: celery_ext.Task, message_id: int) -> str:
     return await attempt(self, message_id, steps.hand_over, given_up=None)
 
 
-@app.task(bind=True, name=dispatch.DELETE)
+@app.task(bind=True, name=dispatch.DELETE, max_retries=None)
 async def delete_dify_conversation(self: celery_ext.Task, chatwoot_conversation_id: str) -> None:
     """Delete what Dify has of a conversation that Chatwoot deleted."""
     dify = await get_dify()
-    settings = get_settings()
     user = steps.dify_user(chatwoot_conversation_id)
     await db.release()
     try:
@@ -51,8 +49,7 @@ async def delete_dify_conversation(self: celery_ext.Task, chatwoot_conversation_
     except OutsideError as error:
         if not error.may_pass:
             raise
-        pause = max(error.retry_after, settings.celery_retry_countdown * 2**self.request.retries)
-        raise self.retry(exc=error, countdown=pause, max_retries=settings.celery_task_max_retries) from error
+        raise self.retry(exc=error, countdown=pause(self.request.retries + 1, error)) from error
 
 
 @app.task(name="chatdify.forget_old_deliveries")

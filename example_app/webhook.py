@@ -58,6 +58,8 @@ def reason_to_skip(event: MessageCreated, settings: Settings) -> str | None:
     """Why the bot does not answer a message, or None."""
     content = (event.content or "").strip()
     own = tuple(filter(None, (settings.bot_error_message_internal, settings.bot_conversation_opened_message_external)))
+    if event.account is not None and event.account.id != settings.chatwoot_account_id:
+        return "another account"
     if event.sender is not None and event.sender.type == "agent_bot":
         return "agent_bot message"
     if content.startswith(own) or MARKER in (event.content_attributes or {}):

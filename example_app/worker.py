@@ -35,7 +35,7 @@ def _configuration() -> dict[str, Any]:
         "task_default_queue": settings.celery_task_default_queue,
         "broker_connection_retry_on_startup": True,
         "worker_concurrency": settings.celery_worker_concurrency,
-        "worker_max_tasks_per_child": settings.celery_worker_max_tasks_per_child,
+        "worker_max_tasks_per_child": settings.celery_task_max_tasks_per_child,
         "worker_prefetch_multiplier": settings.celery_worker_prefetch_multiplier,
         "task_time_limit": settings.celery_task_time_limit,
         "timezone": "UTC",

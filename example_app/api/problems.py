@@ -60,15 +60,17 @@ def init_app(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-def _http_error(_: Request, error: Exception) -> ProblemResponse:
+def _http_error(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, StarletteHTTPException)
+    _note(request, error.status_code)
     return _problem(error.status_code, error.detail, headers=dict(error.headers or {}))
 
 
-def _invalid_request(_: Request, error: Exception) -> ProblemResponse:
+def _invalid_request(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RequestValidationError)
     # Without the input: it may be anything, a secret as well.
     parts = [InvalidPart(part=".".join(map(str, e["loc"])), reason=e["msg"]) for e in error.errors()]
+    _note(request, 422, *(f"{each.part}: {each.reason}" for each in parts))
     return _problem(422, "The request cannot be used; see 'invalid'.", invalid=parts)
 
 
@@ -86,6 +88,11 @@ def _outside_error(_: Request, error: Exception) -> ProblemResponse:
 
 def _unexpected(_: Request, __: Exception) -> ProblemResponse:
     return _problem(500, "Something went wrong here; it is in the log.")
+
+
+def _note(request: Request, status: int, *reasons: str) -> None:
+    # Chatwoot shows nobody what its webhooks are answered, so this is where a wrong secret is found out.
+    logger.info("%s %a answered %d %a", request.method, request.url.path, status, reasons)
 
 
 def _problem(

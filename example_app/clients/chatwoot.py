@@ -63,9 +63,9 @@ class Chatwoot(OutsideAPI):
         self._as_admin = {"api_access_token": settings.chatwoot_admin_api_key or settings.chatwoot_api_key or ""}
 
     async def send_message(
-        self, conversation_id: int | str, content: str, *, private: bool = False, marker: str | None = None
+        self, conversation_id: int | str, content: str, *, private: bool = False, marker: str = "api"
     ) -> JsonValue:
-        """Post a message, or a private note; with a marker, ``has_message`` finds it again.
+        """Post a message, or a private note, marked as ours; ``has_message`` finds it again by its own marker.
 
         Raises:
             Unanswered: It may have been posted or not.
@@ -78,7 +78,7 @@ class Chatwoot(OutsideAPI):
                 "content": content,
                 "message_type": "outgoing",
                 "private": private,
-                "content_attributes": {MARKER: marker} if marker else {},
+                "content_attributes": {MARKER: marker},
             },
         )
 

@@ -59,6 +59,7 @@ class _Message(BaseModel):
     conversation_id: str
     query: str
     answer: str | None = None
+    status: str = "normal"
     created_at: float  # seconds since 1970
 
 
@@ -117,6 +118,8 @@ class Dify(OutsideAPI):
         parameters: dict[str, str | int] = {"conversation_id": conversation_id, "user": user, "limit": 20}
         answer = await self.call("GET", "/messages", params=parameters)
         for message in reversed(read(_Messages, answer, _NAME).data):
+            if message.status == "error":
+                continue  # Dify failed over it, so it may be asked again
             if message.query == query and message.id not in known and message.created_at >= since:
                 if not message.answer:
                     raise StillAnswering("Dify, GET /messages", "has no answer yet")
@@ -140,7 +143,7 @@ class Dify(OutsideAPI):
             async with self.client.stream("POST", "/chat-messages", json=body) as response:
                 self.check(response)
                 return await _assemble(response)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise as_outside_error(_ASK, error) from error
 
 

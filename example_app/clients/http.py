@@ -133,7 +133,9 @@ class OutsideAPI:
         if status in (429, 503):
             raise (Busy if status == 429 else Unanswered)(call, outcome, _seconds(response.headers.get("Retry-After")))
         if status == 404:
-            raise NotFound(call, outcome)
+            # One that is no JSON is a proxy's, whose server is away.
+            is_its_own = response.headers.get("Content-Type", "").startswith("application/json")
+            raise (NotFound if is_its_own else Unanswered)(call, outcome)
         raise (Unanswered if status >= 500 else Rejected)(call, outcome)
 
     async def _try(
@@ -148,7 +150,7 @@ class OutsideAPI:
         call = f"{self.name}, {method} {path}"
         try:
             response = await self.client.request(method, path, json=json, params=params, headers=headers)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise as_outside_error(call, error) from error
         self.check(response)
         if not response.content.strip():
@@ -184,7 +186,7 @@ def read(model: type[M], content: JsonValue, service: str) -> M:
         raise Unanswered(service, f"answered no {model.__name__.lstrip('_')}") from error
 
 
-def as_outside_error(call: str, error: httpx.TransportError) -> OutsideError:
+def as_outside_error(call: str, error: httpx.RequestError) -> OutsideError:
     """The error for what httpx raises: whether a request had been sent decides which."""
     not_sent = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
     return (Unreachable if not_sent else Unanswered)(call, type(error).__name__)

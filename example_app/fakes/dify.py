@@ -24,6 +24,7 @@ class DifyMessage:
 
     query: str
     answer: str = ""
+    status: str = "normal"
     id: str = field(default_factory=lambda: str(uuid4()))
     created_at: int = field(default_factory=lambda: int(time.time()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from starlette.responses import JSONResponse
@@ -21,6 +22,7 @@ class Fault:
         every: Which of them: all, or every tenth, ...
         seen: How many there were.
         retry_after: Value of the ``Retry-After`` header.
+        headers: Of the answer, besides.
         delay: Seconds until the answer.
         too_late: Whether the request is carried out all the same, only its answer is lost.
     """
@@ -32,6 +34,7 @@ class Fault:
     every: int = 1
     seen: int = 0
     retry_after: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
     delay: float = 0.0
     too_late: bool = False
 
@@ -58,7 +61,7 @@ class Faults:
             if fault.too_late:
                 await app(scope, receive, _discard)
             await asyncio.sleep(fault.delay)
-            headers = {"Retry-After": fault.retry_after} if fault.retry_after else None
+            headers = {**fault.headers, **({"Retry-After": fault.retry_after} if fault.retry_after else {})}
             await JSONResponse({"error": "told to"}, fault.status, headers)(scope, receive, send)
 
         return faulty

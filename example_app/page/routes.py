@@ -14,6 +14,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
 from example_app.db.models import Dialogue, Message, MessageState
+from example_app.dispatch import STEPS
 from fastapi_chatdify_db import db
 
 DIALOGUES_SHOWN: Final = 20
@@ -31,11 +32,7 @@ HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
 }
 
-TASKS: Final = {
-    "received": "process_message_with_dify",
-    "answered": "handle_dify_response",
-    "failed": "handle_dify_error",
-}
+TASKS: Final = {state: name.removeprefix("chatdify.") for state, (name, _) in STEPS.items()}
 """Whose turn it is in a message's state."""
 
 _HERE: Final = Path(__file__).parent

@@ -30,7 +30,7 @@ def quick(queue: str) -> dict[str, str]:
         "CELERY_TASK_DEFAULT_QUEUE": queue,
         "CELERY_RETRY_COUNTDOWN": "0.1",
         "HTTPX_READ_TIMEOUT": "1",
-        "CELERY_WORKER_MAX_TASKS_PER_CHILD": "100000",
+        "CELERY_TASK_MAX_TASKS_PER_CHILD": "100000",
     }
 
 

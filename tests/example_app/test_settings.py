@@ -41,6 +41,7 @@ def test_example_file_has_every_setting_with_its_default(monkeypatch: pytest.Mon
         ("DB_PORT", "many"),
         ("ALLOWED_CONVERSATION_STATUSES", "open,closed"),
         ("DIFY_RESPONSE_MODE", "shouting"),
+        ("CHATWOOT_API_URL", "app.chatwoot.com/api/v1"),
         ("HTTPX_READ_TIMEOUT", "0"),
         ("CELERY_WORKER_CONCURRENCY", "0"),
         ("SENTRY_TRACES_SAMPLE_RATE", "2"),
@@ -68,12 +69,6 @@ def test_broker_defaults_to_redis(configure: Configure) -> None:
     assert (get_settings().broker_url, get_settings().result_backend) == ("redis://r:1/0", "redis://r:1/1")
     configure(REDIS_BROKER="redis://other/5")
     assert get_settings().broker_url == "redis://other/5"
-
-
-def test_webhook_url_for_older_versions(configure: Configure) -> None:
-    """The URL to enter in Chatwoot has the secret, escaped."""
-    configure(CHATWOOT_WEBHOOK_SECRET="a&b")
-    assert get_settings().webhook_url() == "http://localhost:8000/api/v1/chatwoot-webhook?secret=a%26b"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from tests.example_app.conftest import Configure, Outside, rows, write
 
 Step = Callable[[int], Awaitable[str]]
 ASK = ("POST", "/chat-messages")
+PROXY = {"Content-Type": "text/plain"}
+UNREADABLE = {"Content-Encoding": "gzip"}
 
 ask: Step = process_message_with_dify
 respond: Step = handle_dify_response
@@ -218,11 +220,12 @@ async def test_conversation_that_replaced_a_forgotten_one_is_found_again(outside
     assert await rows("SELECT dify_conversation_id FROM dialogue") == [(conversation.id,)]
 
 
-async def test_empty_answer_posts_nothing(outside: Outside) -> None:
+@pytest.mark.parametrize("answer", ["", " \n"])
+async def test_empty_answer_posts_nothing(outside: Outside, answer: str) -> None:
     """Where Dify has nothing to say, the message is done."""
     [message] = await receive(outside, "Hello")
     await run(ask, message)
-    await write("UPDATE message SET answer = ''")
+    await write(f"UPDATE message SET answer = '{answer}'")
     assert await run(respond, message) == "posted"
     assert outside.chatwoot.conversation(7).answers() == []
 
@@ -263,6 +266,25 @@ async def test_messages_that_wait_are_handed_over_as_well(outside: Outside, stat
     assert outside.chatwoot.conversation(7).answers()[-1] == "You said: e"
 
 
+async def test_answer_comes_too_late(outside: Outside, configure: Configure) -> None:
+    """What Dify answers is not posted into a conversation that has become a human's meanwhile."""
+    configure(ALLOWED_CONVERSATION_STATUSES="pending")
+    [message] = await receive(outside, "Hello")
+    assert await run(ask, message) == "answered"
+    outside.chatwoot.conversation(7).status = "open"
+    assert await run(respond, message) == "handed_over"
+    assert outside.chatwoot.conversation(7).answers() == []
+
+
+async def test_accounts_do_not_share_a_memory(outside: Outside, configure: Configure) -> None:
+    """A conversation's number is its account's only."""
+    users = set()
+    for account in ("1", "2"):
+        configure(CHATWOOT_ACCOUNT_ID=account)
+        users.add(dify_user(7))
+    assert len(users) == 2
+
+
 async def test_retries_end(outside: Outside) -> None:
     """After CELERY_TASK_MAX_RETRIES more attempts Dify's failure is for good."""
     [message] = await receive(outside, "Hello")
@@ -278,6 +300,9 @@ async def test_hand_over_is_not_given_up(outside: Outside) -> None:
     await run(ask, message)
     outside.chatwoot.faults.add(Fault("POST", "", 500, times=30))  # each attempt is three calls
     assert [await run(hand_over, message) for _ in range(10)] == ["again"] * 10
+    for broken in (Fault("POST", "", 404, 3, headers=PROXY), Fault("POST", "", 200, 3, headers=UNREADABLE)):
+        outside.chatwoot.faults.add(broken)
+        assert await run(hand_over, message) == "again"
     outside.chatwoot.faults.add(Fault("POST", "", 401))
     async with db.transaction():
         with pytest.raises(Rejected):
@@ -379,6 +404,17 @@ async def test_worker_that_died_while_dify_answered(outside: Outside) -> None:
     assert await run(ask, message) == "answered"
     [conversation] = outside.dify.conversations.values()
     assert len(conversation.messages) == 1
+
+
+async def test_question_that_dify_failed_over_is_asked_again(outside: Outside) -> None:
+    """At once, whatever of an answer Dify has kept."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 500, too_late=True))
+    assert await run(ask, message) == "again"
+    [conversation] = outside.dify.conversations.values()
+    conversation.messages[0].answer, conversation.messages[0].status = "You sa", "error"
+    assert await run(ask, message) == "answered"
+    assert await rows("SELECT answer FROM message") == [("You said: Hello",)]
 
 
 async def test_answer_that_never_comes_is_asked_for_again(outside: Outside) -> None:

@@ -82,6 +82,7 @@ async def test_same_message_in_another_delivery_is_one(client: httpx.AsyncClient
         {"content": "Bot unexpectedly broke down, conversation moved to open status"},
         {"content_attributes": {"chatdify": "1:answer"}},
         {"conversation": {"id": 7, "status": "resolved"}},
+        {"account": {"id": 2}},
     ],
     ids=str,
 )
@@ -190,10 +191,15 @@ async def test_secret_in_the_url_for_older_versions(client: httpx.AsyncClient) -
     ],
     ids=lambda value: str(value)[:40],
 )
-async def test_strange_bodies(client: httpx.AsyncClient, payload: Any, status: int, caplog: Any) -> None:
-    """Whatever is in the body gets a 4xx or is ignored, with nothing in the log."""
+async def test_strange_bodies(
+    client: httpx.AsyncClient, payload: Any, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is in the body gets a 4xx, of which the log has a line, or is ignored."""
+    caplog.set_level("INFO", "chatdify")
     response = await deliver(client, payload)
     assert response.status_code == status, response.text
+    told = [record.message for record in caplog.records if record.name == "chatdify"]
+    assert [line.split(" (")[0] for line in told] == [f"POST '{PATH}' answered 422"] * (status == 422)
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
 
 
