@@ -10,7 +10,7 @@ import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -96,11 +96,10 @@ class Stack:
     async def _until_ready(self, process: Process) -> None:
         async with httpx.AsyncClient() as client:
             while process.returncode is None:
-                try:
+                with suppress(httpx.TransportError):
                     if (await client.get(f"{self.url}/health/ready")).is_success:
                         return
-                except httpx.TransportError:
-                    await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)
         raise RuntimeError(f"the web process ended:\n{self.log('web')}")
 
 
