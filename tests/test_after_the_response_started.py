@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import BackgroundTasks, FastAPI
-from fastapi.responses import StreamingResponse
+from fastapi import BackgroundTasks, FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from starlette.background import BackgroundTask
+from starlette.types import Message
 
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
@@ -191,3 +195,93 @@ async def test_body_of_a_slow_client_holds_no_connection(app: FastAPI, observer:
         assert response.status_code == 200
         assert db.async_engine.pool.status().startswith("Pool size: 10  Connections in pool: 1")
         assert await observer.in_transaction() == 0
+
+
+async def test_background_task_after_a_stream_that_wrote_commits(app: FastAPI, observer: Observer) -> None:
+    """The stream's rows are committed at its end, and the background task's when that ends."""
+
+    @app.get("/")
+    async def handler(tasks: BackgroundTasks) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            db.session.add(Item("stream"))
+            yield b"all"
+
+        async def background() -> None:
+            assert await observer.names() == ["stream"]
+            db.session.add(Item("background"))
+
+        tasks.add_task(background)
+        return StreamingResponse(body())
+
+    async with serve(app) as client:
+        assert (await client.get("/")).status_code == 200
+    assert await observer.names() == ["background", "stream"]
+
+
+async def test_response_is_started_once(observer: Observer) -> None:
+    """A commit that fails at a stream's end is raised to the server, not answered."""
+    app = FastAPI()
+
+    @app.exception_handler(IntegrityError)
+    async def conflict(request: Request, error: IntegrityError) -> JSONResponse:
+        return JSONResponse("taken", status_code=409)
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            db.session.add_all([Item("same"), Item("same")])
+            yield b"first"
+
+        return StreamingResponse(body())
+
+    sent: list[str] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+    with pytest.raises((IntegrityError, RuntimeError)):
+        async with asyncio.timeout(10):
+            await DBSessionMiddleware(app)(scope, receive, send)
+    assert sent == ["http.response.start", "http.response.body"]
+
+
+async def test_background_task_after_a_file_that_the_server_sends(observer: Observer, tmp_path: Path) -> None:
+    """Where the server takes a path in place of the body, that ends the response too."""
+    file = tmp_path / "file"
+    file.write_text("content")
+    app = FastAPI()
+
+    @app.get("/")
+    async def handler() -> FileResponse:
+        return FileResponse(file, background=BackgroundTask(lambda: db.sync_session.add(Item("background"))))
+
+    sent: list[str] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+
+    extensions: dict[str, object] = {"http.response.pathsend": {}}
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b"", "extensions": extensions}
+    await DBSessionMiddleware(app)(scope, receive, send)
+    assert sent == ["http.response.start", "http.response.pathsend"]
+    assert await observer.names() == ["background"]
+
+
+async def test_callback_of_a_background_task_that_does_nothing_else(app: FastAPI, observer: Observer) -> None:
+    """A unit with nothing but a callback is not at rest."""
+    ran: list[str] = []
+
+    @app.get("/")
+    async def handler(tasks: BackgroundTasks) -> None:
+        tasks.add_task(lambda: db.on_commit(lambda: ran.append("callback")))
+
+    async with serve(app) as client:
+        assert (await client.get("/")).status_code == 200
+    assert ran == ["callback"]

@@ -127,6 +127,28 @@ def read_at_repeatable_read(session: Session, kill: Callable[[int], None]) -> No
     session.scalars(select(Item.name)).all()
 
 
+def write_on_the_driver_then_read(session: Session, kill: Callable[[int], None]) -> None:
+    session.scalars(select(Item.name)).all()
+    session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('lost')")
+    lose_connection(session, kill)
+    session.scalars(select(Counter.value)).all()
+
+
+def write_where_only_reading_is_allowed(session: Session, kill: Callable[[int], None]) -> None:
+    session.connection(execution_options={"postgresql_readonly": True})
+    counter = session.get_one(Counter, 1)
+    lose_connection(session, kill)
+    counter.value += 1
+    session.flush()
+
+
+def read_then_write_many(session: Session, kill: Callable[[int], None]) -> None:
+    session.scalars(select(Item.name)).all()
+    lose_connection(session, kill)
+    session.add_all([Item("lost"), Item("too")])
+    session.flush()
+
+
 Work = Callable[[Session, Callable[[int], None]], None]
 
 
@@ -169,7 +191,13 @@ async def test_unit_that_only_read_goes_on(observer: Observer, driver: str, work
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
-@pytest.mark.parametrize("work", [write_then_read, lock_then_write, read_at_repeatable_read])
+@pytest.mark.parametrize(
+    "work",
+    [
+        *(write_then_read, lock_then_write, read_at_repeatable_read),
+        *(write_on_the_driver_then_read, write_where_only_reading_is_allowed, read_then_write_many),
+    ],
+)
 async def test_unit_that_had_begun_is_told(observer: Observer, driver: str, work: Work) -> None:
     """What was written, locked or seen went with the connection, so the error is raised."""
     with pytest.raises(DBAPIError):
@@ -210,4 +238,29 @@ async def test_connection_that_is_aborted_after_a_read(observer: Observer) -> No
         raw.terminate()
     async with database.transaction() as session:
         assert (await session.scalars(select(Item))).all() == []
+    await database.dispose()
+
+
+async def test_idle_connection_whose_end_is_noticed(observer: Observer) -> None:
+    """It is replaced at its checkout without being asked, so that any first statement succeeds."""
+    database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
+
+    def add_two(session: Session) -> None:
+        session.add_all([Item("a"), Item("b")])
+
+    async with database.transaction() as session:
+        raw = (await (await session.connection()).get_raw_connection()).driver_connection
+    with database.sync_transaction() as sync_session:
+        sync_session.scalars(select(Item)).all()
+    await observer.terminate_others()
+    assert raw is not None
+    async with asyncio.timeout(10):
+        while not raw.is_closed():
+            await asyncio.sleep(0)
+    async with database.transaction() as session:
+        await session.run_sync(add_two)
+    await observer.connection.execute("DELETE FROM item")
+    with database.sync_transaction() as sync_session:
+        add_two(sync_session)
+    assert await observer.names() == ["a", "b"]
     await database.dispose()

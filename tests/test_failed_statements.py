@@ -5,12 +5,12 @@ PostgreSQL has then given up the transaction, and answers COMMIT with a ROLLBACK
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
 from fastapi import FastAPI, WebSocket
-from sqlalchemy import Integer, cast, select, text
+from sqlalchemy import Integer, cast, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -179,3 +179,36 @@ async def test_nothing_lost_is_no_error(database: Database, observer: Observer) 
             with suppress(DBAPIError):
                 sync_session.execute(failing)
     assert await observer.in_transaction() == 0
+
+
+def write_many(session: Session) -> None:
+    session.execute(insert(Item), [{"name": "a"}, {"name": "b"}])
+
+
+def write_and_read(session: Session) -> None:
+    session.execute(insert(Item).values(name="a"))
+    session.scalars(select(Counter)).all()
+
+
+def write_without_parameters(session: Session) -> None:
+    session.connection().execution_options(no_parameters=True).exec_driver_sql("INSERT INTO item (name) VALUES ('a')")
+
+
+@pytest.mark.parametrize("write", [write_many, write_and_read, write_without_parameters])
+async def test_whatever_was_written(database: Database, observer: Observer, write: Callable[[Session], None]) -> None:
+    """Rows of an executemany, or before a read that succeeded, are lost as well, which is said as well."""
+
+    def work(session: Session) -> None:
+        write(session)
+        with suppress(IntegrityError):
+            session.execute(DUPLICATE)
+
+    async def in_block() -> None:
+        async with database.transaction() as session:
+            await session.run_sync(work)
+
+    with pytest.raises(TransactionAborted):
+        await in_block()
+    with pytest.raises(TransactionAborted), database.sync_transaction() as sync_session:
+        work(sync_session)
+    assert await observer.names() == []

@@ -13,7 +13,7 @@ from fastapi import Depends, FastAPI, HTTPException
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from fastapi_chatdify_db import DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import AfterCommitError, DBSessionMiddleware, OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -239,3 +239,24 @@ async def test_sync_unit_takes_plain_functions(observer: Observer) -> None:
 
     await asyncio.to_thread(work)
     assert ran == ["sync"]
+
+
+async def test_callback_whose_failure_is_told_leaves_nothing(observer: Observer) -> None:
+    """What it wrote is not committed with what the next callback writes."""
+
+    async def fails() -> None:
+        db.session.add(Item("lost"))
+        await db.session.flush()
+        raise AfterCommitError
+
+    async def writes() -> None:
+        db.session.add(Item("kept"))
+
+    async def in_block() -> None:
+        async with db.transaction():
+            db.on_commit(fails)
+            db.on_commit(writes)
+
+    with pytest.raises(AfterCommitError):
+        await in_block()
+    assert await observer.names() == ["kept"]

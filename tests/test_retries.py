@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -207,3 +208,61 @@ async def test_body_is_received_again_in_full(counter: Observer) -> None:
         response = await client.post("/", content=pieces())
     assert (response.status_code, response.json()) == (200, 1_000_000)
     assert len(bodies) == 1
+
+
+async def test_stream_is_not_run_again(counter: Observer) -> None:
+    """The client has a part of it already; it gets an incomplete body."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=2)
+    runs = 0
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        nonlocal runs
+        runs += 1
+
+        async def body() -> AsyncIterator[bytes]:
+            yield b"first"
+            await db.session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+
+        return StreamingResponse(body())
+
+    async with serve(app) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.get("/")
+    assert runs == 1
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+async def test_last_failure_is_the_applications(counter: Observer, retries: int) -> None:
+    """Without retries, and after the last one, the application's own handler is asked."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=retries)
+
+    @app.exception_handler(DBAPIError)
+    async def busy(request: Request, error: DBAPIError) -> JSONResponse:
+        return JSONResponse("try again later", status_code=409)
+
+    @app.post("/")
+    async def fail() -> None:
+        await db.session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 409
+
+
+async def test_another_failure_is_not_retried(counter: Observer) -> None:
+    """Only what PostgreSQL asks for is run again."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=2)
+    runs = 0
+
+    @app.post("/")
+    async def fail() -> None:
+        nonlocal runs
+        runs += 1
+        await db.session.execute(text("SELECT 1 / 0"))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
+    assert runs == 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Response
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
@@ -111,3 +112,37 @@ async def test_rollback_only_is_for_one_request(app: FastAPI, observer: Observer
         await client.post("/rollback-only")
         await client.post("/returned/201")
     assert await observer.names() == ["returned"]
+
+
+async def test_rollback_only_is_not_for_background_tasks(app: FastAPI, observer: Observer) -> None:
+    """A dry run's background task has a transaction of its own, which commits."""
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/dry-run")
+    async def dry_run(tasks: BackgroundTasks) -> None:
+        db.session.add(Item("dry run"))
+        db.rollback_only()
+
+        async def background() -> None:
+            db.session.add(Item("background"))
+
+        tasks.add_task(background)
+
+    async with serve(app) as client:
+        assert (await client.post("/dry-run")).status_code == 200
+    assert await observer.names() == ["background"]
+
+
+async def test_exhausted_pool_keeps_nothing_whatever_its_status(app: FastAPI, observer: Observer) -> None:
+    """``commit_on`` is asked about the response, not about what came before the failure."""
+    app.add_middleware(DBSessionMiddleware, commit_on=lambda status: True)
+
+    @app.post("/exhausted")
+    async def exhausted() -> None:
+        db.session.add(Item("lost"))
+        await db.session.flush()
+        raise PoolTimeout
+
+    async with serve(app) as client:
+        assert (await client.post("/exhausted")).status_code == 503
+    assert await observer.names() == []

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import select, text
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -17,6 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -248,3 +249,15 @@ async def test_sync_unit_has_no_async_session(observer: Observer) -> None:
 
     await asyncio.to_thread(work)
     assert await observer.names() == ["a"]
+
+
+async def test_unit_knows_how_it_ended_last(observer: Observer) -> None:
+    """A commit that fails after one that succeeded is no commit."""
+    async with AsyncUnitOfWork() as unit:
+        db.session.add(Item("a"))
+        await db.release()
+        assert unit.ended_in_commit
+        db.session.add(Item("a"))
+        with pytest.raises(IntegrityError):
+            await db.release()
+        assert not unit.ended_in_commit

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import websockets
-from fastapi import FastAPI, WebSocket
+from fastapi import FastAPI, Response, WebSocket
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
@@ -207,3 +207,19 @@ async def test_task_that_works_is_answering(app: FastAPI, observer: Observer) ->
             assert await socket.recv() == "stored"
             assert name in await observer.names()
     assert await observer.in_transaction() == 0
+
+
+async def test_denied_handshake_leaves_no_row(app: FastAPI, observer: Observer) -> None:
+    """A websocket that is answered with a response instead follows the rule of responses."""
+
+    async def handler(socket: WebSocket) -> None:
+        db.session.add(Item("denied"))
+        await db.session.flush()
+        await socket.send_denial_response(Response(status_code=403))
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    with pytest.raises(websockets.InvalidStatus):
+        async with connected(app):
+            pass
+    assert await observer.names() == []

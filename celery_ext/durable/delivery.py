@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
@@ -166,14 +167,23 @@ class Delivery:
 
 
 def _is_passing(error: Exception) -> bool:
-    if not isinstance(error, DBAPIError):
-        return isinstance(error, PoolTimeout)
-    if error.connection_invalidated or asks_to_retry(error.orig):
-        return True
-    state = sqlstate(error.orig)
-    if state is None:
-        return isinstance(error, OperationalError)  # psycopg2 could not connect
+    if isinstance(error, DBAPIError):
+        if error.connection_invalidated or asks_to_retry(error.orig):
+            return True
+        state = sqlstate(error.orig)
+        if state is None:
+            return isinstance(error, OperationalError)  # psycopg2 could not connect
+    else:
+        # What asyncpg meets while it connects, SQLAlchemy passes on as it is.
+        state = sqlstate(error) or ""
+        if isinstance(error, PoolTimeout) or (isinstance(error, OSError) and _is_of_asyncpg(error)):
+            return True
     return state.startswith(_OF_THE_SERVER)
+
+
+def _is_of_asyncpg(error: OSError) -> bool:
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith("asyncpg.") for frame in frames)
 
 
 def _text(error: BaseException | None) -> str | None:

@@ -486,3 +486,11 @@ async def test_old_deliveries_are_forgotten(outside: Outside) -> None:
     await write("UPDATE webhook_delivery SET received_at = now() - interval '8 days' WHERE delivery_id = 'old'")
     await asyncio.to_thread(forget_old_deliveries)
     assert await rows("SELECT delivery_id FROM webhook_delivery") == [("new",)]
+
+
+async def test_attempts_are_counted_for_each_step(outside: Outside) -> None:
+    """A question that was answered in the last attempt leaves its answer as many."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 500, times=3))
+    assert [await run(ask, message) for _ in range(4)] == ["again"] * 3 + ["answered"]
+    assert await run(respond, message) == "posted"

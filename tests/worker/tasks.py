@@ -17,9 +17,10 @@ from celery.exceptions import Ignore, Reject
 from opentelemetry.trace import get_current_span
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_ext import Task
-from fastapi_chatdify_db import UnitOfWorkFilter, db, get_sync_session
+from fastapi_chatdify_db import Database, DatabaseSettings, UnitOfWorkFilter, db, get_sync_session
 from fastapi_chatdify_db.request_id import current_request_id
 from tests.models import Counter, Item
 
@@ -399,3 +400,61 @@ def handled_flush_error(secret: str) -> None:
 def _terminate(backend: int | None) -> None:
     with db.sync_transaction() as session:
         session.execute(text("SELECT pg_terminate_backend(:backend, 5000)"), {"backend": backend})
+
+
+@shared_task(base=Task, acks_late=True)
+def rejected_once(name: str) -> None:
+    """Give the message back to the broker, the first time."""
+    insert(name)
+    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+        raise Reject(name, requeue=True)
+
+
+class StartsLater(celery.Task):  # type: ignore[type-arg]  # a base of the user's
+    """Finds the server out of connections before its body, the first time."""
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+            db.sync_session.execute(text("DO $$ BEGIN RAISE 'too many clients' USING ERRCODE = '53300'; END $$"))
+
+
+@shared_task(base=StartsLater)
+def starts_later(name: str) -> None:
+    """Insert, once it is let."""
+    insert(name)
+
+
+@shared_task
+def without_connection_once(name: str) -> None:
+    """Find no connection free, the first time."""
+    insert(name)
+    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+        raise PoolTimeout
+
+
+@shared_task
+def unreachable_once(name: str) -> None:
+    """Find another database unreachable, the first time."""
+    insert(name)
+    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+        with GONE.sync_transaction() as session:
+            session.execute(text("SELECT 1"))
+
+
+@shared_task
+async def unreachable_once_async(name: str) -> None:
+    """The same in a coroutine."""
+    db.session.add(Item(name))
+    if await db.session.scalar(text("SELECT nextval('kills')")) == 1:
+        async with GONE.transaction() as session:
+            await session.execute(text("SELECT 1"))
+
+
+GONE = Database("gone", settings=DatabaseSettings(database_url="postgresql://nobody@127.0.0.1:1/gone"))
+
+
+@shared_task
+def count_run(name: str) -> None:
+    """Insert, and count in a sequence, which no rollback takes back."""
+    insert(name)
+    db.sync_session.execute(text("SELECT nextval('kills')"))

@@ -326,6 +326,7 @@ async def test_lease_outlives_the_transaction(relayed: Worker, rows: Observer) -
         task_id = released.delay_durably("x", 9)
     await rows.until_somebody_waits_for_a_lock()
     assert await rows.names() == ["x begun"]
+    assert await rows.in_transaction() == 0
     for _ in range(5):
         released.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
     await asyncio.to_thread(relayed.task("add_item").delay("other").get, timeout=20)
@@ -459,3 +460,107 @@ async def test_command_line(prefork: Worker, rows: Observer) -> None:
     assert (await asyncio.to_thread(run, "retry")).returncode == 2
     assert (await asyncio.to_thread(run, "prune", "--days", "0")).stdout == "2 deleted\n"
     assert [status for status, _ in await stored(rows)] == ["pending"]
+
+
+async def test_failure_is_told(relayed: Worker, rows: Observer) -> None:
+    """Who asks Celery for the result of a durable task that failed is told, and so are its error callbacks."""
+    async with db.transaction():
+        task_id = relayed.task("add_item").apply_durably(("x", "raise"), link_error=relayed.task("errback").s("x"))
+    with pytest.raises(ValueError, match="x"):
+        await asyncio.to_thread(relayed.app.AsyncResult(task_id).get, timeout=20)
+    await until_status(rows, task_id, "failed")
+
+
+async def test_duplicate_does_not_begin(relayed: Worker, rows: Observer) -> None:
+    """The body of a task that is done, or not due, is not even entered: it may act outside of the database."""
+    await rows.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
+    count_run = relayed.task("count_run")
+    async with db.transaction():
+        done = count_run.delay_durably("done")
+        later = count_run.apply_durably(("later",), countdown=3600)
+    await until_status(rows, done, "done")
+    for _ in range(5):
+        for task_id in (done, later):
+            count_run.apply_async(("again",), task_id=task_id, headers={"durable": True})
+    for number in range(5):  # one for each process, and more
+        await asyncio.to_thread(relayed.task("add_item").delay(f"{number}").get, timeout=20)
+    assert await rows.connection.fetchval("SELECT last_value FROM kills") == 1
+    assert "done" in await rows.names()
+    await rows.connection.execute("DROP SEQUENCE kills")
+
+
+async def test_later_transactions_of_a_key_wait(unheard: Celery[Any], rows: Observer) -> None:
+    """Only the first row of a key is for a relay to send, whichever transaction the others are of."""
+    for name in ("a", "b"):
+        async with db.transaction():
+            for _ in range(2):
+                task(unheard, "record").apply_durably((name,), ordering_key="k")
+    query = "SELECT ring_at = 'infinity' AS waits FROM durable_task ORDER BY seq"
+    assert [row["waits"] for row in await rows.connection.fetch(query)] == [False, True, True, True]
+
+
+async def test_cancelling_does_not_wait_for_the_worker(unheard: Celery[Any], rows: Observer) -> None:
+    """Of a row that is locked, which its worker does, it is said at once that it cannot be cancelled."""
+    async with db.transaction():
+        task_id = task(unheard, "record").delay_durably("x")
+    async with rows.connection.transaction():
+        await rows.connection.execute("SELECT FROM durable_task FOR UPDATE")
+        assert not await asyncio.wait_for(asyncio.to_thread(administration.cancel, db, task_id), 10)
+    assert administration.cancel(db, task_id)
+
+
+async def test_stored_with_the_session_that_is_there(unheard: Celery[Any], rows: Observer) -> None:
+    """Where an ``async def`` endpoint has the synchronous session alone, its commit decides about the task."""
+    app = FastAPI()
+    db.init_app(app)
+
+    @app.post("/")
+    async def handler() -> None:
+        db.sync_session.add_all([Item("same"), Item("same")])
+        task(unheard, "record").delay_durably("x")
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
+    assert (await rows.names(), await stored(rows)) == ([], [])
+
+
+async def test_key_whose_next_was_forgotten(relayed: Worker, rows: Observer) -> None:
+    """The relay finds what nobody rang when the one before it had ended."""
+    add = relayed.task("add_item")
+    async with db.transaction():
+        first = add.apply_durably(("first",), ordering_key="k", countdown=3600)
+        second = add.apply_durably(("second",), ordering_key="k")
+    await rows.connection.execute("UPDATE durable_task SET status = 'done' WHERE id = $1", first)
+    await until_status(rows, second, "done")
+
+
+async def test_prune_keeps_what_is_young_or_failed(unheard: Celery[Any], rows: Observer) -> None:
+    """Deleted is what was done, or cancelled, before those days."""
+    async with db.transaction():
+        for name in ("done", "cancelled", "failed", "pending", "young"):
+            task(unheard, "record").delay_durably(name)
+    await rows.connection.execute(
+        """UPDATE durable_task SET
+           status = CASE arguments::json -> 0 ->> 0 WHEN 'young' THEN 'done' ELSE arguments::json -> 0 ->> 0 END,
+           finished_at = now() - CASE arguments::json -> 0 ->> 0 WHEN 'young' THEN 6 ELSE 8 END * interval '1 day'"""
+    )
+    assert administration.prune(db, 7) == 2
+    assert [status for status, _ in await stored(rows)] == ["failed", "pending", "done"]
+
+
+async def test_savepoint_around_a_released_one(unheard: Celery[Any], rows: Observer) -> None:
+    """What was stored in a savepoint that was kept goes with the one around it."""
+    async with db.transaction() as session:
+        outer = await session.begin_nested()
+        async with session.begin_nested():
+            task(unheard, "record").delay_durably("x")
+        await outer.rollback()
+    assert await stored(rows) == []
+
+
+async def test_idempotency_key_is_the_tasks_own(unheard: Celery[Any], rows: Observer) -> None:
+    """Two tasks may use the same key, e.g. an order's number."""
+    async with db.transaction():
+        for name in ("record", "add_item"):
+            task(unheard, name).apply_durably(("x",), idempotency_key="k")
+    assert len(await stored(rows)) == 2

@@ -8,13 +8,26 @@ import pytest
 from sqlalchemy import event
 
 from celery_ext.durable import administration, statements
+from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.observing import Observer
-from tests.worker.running import Worker
+from tests.worker.running import Worker, brokers, worker
 from tests.worker.test_durable_dispatch import until_status
 
 
-@pytest.mark.parametrize("name", ["cut_off_once", "cut_off_once_async", "refused_once"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cut_off_once",
+        "cut_off_once_async",
+        "refused_once",
+        "rejected_once",
+        "starts_later",
+        "without_connection_once",
+        "unreachable_once",
+        "unreachable_once_async",
+    ],
+)
 async def test_database_lost_before_the_commit(relayed: Worker, rows: Observer, name: str) -> None:
     """What is wrong with the server or the connection is no failure of the task: it is run again."""
     await rows.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
@@ -100,3 +113,31 @@ async def test_retry_that_does_not_give_up(relayed: Worker, rows: Observer) -> N
         task_id = relayed.task("three_times").delay_durably("x")
     await until_status(rows, task_id, "done")
     assert await rows.names() == ["x 0", "x 1", "x 2"]
+
+
+async def test_ended_elsewhere(relayed: Worker, rows: Observer) -> None:
+    """Who goes on after the row was ended by somebody else leaves nothing more."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    async with db.transaction():
+        task_id = relayed.task("release_and_wait").delay_durably("x", 9)
+    await rows.until_somebody_waits_for_a_lock()
+    await rows.connection.execute("UPDATE durable_task SET status = 'done' WHERE id = $1", task_id)
+    await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+    await asyncio.to_thread(relayed.until_logged, f"[{task_id}] was ended elsewhere")
+    await asyncio.to_thread(relayed.task("add_item").delay("other").get, timeout=20)
+    assert await rows.names() == ["other", "x begun"]
+
+
+async def test_lease_within_one_process(rows: Observer) -> None:
+    """In a pool of threads, too, no copy starts beside a task that has ended its transaction half way."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    with worker(brokers()[-1], "-c", "2", pool="threads") as running, relaying(running.app, db, grace=0.5):
+        released = running.task("release_and_wait")
+        async with db.transaction():
+            task_id = released.delay_durably("x", 9)
+        await rows.until_somebody_waits_for_a_lock()
+        released.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
+        await asyncio.to_thread(running.task("add_item").delay("other").get, timeout=20)
+        await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+        await until_status(rows, task_id, "done")
+    assert await rows.names() == ["other", "x begun", "x ended"]

@@ -13,6 +13,7 @@ import pytest
 from celery import Celery
 from celery.result import allow_join_result
 from fastapi import FastAPI
+from sqlalchemy import text
 
 import celery_ext
 from celery_ext import StatementFailed
@@ -221,3 +222,32 @@ app.finalize()
 assert not {"fastapi", "starlette"} & set(sys.modules), sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_isolation_level(empty_tables: Observer, kind: str) -> None:
+    """``db_isolation_level`` counts in a worker, and where a task is called as a function."""
+    app = Celery("isolated", backend="cache+memory://", set_as_current=False)
+    celery_ext.init_app(app)
+    show = text("SHOW transaction_isolation")
+
+    @app.task(shared=False, db_isolation_level="REPEATABLE READ")
+    def in_def() -> Any:
+        return db.sync_session.scalar(show)
+
+    @app.task(shared=False, db_isolation_level="REPEATABLE READ")
+    async def in_async() -> Any:
+        return await db.session.scalar(show)
+
+    task = in_def if kind == "def" else in_async
+    assert task.apply().get() == "repeatable read"
+    assert task() == "repeatable read"
+    app.close()
+
+
+async def test_eager_durable_task_runs_after_the_commit(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """Where there is no worker there is no relay."""
+    async with db.transaction():
+        eager["add_item"].delay_durably("x")
+        assert await empty_tables.names() == []
+    assert await empty_tables.names() == ["x"]
