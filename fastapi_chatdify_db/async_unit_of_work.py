@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
-from fastapi_chatdify_db.session_end import asks_at_end, end_reads, in_use
+from fastapi_chatdify_db.session_end import asks_at_end, end_reads, has_committed, in_use
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, log_failed_callback, logger, roll_back_or_discard
 
 T = TypeVar("T")
@@ -30,8 +30,6 @@ class AsyncUnitOfWork(UnitOfWork):
     Ending it is shielded: a cancellation that arrives during a COMMIT waits for the COMMIT's answer.
     """
 
-    has_committed = False
-    """Whether something stays, whatever becomes of the rest."""
     ended_in_commit = False
     """Whether the last ``finish_async`` committed, be it that a cancellation was raised then."""
     _async_sessions: Mapping[Engines, AsyncSession] = {}
@@ -61,6 +59,11 @@ class AsyncUnitOfWork(UnitOfWork):
     def in_use(self) -> bool:
         """Whether another task or thread is in the middle of an operation of one of the sessions."""
         return any(map(in_use, self._sessions))
+
+    @property
+    def has_committed(self) -> bool:
+        """Whether something stays, whatever becomes of the rest."""
+        return any(map(has_committed, self._sessions))
 
     @property
     def at_rest(self) -> bool:
@@ -123,13 +126,9 @@ class AsyncUnitOfWork(UnitOfWork):
                 for sync_session in sync_sessions:
                     await _in_thread(sync_session.flush)
             for async_session in async_sessions:
-                wrote = asks_at_end(async_session.sync_session)
                 await async_session.commit()
-                self.has_committed |= wrote
             for sync_session in sync_sessions:
-                wrote = asks_at_end(sync_session)
                 await _in_thread(sync_session.commit)
-                self.has_committed |= wrote
         except BaseException:
             await self._rollback_async()
             raise

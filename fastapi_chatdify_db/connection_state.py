@@ -12,7 +12,8 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
 _STATE: Final = "fastapi_chatdify_db.connection_state"
-_ACTIVE: Final = 1  # PQTRANS_ACTIVE: https://www.postgresql.org/docs/current/libpq-status.html
+_ACTIVE: Final = 1  # PQTRANS_ACTIVE, PQTRANS_INERROR: https://www.postgresql.org/docs/current/libpq-status.html
+_IN_ERROR: Final = 3
 
 
 @dataclass(slots=True)
@@ -33,8 +34,15 @@ class ConnectionState:
     """Whether anything but plain reads has succeeded since, which a rollback would undo."""
     failure: str | None = None
     """What a later statement failed with: PostgreSQL may have given up the transaction."""
+    given_up: Callable[[], bool] = bool
+    """Whether PostgreSQL has given the transaction up, where the driver says so without asking: psycopg2."""
     idle_since: float = math.inf
     """When it was last given back, in seconds of the monotonic clock; infinity before that."""
+
+    @property
+    def has_something_to_lose(self) -> bool:
+        """Whether a transaction that is rolled back instead of committed was for anything."""
+        return self.has_effects or self.failure is not None
 
     def cut_off(self) -> None:
         """End the connection under a statement that is in flight, whose task gets an error.
@@ -77,6 +85,10 @@ def has_begun(connection: Connection) -> bool:
 def _begin(connection: Any, record: ConnectionPoolEntry) -> None:
     state = ConnectionState(connection, _transaction_probe(connection), _flight_probe(connection))
     record.record_info[_STATE] = state  # type: ignore[index]
+    if hasattr(connection, "driver_connection"):
+        connection.driver_connection.state = state  # which WatchedConnection looks at
+    else:
+        state.given_up = lambda: bool(connection.info.transaction_status == _IN_ERROR)
 
 
 def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:

@@ -105,6 +105,10 @@ class Engines:
         """The asyncpg (or aiosqlite) engine."""
         settings = self._settings()
         target = async_target(settings)
+        if target.url.get_backend_name() == "postgresql":
+            from fastapi_chatdify_db.watched_asyncpg import WatchedConnection  # no driver before it is used
+
+            target.connect_args["connection_class"] = WatchedConnection
 
         def create() -> AsyncEngine:
             engine = create_async_engine(target.url, **_engine_options(settings, target))

@@ -62,7 +62,9 @@ class FirstStatements:
             if not (self._survive and replaceable and died(context, error)):
                 raise
             replace_connection(context, error)
-            self._run(state_of(context.root_connection) or state, statement, parameters, context, ordinary=True)
+            state = state_of(context.root_connection) or state
+            # What prepares a connection at its checkout may have begun a transaction.
+            self._run(state, statement, parameters, context, ordinary=_begins_ordinarily(state))
         return True
 
     def _run(

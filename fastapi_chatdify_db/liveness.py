@@ -71,7 +71,8 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
     read.
 
     Raises:
-        Exception: ``error``, when there is no new connection to be had.
+        Exception: ``error``, when there is no new connection to be had; else what the application's own preparation
+            of it raised.
     """
     proxy: Any = context.root_connection.connection
     record = proxy._connection_record
@@ -80,6 +81,14 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
         proxy.dbapi_connection = record.get_connection()
     except (context.dialect.loaded_dbapi.Error, OSError):
         raise error from None
+    try:
+        # What the application prepares (a tenant, a search_path), it prepares at the checkout.
+        proxy._pool.dispatch.checkout(proxy.dbapi_connection, record, proxy)
+    except BaseException as unprepared:
+        record.invalidate(unprepared)  # nobody shall go on with half of it
+        if isinstance(unprepared, DisconnectionError):  # dead as well
+            raise error from None
+        raise
     context.cursor = context.create_cursor()
 
 

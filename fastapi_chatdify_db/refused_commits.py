@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DBAPIError
 
 from fastapi_chatdify_db.connection_state import ConnectionState, state_of
 from fastapi_chatdify_db.exceptions import SessionInUse, TransactionAborted
@@ -42,11 +41,11 @@ def _note_failure(context: ExceptionContext) -> None:
 def _refuse(session: FollowedSession) -> None:
     if session.in_nested_transaction():
         return  # PostgreSQL refuses to release a savepoint itself
-    for connection, state in open_connections(session):
-        _refuse_on(connection, state)
+    for _, state in open_connections(session):
+        _refuse_on(state)
 
 
-def _refuse_on(connection: Connection, state: ConnectionState) -> None:
+def _refuse_on(state: ConnectionState) -> None:
     if state.in_flight():
         # Of another task's first statement the driver does not know yet that it began a transaction, and would not
         # send the COMMIT.
@@ -55,21 +54,17 @@ def _refuse_on(connection: Connection, state: ConnectionState) -> None:
             "the commit came while another task or thread was in the middle of a statement of the same session; wait "
             "for it first, or give it a session of its own: async with db.transaction() as session: ..."
         )
-    if state.failure is not None and _is_aborted(connection):
-        raise TransactionAborted(
-            f"nothing was committed, because an earlier statement of the transaction had failed ({state.failure}); "
-            "put a statement whose failure you handle in a savepoint: async with db.session.begin_nested(): ..."
-        )
+    if state.has_something_to_lose and state.given_up():  # of asyncpg, WatchedConnection tells
+        raise refusal(state)
 
 
-def _is_aborted(connection: Connection) -> bool:
-    try:
-        connection.exec_driver_sql("SELECT 1")
-    except DBAPIError as error:
-        if was_given_up(error.orig):
-            return True
-        raise
-    return False
+def refusal(state: ConnectionState) -> TransactionAborted:
+    """What the owner of a transaction is told that PostgreSQL has rolled back instead of committing it."""
+    failure = state.failure or "by the driver's own connection"
+    return TransactionAborted(
+        f"nothing was committed, because an earlier statement of the transaction had failed ({failure}); "
+        "put a statement whose failure you handle in a savepoint: async with db.session.begin_nested(): ..."
+    )
 
 
 # Not the engine's "commit": to have any listener of that kind makes every statement slower.

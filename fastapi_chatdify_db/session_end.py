@@ -13,7 +13,7 @@ from sqlalchemy.pool import QueuePool
 from fastapi_chatdify_db.connection_state import ConnectionState, has_begun, state_of
 
 _OURS: Final = 1
-"""How many listeners to a session's ``before_commit`` are ours; it asks nothing after plain reads."""
+"""How many listeners to a session's ``before_commit`` and ``after_commit`` are ours; they ask nothing."""
 
 
 class FollowedSession(Session):
@@ -21,6 +21,8 @@ class FollowedSession(Session):
 
     connections: tuple[Connection, ...] = ()
     """Those which its transactions began with; some may be closed by now."""
+    has_committed = False
+    """Whether a transaction of it that asked the server for more than plain reads was committed, by whomever."""
 
 
 def open_connections(session: FollowedSession) -> Iterator[tuple[Connection, ConnectionState]]:
@@ -39,8 +41,14 @@ def asks_at_end(session: Session) -> bool:
         or not session.is_active
         or session.in_nested_transaction()
         or len(session.dispatch.before_commit) > _OURS  # the application's may write
-        or bool(session.dispatch.after_commit)
+        or len(session.dispatch.after_commit) > _OURS
     )
+
+
+def has_committed(session: Session) -> bool:
+    """Whether a transaction of the session was committed, be it by the application's own ``commit()``."""
+    assert isinstance(session, FollowedSession)
+    return session.has_committed
 
 
 def in_use(session: Session) -> bool:
@@ -95,4 +103,18 @@ def _remember(session: FollowedSession, _: SessionTransaction, connection: Conne
     session.connections = (connection, *(each for each in known if not each.closed)) if known else (connection,)
 
 
+def _note_commit(session: FollowedSession) -> None:
+    # The connections are given back only after this, and their states tell until then what the transaction did.
+    if not session.in_nested_transaction():
+        session.has_committed |= any(map(_has_effects, session.connections))
+
+
+def _has_effects(connection: Connection) -> bool:
+    if connection.closed:
+        return False
+    state = None if connection.invalidated else state_of(connection)
+    return state is None or state.has_effects
+
+
 event.listen(FollowedSession, "after_begin", _remember)
+event.listen(FollowedSession, "after_commit", _note_commit)

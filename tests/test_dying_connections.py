@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import insert, select, text
+from sqlalchemy import Engine, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -152,7 +154,7 @@ def read_then_write_many(session: Session, kill: Callable[[int], None]) -> None:
 Work = Callable[[Session, Callable[[int], None]], None]
 
 
-async def run(observer: Observer, driver: str, work: Work) -> int:
+async def run(observer: Observer, driver: str, work: Work, prepare: Callable[[Engine], object] = bool) -> int:
     """Run the work in a unit whose connection it may kill; returns the counter's value afterwards."""
     await observer.connection.execute("INSERT INTO counter (id, value) VALUES (1, 7)")
     database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
@@ -166,12 +168,14 @@ async def run(observer: Observer, driver: str, work: Work) -> int:
 
     def in_thread() -> None:
         if driver == "psycopg2":
+            prepare(database.sync_engine)
             with database.sync_transaction() as session:
                 work(session, kill)
         else:
             asyncio.run(on_a_loop_of_its_own())
 
     async def on_a_loop_of_its_own() -> None:
+        prepare(database.async_engine.sync_engine)
         async with database.transaction() as session:
             await session.run_sync(work, kill)
         await database.dispose()
@@ -204,6 +208,52 @@ async def test_unit_that_had_begun_is_told(observer: Observer, driver: str, work
         await run(observer, driver, work)
     assert await observer.connection.fetchval("SELECT value FROM counter") == 7
     assert await observer.names() == []
+
+
+def keep_tenants_apart(engine: Engine, fails: int = 0) -> None:
+    """What an application does at a checkout; the given one, from 1 on, fails."""
+    checkouts = 0
+
+    @event.listens_for(engine, "checkout")
+    def prepare(connection: Any, *_: object) -> None:
+        nonlocal checkouts
+        checkouts += 1
+        if checkouts == fails:
+            raise ZeroDivisionError
+        connection.cursor().execute("SET app.tenant = 'acme'")
+        connection.commit()
+
+
+def tenant(session: Session) -> str | None:
+    return session.scalar(select(func.current_setting("app.tenant", True)))
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+async def test_new_connection_is_prepared_as_any(observer: Observer, driver: str) -> None:
+    """What the application's handler of ``checkout`` sets, the statement that runs again finds set."""
+
+    def read_then_ask(session: Session, kill: Callable[[int], None]) -> None:
+        session.get_one(Counter, 1)
+        lose_connection(session, kill)
+        assert tenant(session) == "acme"
+
+    await run(observer, driver, read_then_ask, keep_tenants_apart)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+async def test_new_connection_that_cannot_be_prepared_is_not_used(observer: Observer, driver: str) -> None:
+    """Whoever handles the handler's error goes on with yet another connection, or with none."""
+
+    def read_then_ask(session: Session, kill: Callable[[int], None]) -> None:
+        session.get_one(Counter, 1)
+        lose_connection(session, kill)
+        with pytest.raises(ZeroDivisionError):
+            tenant(session)
+        with suppress(DBAPIError):
+            assert tenant(session) == "acme"
+        session.rollback()
+
+    await run(observer, driver, read_then_ask, lambda engine: keep_tenants_apart(engine, fails=2))
 
 
 async def test_connection_whose_end_is_noticed_before_the_commit(observer: Observer) -> None:

@@ -5,9 +5,12 @@ PostgreSQL has then given up the transaction, and answers COMMIT with a ROLLBACK
 
 from __future__ import annotations
 
+import io
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
+import asyncpg
+import psycopg2
 import pytest
 from fastapi import FastAPI, WebSocket
 from sqlalchemy import Integer, cast, insert, select, text
@@ -94,6 +97,33 @@ async def test_client_is_told_that_nothing_was_stored(
     assert (await observer.names(), ran) == ([], [])
     assert "begin_nested()" in str(errors[0])
     assert "SQLSTATE 2" in str(errors[0])
+
+
+@pytest.mark.parametrize("path", ["/copy", "/copy-def"])
+async def test_failure_of_the_drivers_own_connection_counts(app: FastAPI, observer: Observer, path: str) -> None:
+    """Also one that SQLAlchemy does not see makes the COMMIT none, which only PostgreSQL's answer to it tells."""
+
+    @app.post("/copy")
+    async def copy() -> None:
+        db.session.add(Item("a"))
+        await db.session.flush()
+        driver = (await (await db.session.connection()).get_raw_connection()).driver_connection
+        assert driver is not None
+        with suppress(asyncpg.UniqueViolationError):
+            await driver.copy_records_to_table("counter", records=[(1, 1), (1, 1)])
+
+    @app.post("/copy-def")
+    def copy_def() -> None:
+        db.sync_session.add(Item("a"))
+        db.sync_session.flush()
+        cursor = db.sync_session.connection().connection.cursor()
+        with suppress(psycopg2.IntegrityError):
+            cursor.copy_expert("COPY counter FROM STDIN", io.StringIO("1\t1\n1\t1\n"))
+
+    async with serve(app) as client:
+        assert (await client.post(path)).status_code == 500
+        assert await observer.in_transaction() == 0
+    assert await observer.names() == []
 
 
 async def test_websocket_is_not_told_either(app: FastAPI, observer: Observer) -> None:

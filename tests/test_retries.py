@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import AfterCommitError, DBSessionMiddleware, db
 from tests.models import Counter, Item
@@ -120,7 +121,7 @@ async def test_request_that_never_succeeds_is_an_error_after_its_retries(counter
     assert runs == 3
 
 
-@pytest.mark.parametrize("path", ["/release", "/callback"])
+@pytest.mark.parametrize("path", ["/release", "/callback", "/own", "/own-def"])
 async def test_what_is_committed_is_not_done_again(counter: Observer, path: str) -> None:
     """Once a part of the request's work stays, its failure is an error and not another run."""
     app = FastAPI()
@@ -134,6 +135,20 @@ async def test_what_is_committed_is_not_done_again(counter: Observer, path: str)
         db.session.add(Item(f"run {len(runs)}"))
         await db.release()
         await db.session.execute(asks)
+
+    @app.post("/own")
+    async def own() -> None:
+        runs.append("own")
+        db.session.add(Item(f"run {len(runs)}"))
+        await db.session.commit()
+        await db.session.execute(asks)
+
+    @app.post("/own-def")
+    def own_def() -> None:
+        runs.append("own-def")
+        db.sync_session.add(Item(f"run {len(runs)}"))
+        db.sync_session.commit()
+        db.sync_session.execute(asks)
 
     @app.post("/callback")
     async def callback() -> None:
@@ -150,6 +165,35 @@ async def test_what_is_committed_is_not_done_again(counter: Observer, path: str)
     async with serve(app) as client:
         assert (await client.post(path)).status_code == 500
     assert await counter.names() == ["run 1"]
+
+
+@pytest.mark.parametrize("path", ["/own", "/own-def"])
+@pytest.mark.parametrize("level", ["READ COMMITTED", "SERIALIZABLE"])
+async def test_commit_of_reads_leaves_nothing_behind(counter: Observer, path: str, level: str) -> None:
+    """So a request that ended a transaction of reads itself is run again like any other."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=2)
+    runs: list[str] = []
+
+    def read_and_commit(session: Session) -> None:
+        runs.append(path)
+        session.connection(execution_options={"isolation_level": level})
+        session.get_one(Counter, 1)
+        session.commit()
+        if len(runs) == 1:
+            session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+
+    @app.post("/own")
+    async def own() -> None:
+        await db.session.run_sync(read_and_commit)
+
+    @app.post("/own-def")
+    def own_def() -> None:
+        read_and_commit(db.sync_session)
+
+    async with serve(app) as client:
+        assert (await client.post(path)).status_code == 200
+    assert len(runs) == 2
 
 
 async def test_request_run_again_waits_for_no_one_for_long(counter: Observer) -> None:
