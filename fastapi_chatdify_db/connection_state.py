@@ -12,7 +12,8 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
 _STATE: Final = "fastapi_chatdify_db.connection_state"
-_ACTIVE: Final = 1  # PQTRANS_ACTIVE, PQTRANS_INERROR: https://www.postgresql.org/docs/current/libpq-status.html
+# PQTRANS_ACTIVE and PQTRANS_INERROR: https://www.postgresql.org/docs/current/libpq-status.html
+_ACTIVE: Final = 1
 _IN_ERROR: Final = 3
 
 

@@ -41,6 +41,8 @@ class HTTPExchange(AsyncUnitOfWork):
 
     _started = False
     _complete = False
+    _keeps = True
+    """What the status says about the rows that go with the body."""
     _failure: Exception | None = None
     """What settling raised; what the application makes of an exception from its ``send()`` is another."""
 
@@ -58,6 +60,7 @@ class HTTPExchange(AsyncUnitOfWork):
             Exception: Whatever the application raised and has no handler for.
         """
         self.open()
+        self._scope = scope
         try:
             try:
                 await app(scope, self._receive, self._send_settled)
@@ -82,8 +85,10 @@ class HTTPExchange(AsyncUnitOfWork):
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
-            if not (self.untouched or self._body_is_under_way(message)):
-                return self._settle_and_send(message)
+            if not self.untouched:
+                if not self._body_is_under_way(message):
+                    return self._settle_and_send(message)
+                self._keeps = self._commit_on(message["status"])
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
             if not self.at_rest:
@@ -93,7 +98,7 @@ class HTTPExchange(AsyncUnitOfWork):
 
     async def _settle_and_send(self, message: Message) -> None:
         starts = message["type"] == _START
-        commit = not starts or self._commit_on(message["status"])
+        commit = self._commit_on(message["status"]) if starts else self._keeps
         try:
             if not commit and self._wants_retry():
                 raise TryAgain
@@ -102,18 +107,25 @@ class HTTPExchange(AsyncUnitOfWork):
             self._failure = error
             raise
         self._failure = None
+        self._keeps = True
         self.rollback_only = False
         self._started, self._complete = True, not starts
         await self._send(message)
 
     def _tell_of_loss(self, scope: Scope) -> None:
-        if any(asks_at_end(session) for session in self._sessions if session.in_transaction()):
+        if self._asks_at_end():
             logger.warning("a client left during its response: what that did is rolled back; path %s", scope["path"])
 
     def _body_is_under_way(self, start: Message) -> bool:
         """Whether another task produces a stream already (FastAPI's server-sent events), whose end then commits."""
-        has_length = any(name.lower() == b"content-length" for name, _ in start.get("headers", ()))
-        return not has_length and self.in_use
+        if any(name.lower() == b"content-length" for name, _ in start.get("headers", ())):
+            return False
+        # FastAPI's producer may begin a statement at any moment, also during our COMMIT.
+        produced_beside = getattr(self._scope.get("route"), "is_sse_stream", False)
+        return self.in_use or (produced_beside and self._asks_at_end())
+
+    def _asks_at_end(self) -> bool:
+        return any(asks_at_end(session) for session in self._sessions if session.in_transaction())
 
     def _wants_retry(self) -> bool:
         return self._may_retry and self.asked_to_retry and not (self._started or self.has_committed)
@@ -128,8 +140,8 @@ class HTTPExchange(AsyncUnitOfWork):
                 raise failure  # the application's own: its handlers have seen it
             self._failure = None
             await self._ask_handlers(failure, scope)
-        except PoolTimeout:
-            if self._started:
+        except Exception as error:
+            if self._started or not _is_busy(error):
                 raise
             logger.warning("no free database connection; answered 503")
             busy = HTTPException(503, "No database connection is free, try again.", headers={"Retry-After": "1"})
@@ -144,6 +156,13 @@ class HTTPExchange(AsyncUnitOfWork):
         by_class, by_status = scope.get("starlette.exception_handlers", ({}, {}))
         handlers = ExceptionMiddleware(fail, handlers={**by_class, **by_status})
         await handlers(scope, self._receive, self._send_settled)
+
+
+def _is_busy(error: Exception) -> bool:
+    """Whether no connection was free, be it for branches of a ``TaskGroup``."""
+    if isinstance(error, ExceptionGroup):
+        return error.split(PoolTimeout)[1] is None
+    return isinstance(error, PoolTimeout)
 
 
 class WebSocketExchange(AsyncUnitOfWork):

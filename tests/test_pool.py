@@ -33,6 +33,19 @@ def app_on(database: Database) -> FastAPI:
     async def add() -> None:
         database.session.add(Item("at commit"))
 
+    async def branch() -> None:
+        async with database.transaction() as session:
+            await session.execute(text("SELECT 1"))
+
+    async def fails() -> None:
+        raise ZeroDivisionError
+
+    @app.get("/branches")
+    async def branches(one_fails: bool) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(branch())
+            group.create_task(fails() if one_fails else branch())
+
     return app
 
 
@@ -142,6 +155,18 @@ async def test_pool_exhausted_at_the_commit_is_503_too(small_pool: Database, obs
         response = await client.post("/add")
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert await observer.names() == []
+
+
+@pytest.mark.parametrize(("one_fails", "status"), [(False, 503), (True, 500)])
+async def test_pool_exhausted_for_the_branches_of_a_task_group(
+    small_pool: Database, observer: Observer, one_fails: bool, status: int
+) -> None:
+    """A group in which nothing else failed is 503 as well; the error of a branch is an error."""
+    async with serve(app_on(small_pool)) as client, small_pool.transaction() as one, small_pool.transaction() as two:
+        await one.execute(text("SELECT 1"))
+        await two.execute(text("SELECT 1"))
+        response = await client.get("/branches", params={"one_fails": one_fails})
+    assert response.status_code == status
 
 
 async def test_apps_own_handler_for_an_exhausted_pool_comes_first(small_pool: Database, observer: Observer) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from threading import Barrier, BrokenBarrierError
 
+import asyncpg
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
@@ -40,6 +41,12 @@ async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
         session.add(Item(name))
         await session.execute(text("SELECT pg_sleep(0.1)"))
         yield "stored"
+
+    @app.get("/events/refused", response_class=EventSourceResponse, status_code=409)
+    async def refused(name: str, session: AsyncSession = Depends(get_session)) -> AsyncIterable[str]:  # noqa: B008
+        session.add(Item(name))
+        await session.execute(text("SELECT pg_sleep(0.1)"))
+        yield "refused"
 
     @app.get("/events/read", response_class=EventSourceResponse)
     async def read() -> AsyncIterable[str]:
@@ -107,6 +114,50 @@ async def test_server_sent_events_whose_commit_fails_are_cut_short(
     await client.post("/ordinary", params={"name": "a"})
     with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
         await client.get("/events/write", params={"name": "a"})
+    assert await observer.names() == ["a"]
+
+
+async def test_status_of_server_sent_events_is_that_of_rows_that_go_with_them(
+    client: httpx.AsyncClient, observer: Observer
+) -> None:
+    """What came before an error status is rolled back, at the end of the stream too."""
+    response = await client.get("/events/refused", params={"name": "a"})
+    assert (response.status_code, response.text) == (409, 'data: "refused"\n\n')
+    assert await observer.names() == []
+    assert await observer.in_transaction() == 0
+
+
+async def test_server_sent_events_that_ask_during_the_commit(observer: Observer, database_url: str) -> None:
+    """Whenever their task begins a statement: what a dependency wrote is not committed beside it, but at the end."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    may_ask, asked = asyncio.Event(), asyncio.Event()
+
+    async def write() -> None:
+        db.session.add(Item("a"))
+        await db.session.flush()
+
+    @app.get("/", response_class=EventSourceResponse, dependencies=[Depends(write)])
+    async def events() -> AsyncIterable[int]:
+        yield 1
+        await may_ask.wait()
+        try:
+            yield len((await db.session.scalars(select(Item))).all())
+        finally:
+            asked.set()
+
+    rival = await asyncpg.connect(database_url)
+    async with serve(app) as client:
+        await rival.execute("BEGIN; INSERT INTO item (name) VALUES ('a')")  # our COMMIT would wait for it
+        opened = asyncio.create_task(client.send(client.build_request("GET", "/"), stream=True))
+        held_up = asyncio.create_task(observer.until_somebody_waits_for_a_lock())
+        await asyncio.wait([opened, held_up], return_when=asyncio.FIRST_COMPLETED)
+        may_ask.set()
+        await asked.wait()
+        await held_up  # if not before, then at the end of the stream
+        await rival.close()
+        response = await opened
+        assert (response.status_code, await response.aread()) == (200, b"data: 1\n\ndata: 1\n\n")
     assert await observer.names() == ["a"]
 
 
