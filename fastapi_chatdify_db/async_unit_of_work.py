@@ -155,11 +155,18 @@ class AsyncUnitOfWork(UnitOfWork):
             except AfterCommitError as error:
                 await self._rollback_async()
                 told = told or error
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
                 await self._rollback_async()
+                if isinstance(error, asyncio.CancelledError) and _is_cancelled():  # by the end of the loop
+                    raise
                 log_failed_callback(callback, error)
         if told is not None:
             raise told
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def in_event_loop() -> bool:

@@ -14,7 +14,8 @@ from fastapi_chatdify_db.liveness import died, errors_of, replace_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
 from fastapi_chatdify_db.sqlstates import sqlstate
 
-_QUERY_CANCELED: Final = "57014"
+# query_canceled (statement_timeout) and lock_not_available (lock_timeout): to run it again would wait as long again.
+_TIMED_OUT: Final = ("57014", "55P03")
 
 
 class FirstStatements:
@@ -75,7 +76,7 @@ class FirstStatements:
             try:
                 _run_in_autocommit(state.connection, statement, parameters, context)
             except self._errors as error:
-                if died(context, error) or sqlstate(error) == _QUERY_CANCELED:
+                if died(context, error) or _timed_out(error):
                     raise
                 # Now as the first statement of a transaction. It fails again, and so the transaction is a failed one,
                 # as whoever catches the error expects.
@@ -100,6 +101,10 @@ def _begins_ordinarily(state: ConnectionState) -> bool:
         and not connection.deferrable
         and not state.in_transaction()
     )
+
+
+def _timed_out(error: Exception) -> bool:
+    return isinstance(error, TimeoutError) or sqlstate(error) in _TIMED_OUT  # asyncpg's command_timeout is the former
 
 
 def _is_read(statement: str, context: ExecutionContext) -> bool:

@@ -84,12 +84,18 @@ async def _check(database: Database) -> DatabaseReadiness:
     except PoolTimeout:
         reason = "no free connection"
     except TimeoutError:
-        reason = "no answer in time"
+        reason = "no free connection" if _is_exhausted(database) else "no answer in time"
     except Exception:  # whatever it is, the answer is that the database does not
         logger.warning("database %s is not ready", database.name, exc_info=True)
         reason = "unavailable"
     status: Literal["ok", "unavailable"] = "ok" if reason is None else "unavailable"
     return DatabaseReadiness(status=status, reason=reason, pool=_pool_figures(database), figures=figures)
+
+
+def _is_exhausted(database: Database) -> bool:
+    pool, settings = database.async_engine.pool, database.settings
+    most = settings.db_pool_size + settings.db_max_overflow
+    return isinstance(pool, QueuePool) and settings.db_max_overflow >= 0 and pool.checkedout() >= most
 
 
 def _pool_figures(database: Database) -> Pool | None:

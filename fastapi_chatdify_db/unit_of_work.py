@@ -206,7 +206,9 @@ class UnitOfWork:
         told: AfterCommitError | None = None
         while callback := self._next_callback():
             try:
-                callback()
+                if inspect.iscoroutine(result := callback()):
+                    result.close()
+                    raise NotInSyncUnit("the callback returned a coroutine, which synchronous code cannot await")
                 self._commit()
             except AfterCommitError as error:
                 self._rollback()
@@ -238,7 +240,7 @@ def _refuse(session: Session, _: SessionTransaction, connection: Connection) -> 
     )
 
 
-def log_failed_callback(callback: AfterCommit, error: Exception) -> None:
+def log_failed_callback(callback: AfterCommit, error: BaseException) -> None:
     """Report what a callback raised: the transaction is committed, so nobody else can be told any more."""
     named: object = callback
     while isinstance(named, partial):

@@ -72,3 +72,16 @@ async def test_exhausted_pool_is_not_ready(small_pool: Database) -> None:
         "pool": {"size": 2, "in_use": 2, "overflow": 0},
         "figures": {},
     }
+
+
+async def test_pool_that_is_waited_for_is_told_from_silence(tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a DB_POOL_TIMEOUT beyond the time limit too, as it is by default."""
+    monkeypatch.setattr(health, "TIME_LIMIT", 0.1)
+    patient = Database("patient", settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
+    app = FastAPI()
+    app.include_router(create_health_router(patient))
+    async with serve(app) as client, patient.transaction() as session:
+        await session.execute(text("SELECT 1"))
+        ready = await client.get("/health/ready")
+    assert ready.json()["databases"]["patient"]["reason"] == "no free connection"
+    await patient.dispose()

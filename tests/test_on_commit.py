@@ -190,6 +190,33 @@ async def test_error_in_a_callback_stops_nothing(observer: Observer, caplog: pyt
     assert record.exc_info[0] is ZeroDivisionError
 
 
+async def test_callback_whose_task_was_cancelled_stops_nothing(
+    observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cancellation of something that it waits for is its failure, not the request's end."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    ran: list[str] = []
+
+    @app.post("/")
+    async def handler() -> str:
+        db.session.add(Item("a"))
+        db.on_commit(waits_for_the_cancelled)
+        db.on_commit(lambda: ran.append("second"))
+        return "fine"
+
+    async def waits_for_the_cancelled() -> None:
+        db.session.add(Item("by the callback"))
+        other = asyncio.create_task(asyncio.Event().wait())
+        other.cancel()
+        await other
+
+    async with serve(app) as client:
+        assert (await client.post("/")).json() == "fine"
+    assert (ran, await observer.names()) == (["second"], ["a"])
+    assert "waits_for_the_cancelled failed" in caplog.text
+
+
 async def test_callback_may_write_and_register_another(observer: Observer) -> None:
     """What a callback writes is committed, and then the callbacks that it registered run."""
     names: list[list[str]] = []
@@ -260,3 +287,23 @@ async def test_callback_whose_failure_is_told_leaves_nothing(observer: Observer)
     with pytest.raises(AfterCommitError):
         await in_block()
     assert await observer.names() == ["kept"]
+
+
+async def test_coroutine_of_a_plain_function_is_an_error_in_a_sync_unit(
+    observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``lambda: notify()`` looks plain; what it returns would never be awaited, which the log says."""
+    ran: list[str] = []
+
+    async def notify() -> None:
+        ran.append("never")
+
+    def work() -> None:
+        with db.sync_transaction() as session:
+            session.add(Item("a"))
+            db.on_commit(lambda: notify())
+            db.on_commit(lambda: ran.append("second"))
+
+    await asyncio.to_thread(work)
+    assert (ran, await observer.names()) == (["second"], ["a"])
+    assert "returned a coroutine" in caplog.text
