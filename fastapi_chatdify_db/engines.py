@@ -9,13 +9,14 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any, Final, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
@@ -40,22 +41,26 @@ class PerLoopAsyncEngine(AsyncEngine):
     ``asyncio.run``, a test's loop, a thread with a loop of its own) gets connections of its own here instead of
     "attached to a different loop". ``sync_engine``, which everything in ``AsyncEngine`` goes through, is the running
     loop's.
+
+    Outside any loop it is the model: who listens to that, listens to the loops that come. The first of them has the
+    model itself, and so the pool of whoever derived an engine from it before (``execution_options``).
     """
 
-    def __init__(self, create: Callable[[], AsyncEngine]) -> None:
-        self._create = create
+    def __init__(self, model: AsyncEngine) -> None:
+        self._model = model.sync_engine
+        self._owner: ReferenceType[AbstractEventLoop] | None = None
+        """The loop that has the model itself."""
         self._lock = Lock()
-        self._unclaimed: AsyncEngine | None = None
-        self._by_loop: WeakKeyDictionary[AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
+        self._by_loop: WeakKeyDictionary[AbstractEventLoop, Engine] = WeakKeyDictionary()
 
     @property
     def sync_engine(self) -> Engine:  # type: ignore[override]  # SQLAlchemy has an attribute here
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            return self._outside_a_loop().sync_engine
+            return self._model
         engine = self._by_loop.get(loop)
-        return (engine or self._claim(loop)).sync_engine
+        return self._claim(loop) if engine is None else engine
 
     @property
     def _proxied(self) -> Engine:  # what AsyncEngine's pool, url, dialect ... are read from
@@ -63,28 +68,36 @@ class PerLoopAsyncEngine(AsyncEngine):
 
     def forget_connections(self) -> None:
         """Drop every connection without closing it: they are another process's."""
-        for engine in (*self._by_loop.values(), self._unclaimed):
-            if engine is not None:
-                _forget_connections(engine.sync_engine)
+        for engine in {self._model, *self._by_loop.values()}:
+            _forget_connections(engine)
         self._by_loop.clear()
-        self._unclaimed = None
+        self._owner = None
         self._lock = Lock()
 
-    def _outside_a_loop(self) -> AsyncEngine:
-        with self._lock:
-            if claimed := next(iter(self._by_loop.values()), None):
-                return claimed
-            if self._unclaimed is None:
-                self._unclaimed = self._create()
-            return self._unclaimed
-
-    def _claim(self, loop: AbstractEventLoop) -> AsyncEngine:
+    def _claim(self, loop: AbstractEventLoop) -> Engine:
         with self._lock:
             for other in [other for other in self._by_loop if other.is_closed()]:
                 del self._by_loop[other]
-            engine = self._by_loop[loop] = self._unclaimed or self._create()
-            self._unclaimed = None
+            owner = None if self._owner is None else self._owner()
+            if owner is not None and not owner.is_closed():
+                engine: Engine = _EngineOfLoop(self._model)
+            else:
+                engine = self._model
+                if self._owner is not None:
+                    engine.dispose(close=False)  # what is left in its pool is the closed loop's
+                self._owner = ref(loop)
+            self._by_loop[loop] = engine
             return engine
+
+
+class _EngineOfLoop(OptionEngine):
+    """An engine's dialect, options and listeners on a pool of its own."""
+
+    pool: Pool = None  # type: ignore[assignment]  # an attribute in place of OptionEngine's property
+
+    def __init__(self, model: Engine) -> None:
+        self.pool = model.pool.recreate()
+        super().__init__(model, {})
 
 
 class Engines:
@@ -109,13 +122,9 @@ class Engines:
             from fastapi_chatdify_db.watched_asyncpg import WatchedConnection  # no driver before it is used
 
             target.connect_args["connection_class"] = WatchedConnection
-
-        def create() -> AsyncEngine:
-            engine = create_async_engine(target.url, **_engine_options(settings, target))
-            self._listen(engine.sync_engine)
-            return engine
-
-        return self._first("async_engine", PerLoopAsyncEngine(create))
+        engine = create_async_engine(target.url, **_engine_options(settings, target))
+        self._listen(engine.sync_engine)
+        return self._first("async_engine", PerLoopAsyncEngine(engine))
 
     @cached_property
     def sync_engine(self) -> Engine:

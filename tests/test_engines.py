@@ -10,8 +10,9 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from fastapi_chatdify_db import Database, DatabaseSettings, db
 from fastapi_chatdify_db.session import async_engine
@@ -107,6 +108,53 @@ def test_loops_side_by_side_have_pools_of_their_own(database_url: str) -> None:
         first, second = threads.map(asyncio.run, [work(), work()])
     assert len(first) == len(second) == 2
     assert not first & second
+
+
+def test_listeners_hear_of_every_loop(database_url: str) -> None:
+    """Who listened to the engine at import, is told of the connections of each loop, one after or beside another."""
+    database = Database(settings=DatabaseSettings())
+    connected: list[object] = []
+    executed: list[str] = []
+    event.listen(database.async_engine.sync_engine, "connect", lambda *made: connected.append(made))
+
+    @event.listens_for(database.async_engine.sync_engine, "before_cursor_execute")
+    def note(connection: object, cursor: object, statement: str, *_: object) -> None:
+        executed.append(statement)
+
+    async def ask(isolation_level: str) -> None:
+        engine = database.async_engine.execution_options(isolation_level=isolation_level)
+        async with engine.connect() as connection:
+            assert await connection.scalar(text("SHOW transaction_isolation")) == isolation_level.lower()
+        await database.dispose()
+
+    async def beside_another_loop() -> None:
+        await ask("SERIALIZABLE")
+        await asyncio.to_thread(asyncio.run, ask("REPEATABLE READ"))
+
+    asyncio.run(ask("READ COMMITTED"))
+    assert (len(connected), len(executed)) == (1, 1)
+    asyncio.run(beside_another_loop())
+    assert (len(connected), len(executed)) == (3, 3)
+
+
+def test_engine_derived_at_import_shares_the_pool(database_url: str) -> None:
+    """In one loop after another; and the end of the lifespan closes what it has connected."""
+    database = Database(settings=DatabaseSettings(db_application_name="derived", db_pool_size=1, db_max_overflow=0))
+    derived = database.async_engine.execution_options(isolation_level="SERIALIZABLE")
+
+    async def ask() -> None:
+        async with database.lifespan(None):
+            async with database.transaction() as session:
+                pid = await session.scalar(PID)
+            async with derived.connect() as connection:
+                assert await connection.scalar(PID) == pid
+        observer = Observer(await asyncpg.connect(database_url))
+        async with asyncio.timeout(10):
+            await observer.until_connections("derived", 0)
+        await observer.connection.close()
+
+    asyncio.run(ask())
+    asyncio.run(ask())
 
 
 async def test_dispose_closes_the_connections(named: Database, observer: Observer) -> None:
@@ -236,6 +284,32 @@ async def main():
     await database.dispose()
 
 asyncio.run(main())
+""",
+        DATABASE_URL=database_url,
+    )
+
+
+def test_listeners_stay_after_a_fork(database_url: str) -> None:
+    """What an application prepares in its connections, is prepared in a child's too."""
+    in_a_new_process(
+        """
+import os
+from sqlalchemy import event
+from fastapi_chatdify_db import Database
+from tests.test_engines import backends, fork_and_wait
+
+database = Database()
+told = []
+for engine in (database.async_engine.sync_engine, database.sync_engine):
+    event.listen(engine, "connect", lambda connection, record: told.append(os.getpid()))
+
+def child():
+    backends(database)
+    assert told == [os.getpid()] * 2, told
+
+assert fork_and_wait(child) == 0
+backends(database)
+assert told == [os.getpid()] * 2, told
 """,
         DATABASE_URL=database_url,
     )
