@@ -11,6 +11,10 @@ class InvalidSettings(ChatdifyDBError):
     """An environment variable, or a value given in code, cannot be used; the message names it in one line."""
 
 
+class NameTaken(ChatdifyDBError, ValueError):
+    """Two databases have one name where names tell them apart."""
+
+
 class OutsideUnitOfWork(ChatdifyDBError):
     """A session was asked for where no unit of work is open."""
 

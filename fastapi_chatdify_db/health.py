@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
 from fastapi_chatdify_db.database import Database, db
+from fastapi_chatdify_db.exceptions import NameTaken
 
 logger: Final = logging.getLogger(__name__)
 
@@ -56,7 +57,13 @@ def create_health_router(*databases: Database) -> APIRouter:
     """A router with ``GET /health/live`` and ``GET /health/ready`` for these databases.
 
     ``ready`` answers 503 unless each of them answers within ``TIME_LIMIT`` seconds.
+
+    Raises:
+        NameTaken: Two of them have one name, under which only one could be shown.
     """
+    names = [database.name for database in databases]
+    if taken := {name for name in names if names.count(name) > 1}:
+        raise NameTaken(f"several databases are called {', '.join(sorted(taken))}; write e.g. Database('reports')")
     router = APIRouter(prefix="/health", tags=["health"])
 
     @router.get("/live")

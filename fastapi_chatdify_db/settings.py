@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -13,7 +13,13 @@ from fastapi_chatdify_db.exceptions import InvalidSettings
 
 # Not SecretStr: type checkers would refuse the plain str that every caller has.
 Secret = Annotated[str | None, Field(repr=False)]
-Seconds = Annotated[float, Field(ge=0)]
+# PostgreSQL takes its time-outs in milliseconds, up to the greatest integer of 32 bits.
+Seconds = Annotated[float, Field(ge=0, le=2_147_483, allow_inf_nan=False)]
+
+SEVERAL_HOSTS: Final = (
+    "name several hosts in the query, as both drivers understand it: "
+    "postgresql://user:password@/name?host=one:5432&host=two:5432"
+)
 
 
 class DatabaseSettings(BaseSettings):
@@ -95,6 +101,8 @@ class DatabaseSettings(BaseSettings):
             return _without_open_password(make_url(self.database_url))
         except (ArgumentError, ValueError):
             pass  # SQLAlchemy's message repeats the URL, password and all; so would the exception's context.
+        if "," in self.database_url.partition("?")[0].rpartition("@")[2]:
+            raise InvalidSettings(f"DATABASE_URL: {SEVERAL_HOSTS}")
         raise InvalidSettings("DATABASE_URL: not a URL; write e.g. postgresql://user:password@localhost:5432/name")
 
 

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlencode
 from sqlalchemy import URL
 
 from fastapi_chatdify_db.exceptions import InvalidSettings
-from fastapi_chatdify_db.settings import DatabaseSettings
+from fastapi_chatdify_db.settings import SEVERAL_HOSTS, DatabaseSettings
 
 # Keywords of SQLAlchemy's asyncpg dialect and of asyncpg.connect(), which libpq would refuse.
 _ASYNCPG_ONLY: Final = {
@@ -122,6 +122,8 @@ def _normalized(url: URL) -> URL:
         raise InvalidSettings("DATABASE_URL: the port has to be between 1 and 65535")
     if url.host and "@" in url.host:  # the end of a password, which messages about the host would show
         raise InvalidSettings("DATABASE_URL: write an @ in the user's name or password as %40")
+    if url.host and "," in url.host:  # libpq's way, which asyncpg takes for one name
+        raise InvalidSettings(f"DATABASE_URL: {SEVERAL_HOSTS}")
     url = url.set(drivername="sqlite" if backend == "sqlite" else "postgresql")
     host = unquote(url.host) if url.host else ""
     if host.startswith("/"):  # a unix socket; both dialects take its directory from the query only

@@ -6,7 +6,15 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 
-from fastapi_chatdify_db import Database, DatabaseSettings, create_health_router, db, health, health_router
+from fastapi_chatdify_db import (
+    Database,
+    DatabaseSettings,
+    NameTaken,
+    create_health_router,
+    db,
+    health,
+    health_router,
+)
 from tests.serving import free_socket, serve
 
 
@@ -85,3 +93,9 @@ async def test_pool_that_is_waited_for_is_told_from_silence(tables: None, monkey
         ready = await client.get("/health/ready")
     assert ready.json()["databases"]["patient"]["reason"] == "no free connection"
     await patient.dispose()
+
+
+def test_databases_of_one_name_are_refused() -> None:
+    """Only one of them would be shown, and the other's failure not."""
+    with pytest.raises(NameTaken, match=r"called db; .*Database\('reports'\)"):
+        create_health_router(db, Database())

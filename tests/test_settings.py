@@ -93,6 +93,9 @@ def test_database_url_comes_before_its_parts(monkeypatch: pytest.MonkeyPatch) ->
         ("DB_POOL_SIZE", "ten"),
         ("DB_POOL_SIZE", "0"),
         ("DB_POOL_TIMEOUT", "-1"),
+        ("DB_POOL_TIMEOUT", "nan"),
+        ("DB_STATEMENT_TIMEOUT", "inf"),
+        ("DB_STATEMENT_TIMEOUT", "2147484"),  # in milliseconds, more than PostgreSQL takes
         ("DB_POOL_PRE_PING", "perhaps"),
         ("POSTGRES_PORT", "99999"),
         ("DATABASE_URL", "garbage"),
@@ -101,6 +104,8 @@ def test_database_url_comes_before_its_parts(monkeypatch: pytest.MonkeyPatch) ->
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host:port/name"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host:99999/name"),
         ("DATABASE_URL", f"postgresql://user:half@{SECRET}@host/name"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@one:5432,two:5432/name"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@one,two/name"),
         ("DATABASE_URL", f"mysql://user:{SECRET}@host/name"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host/name?channel_binding=require"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host/name?connect_timeout={SECRET}"),
@@ -119,6 +124,13 @@ def test_wrong_value_is_one_line_that_names_the_variable(
     assert "\n" not in message
     assert SECRET not in "".join(traceback.format_exception(caught.value))
     assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("hosts", ["one:5432,two:5432", "one,two", "one,two:5432"])
+def test_several_hosts_are_told_the_form_that_works(hosts: str) -> None:
+    """libpq's own is none that asyncpg's or psycopg2's dialect reads alike."""
+    with pytest.raises(InvalidSettings, match=r"\?host=one:5432&host=two:5432"):
+        Database(settings=DatabaseSettings(database_url=f"postgresql://{hosts}/name")).async_engine  # noqa: B018
 
 
 def test_name_that_is_no_setting_is_an_error() -> None:
