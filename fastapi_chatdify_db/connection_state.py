@@ -37,6 +37,8 @@ class ConnectionState:
     """What a later statement failed with: PostgreSQL may have given up the transaction."""
     given_up: Callable[[], bool] = bool
     """Whether PostgreSQL has given the transaction up, where the driver says so without asking: psycopg2."""
+    was_cut_off: bool = False
+    """Whether we have ended the connection under a statement, which then is not to be run on another one."""
     idle_since: float = math.inf
     """When it was last given back, in seconds of the monotonic clock; infinity before that."""
 
@@ -52,6 +54,7 @@ class ConnectionState:
         """
         terminate = getattr(getattr(self.connection, "driver_connection", None), "terminate", None)
         if terminate is not None:
+            self.was_cut_off = True
             terminate()
 
 

@@ -60,7 +60,7 @@ class FirstStatements:
         except self._errors as error:
             # The execution of an INSERT of many rows keeps the old cursor.
             replaceable = ordinary and context.execute_style is not ExecuteStyle.INSERTMANYVALUES
-            if not (self._survive and replaceable and died(context, error)):
+            if state.was_cut_off or not (self._survive and replaceable and died(context, error)):
                 raise
             replace_connection(context, error)
             state = state_of(context.root_connection) or state
