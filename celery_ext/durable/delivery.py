@@ -46,7 +46,7 @@ class Delivery:
         self._task = task
         self._request = request
         self.task_id = task_id
-        self._begun = self._finishing = False
+        self._begun = self._finishing = self._leased = False
         self._ordering_key: str | None = None
         self._arguments: str | None = None
         self._retry: dict[str, Any] = {}
@@ -156,14 +156,16 @@ class Delivery:
         return ended is not None
 
     def close(self) -> None:
-        """Give up the lease, if there is one."""
-        lease.free(self._task.database, self.task_id)
+        """Give up the lease, if this delivery took it: of a duplicate, another thread may hold it."""
+        if self._leased:
+            lease.free(self._task.database, self.task_id)
 
     def _keep_lease(self, session: Session) -> None:
         if self._finishing or session.in_nested_transaction():
             return
         if not lease.hold(self._task.database, self.task_id):
             raise Dropped
+        self._leased = True
 
 
 def _is_passing(error: Exception) -> bool:

@@ -50,6 +50,22 @@ async def test_dropped_coroutine(relayed: Worker, rows: Observer) -> None:
     assert "never awaited" not in relayed.log
 
 
+async def test_duplicate_in_the_process_of_the_lease(rows: Observer) -> None:
+    """In a pool of threads, a message that is dropped leaves the lease to the task beside it, which has it."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    with worker(brokers()[-1], "-c", "2", pool="threads") as running, relaying(running.app, db):
+        released = running.task("release_and_wait")
+        async with db.transaction():
+            task_id = released.delay_durably("x", 9)
+        await rows.until_somebody_waits_for_a_lock()
+        for _ in range(5):
+            released.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
+        await asyncio.to_thread(running.task("add_item").delay("after the duplicates").get, timeout=20)
+        await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+        await until_status(rows, task_id, "done")
+    assert await rows.names() == ["after the duplicates", "x begun", "x ended"]
+
+
 async def test_long_task_leaves_the_relay_at_rest(relayed: Worker, rows: Observer) -> None:
     """A row whose worker takes longer than the grace time is looked at now and then, not all the time."""
     seen: list[str] = []
