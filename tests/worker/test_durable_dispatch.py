@@ -92,6 +92,22 @@ async def test_a_task_alone_is_stored_too(unheard: Celery[Any], rows: Observer) 
     assert await stored(rows) == [("pending", '[["x"], {}]'), ("pending", '[["y"], {"prefix": "z"}]')]
 
 
+async def test_task_that_is_a_class(unheard: Celery[Any], rows: Observer) -> None:
+    """Celery checks no arguments of it; it is stored, or sent, with those that it is given."""
+
+    class Written(celery_ext.Task):
+        name = "written"
+
+        def run(self, name: str) -> None: ...
+
+    written = unheard.register_task(Written())
+    assert isinstance(written, celery_ext.Task)
+    async with db.transaction():
+        written.delay_durably("x")
+        assert written.delay_on_commit("x")
+    assert await stored(rows) == [("pending", '[["x"], {}]')]
+
+
 async def test_nothing_is_left_of_a_rollback(unheard: Celery[Any], rows: Observer) -> None:
     """Neither of a refused request nor of a savepoint, while what is around the savepoint stays."""
     record = task(unheard, "record")
