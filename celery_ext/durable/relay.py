@@ -59,6 +59,7 @@ class Relay:
     """
 
     def __init__(self, app: Celery[Any], database: Database, *, grace: float = GRACE) -> None:
+        app.loader.import_default_modules()  # a task's own options (queue, time limits, ...) stand with it
         self._app = app
         self._database = database
         self._grace = grace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from celery import Celery
@@ -166,3 +167,22 @@ async def test_running_task_that_was_released_is_not_cancelled(relayed: Worker, 
     assert not await asyncio.to_thread(administration.cancel, db, running)
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
     await until_status(rows, running, "done")
+
+
+async def test_task_of_an_included_module(
+    unheard: Celery[celery_ext.Task], rows: Observer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relay knows its options, as a worker does, which imports more than the application's own module, too."""
+    (tmp_path / "included_module.py").write_text(
+        "import celery\n\n@celery.shared_task(name='included', time_limit=77)\ndef included(name: str) -> None: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    app = Celery("relayed", broker="memory://", include=["included_module"], set_as_current=False)
+    celery_ext.init_app(app)
+    async with db.transaction():
+        task_id = task(unheard, "record").delay_durably("x")
+    await rows.connection.execute("UPDATE durable_task SET name = 'included'")
+    with relaying(app, db), app.connection_for_read() as connection:
+        message = await asyncio.to_thread(connection.SimpleQueue("celery").get, timeout=20)
+    assert (message.headers["id"], str(message.headers["timelimit"])) == (task_id, "[77, None]")
+    app.close()
