@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from celery_ext.durable import lease, statements
+from celery_ext.durable import lease, outbox, statements
 from celery_ext.durable.row import HEADER, seconds_until, serialize
 from celery_ext.errors import portable
 from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate
@@ -148,7 +148,8 @@ class Delivery:
     def _finish(self, session: Session, status: str, error: str | None) -> bool:
         """End the row, and let the next one of its key begin; False when it was ended before."""
         if self._ordering_key is not None:
-            session.execute(statements.LOCK_KEYS, {"keys": [self._ordering_key]})
+            # With those of the tasks that it stores, in one order: else two tasks could wait for each other.
+            session.execute(statements.LOCK_KEYS, {"keys": sorted({self._ordering_key, *outbox.keys(session)})})
         values = {"id": self.task_id, "status": status, "error": error}
         ended = session.execute(statements.FINISH, values).one_or_none()
         if ended is not None and self._ordering_key is not None:

@@ -25,6 +25,12 @@ def add(session: Session, row: Row) -> None:
     outbox.add(row)
 
 
+def keys(session: Session) -> set[str]:
+    """The ordering keys of what was added and is not stored yet, which the COMMIT will lock."""
+    outbox = session.info.get(Outbox)
+    return set() if outbox is None else outbox.keys()
+
+
 class Outbox:
     """What was added to one session and is not stored yet.
 
@@ -46,6 +52,10 @@ class Outbox:
         self._rows.append((row, innermost(session)))
         if session._flushing:  # a handler of the flush's events; it may be the COMMIT's own flush
             event.listen(session, "after_flush_postexec", self._store_what_it_added, once=True)
+
+    def keys(self) -> set[str]:
+        """The ordering keys of its rows."""
+        return {row.ordering_key for row, _ in self._rows if row.ordering_key is not None}
 
     def _store(self, session: Session) -> None:
         if session.in_nested_transaction():

@@ -294,6 +294,12 @@ def start_others(name: str, count: int, fail: bool = False) -> None:
 
 
 @shared_task
+def start_under_key(name: str, key: str) -> None:
+    """Store a further task, which has its order."""
+    add_item.apply_durably((name,), ordering_key=key)
+
+
+@shared_task
 def cut_off_once(name: str) -> None:
     """Lose the database's connection before the COMMIT, the first time."""
     insert(name)

@@ -100,6 +100,18 @@ async def test_lost_connection_to_the_broker_does_not_wait_for_tasks(relayed: Wo
     await until_status(rows, task_id, "done")
 
 
+async def test_tasks_that_store_under_each_others_keys(relayed: Worker, rows: Observer) -> None:
+    """Such a task locks its own key and those that it stores under in one order, and so waits in no circle."""
+    lock = "hashtextextended($1, 20)"
+    await rows.connection.execute(f"SELECT pg_advisory_lock({lock})", "a")
+    async with db.transaction():
+        first = relayed.task("start_under_key").apply_durably(("x", "a"), ordering_key="b")
+    await rows.until_somebody_waits_for_a_lock()
+    assert await rows.connection.fetchval(f"SELECT pg_try_advisory_lock({lock})", "b")
+    await rows.connection.execute("SELECT pg_advisory_unlock_all()")
+    await until_status(rows, first, "done")
+
+
 async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None:
     """Failed tasks of a busy key wait until what runs has ended, and then go first, in their order."""
     await rows.connection.execute("SELECT pg_advisory_lock(9)")
