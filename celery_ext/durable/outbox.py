@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Final
 
 from sqlalchemy import event
@@ -74,16 +73,10 @@ class Outbox:
             return
         if keys := sorted({row.ordering_key for row in rows if row.ordering_key is not None}):
             session.execute(statements.LOCK_KEYS, {"keys": keys})
-        seen: set[str | None] = set()
         for start in range(0, len(rows), BATCH):
-            session.execute(statements.ADD, {"rows": json.dumps(list(_numbered(rows[start : start + BATCH], seen)))})
+            numbered = [{**row.columns(), "number": n} for n, row in enumerate(rows[start : start + BATCH])]
+            session.execute(statements.ADD, {"rows": json.dumps(numbered)})
         session.execute(statements.NOTIFY)
 
     def _forget(self, _: Session, ended: SessionTransaction) -> None:
         self._rows = [(row, began) for row, began in self._rows if ended not in self_and_parents(began)]
-
-
-def _numbered(rows: list[Row], seen: set[str | None]) -> Iterable[dict[str, object]]:
-    for number, row in enumerate(rows):
-        yield {**row.columns(), "number": number, "follows": row.ordering_key in seen}
-        seen.add(row.ordering_key)

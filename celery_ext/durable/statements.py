@@ -25,9 +25,15 @@ ADD: Final = text(
                WHERE earlier.ordering_key = new.ordering_key AND earlier.status = 'pending'
            )) THEN 'infinity' ELSE due.at END,
            clock_timestamp() + make_interval(secs => new.expires_in)
-    FROM json_to_recordset(CAST(:rows AS json)) AS new(
-        number int, id text, name text, arguments text, options text, ordering_key text, follows boolean,
-        due_in float8, expires_in float8)
+    FROM (
+        SELECT given.*, bool_or(stored.id IS NULL) OVER (
+                   PARTITION BY given.ordering_key ORDER BY number ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+               ) AS follows
+        FROM json_to_recordset(CAST(:rows AS json)) AS given(
+            number int, id text, name text, arguments text, options text, ordering_key text, due_in float8,
+            expires_in float8)
+        LEFT JOIN durable_task AS stored ON stored.id = given.id  -- an idempotency key that was used: nothing is added
+    ) AS new
     CROSS JOIN LATERAL (SELECT clock_timestamp() + make_interval(secs => new.due_in) AS at) AS due
     ORDER BY new.number
     ON CONFLICT (id) DO NOTHING

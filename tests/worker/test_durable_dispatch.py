@@ -191,6 +191,20 @@ async def test_idempotency_key(relayed: Worker, rows: Observer) -> None:
     assert len(await stored(rows)) == 1
 
 
+async def test_used_idempotency_key_holds_nothing_up(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """What is stored after it, under its ordering key, is due at once; what follows that one waits for its turn."""
+    add, key = task(unheard, "add_item"), str(uuid4())
+    async with db.transaction():
+        add.apply_durably(("x",), ordering_key="k", idempotency_key=key)
+    await rows.connection.execute("UPDATE durable_task SET status = 'done', finished_at = now()")
+    async with db.transaction():
+        add.apply_durably(("x",), ordering_key="k", idempotency_key=key)
+        for name in ("next", "after that"):
+            add.apply_durably((name,), ordering_key="k")
+    query = "SELECT ring_at < 'infinity' AS due FROM durable_task WHERE status = 'pending' ORDER BY seq"
+    assert [row["due"] for row in await rows.connection.fetch(query)] == [True, False]
+
+
 async def test_due_later(relayed: Worker, rows: Observer) -> None:
     """``countdown`` and ``eta`` are kept to, by the database's clock; what has expired is not started."""
     add = relayed.task("add_item")
