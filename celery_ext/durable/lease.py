@@ -1,7 +1,7 @@
 """The lease of a task that ended its transaction half way: an advisory lock of its process.
 
 PostgreSQL frees it when the process dies, as it does with the row lock before; there is no heartbeat to tune. One
-connection per process holds the locks of all its tasks.
+connection per process, beside those of its pool, holds the locks of all its tasks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import Final
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from fastapi_chatdify_db.database import Database
@@ -29,8 +29,8 @@ def hold(database: Database, task_id: str) -> bool:
     with _lock:
         connection = _connections.get(database)
         if connection is None or connection.invalidated:
-            connection = database.sync_engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            _connections[database], _held[database] = connection, set()
+            connection = _connections[database] = _connect(database)
+            _held[database] = set()
         if task_id in _held[database]:
             return True  # PostgreSQL counts: a second lock would outlive the one unlock
         held = bool(connection.scalar(_HOLD, {"id": task_id}))
@@ -40,7 +40,7 @@ def hold(database: Database, task_id: str) -> bool:
 
 
 def free(database: Database, task_id: str) -> None:
-    """Give up what ``hold`` took; the process's last one gives the connection back."""
+    """Give up what ``hold`` took; the process's last one closes the connection."""
     with _lock:
         if task_id not in _held.get(database, ()):
             return
@@ -52,6 +52,15 @@ def free(database: Database, task_id: str) -> None:
         if not _held[database]:
             connection.close()
             del _connections[database]
+
+
+def _connect(database: Database) -> Connection:
+    """Beyond the pool: its last connection may be the task's own, which would wait for itself."""
+    engine = database.sync_engine
+    alike = Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=engine.hide_parameters)
+    connection = alike.connect().execution_options(isolation_level="AUTOCOMMIT")
+    connection.detach()  # it is closed when it is given back
+    return connection
 
 
 def _forget_parents_locks() -> None:

@@ -265,6 +265,26 @@ async def release_and_wait(name: str, key: int) -> None:
 
 
 @shared_task
+def commit_halfway(name: str, outcome: str = "succeed") -> None:
+    """Write, commit, and then end as ``outcome`` says."""
+    insert(f"{name} begun")
+    db.sync_session.commit()
+    insert(f"{name} ended")
+    if outcome == "raise":
+        raise ValueError(name)
+
+
+@shared_task
+async def commit_halfway_async(name: str, outcome: str = "succeed") -> None:
+    """The same in a coroutine."""
+    db.session.add(Item(f"{name} begun"))
+    await db.release()
+    db.session.add(Item(f"{name} ended"))
+    if outcome == "raise":
+        raise ValueError(name)
+
+
+@shared_task
 def append(key: str, number: int) -> None:
     """One row, whose id tells the order."""
     insert(f"{key} {number}")

@@ -66,6 +66,21 @@ async def test_duplicate_in_the_process_of_the_lease(rows: Observer) -> None:
     assert await rows.names() == ["after the duplicates", "x begun", "x ended"]
 
 
+async def test_lease_beside_a_pool_of_one(rows: Observer) -> None:
+    """Its connection is one beyond the pool, of which a task may hold the last one, and needs one at its end."""
+    smallest = {"DB_POOL_SIZE": "1", "DB_MAX_OVERFLOW": "0", "DB_POOL_TIMEOUT": "1"}
+    with worker(brokers()[-1], "-c", "1", environment=smallest) as running, relaying(running.app, db):
+        async with db.transaction():
+            ends = {
+                running.task(name).delay_durably(f"{name} {outcome}", outcome): status
+                for name in ("commit_halfway", "commit_halfway_async")
+                for outcome, status in (("succeed", "done"), ("raise", "failed"))
+            }
+        for task_id, status in ends.items():
+            await until_status(rows, task_id, status)
+    assert "will be run again" not in running.log
+
+
 async def test_long_task_leaves_the_relay_at_rest(relayed: Worker, rows: Observer) -> None:
     """A row whose worker takes longer than the grace time is looked at now and then, not all the time."""
     seen: list[str] = []
