@@ -88,9 +88,11 @@ CANCEL: Final = text(
     """
 )
 
+# After a second, then two, four, ...: what interrupts a task may do so each time.
 RING_SOON: Final = text(
     """
-    UPDATE durable_task SET ring_at = clock_timestamp() + make_interval(secs => 1)
+    UPDATE durable_task
+    SET ring_at = clock_timestamp() + make_interval(secs => power(2, greatest(least(rings, 10) - 1, 0)))
     WHERE id IN (
         SELECT id FROM durable_task WHERE id = :id AND status = 'pending' AND ring_at < 'infinity'
         FOR UPDATE SKIP LOCKED

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from celery import Celery
 from sqlalchemy import event
 
+import celery_ext
 from celery_ext.durable import administration, statements
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.observing import Observer
-from tests.worker.running import Worker, brokers, worker
+from tests.worker.running import Worker, brokers, task, worker
 from tests.worker.test_durable_dispatch import until_status
 
 
@@ -36,6 +38,20 @@ async def test_database_lost_before_the_commit(relayed: Worker, rows: Observer, 
     await until_status(rows, task_id, "done")
     assert await rows.names() == ["x"]
     await rows.connection.execute("DROP SEQUENCE kills")
+
+
+async def test_distances_grow(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """What the database interrupts each time anew is run again after a second, and then less and less often."""
+    async with db.transaction():
+        task_id = task(unheard, "add_item").delay_durably("x")
+    seconds = []
+    for rings in (0, 1, 2, 4, 40):
+        await rows.connection.execute("UPDATE durable_task SET rings = $1", rings)
+        async with db.transaction() as session:
+            await session.execute(statements.RING_SOON, {"id": task_id})
+        distance = await rows.connection.fetchval("SELECT ring_at - now() FROM durable_task")
+        seconds.append(round(distance.total_seconds()))
+    assert seconds == [1, 1, 2, 8, 512]
 
 
 async def test_dropped_coroutine(relayed: Worker, rows: Observer) -> None:
