@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 
@@ -41,6 +43,8 @@ def _note_failure(context: ExceptionContext) -> None:
 def _refuse(session: FollowedSession) -> None:
     if session.in_nested_transaction():
         return  # PostgreSQL refuses to release a savepoint itself
+    if (transaction := session.get_transaction()) is not None:
+        session.committing = ref(transaction)
     for _, state in open_connections(session):
         _refuse_on(state)
 

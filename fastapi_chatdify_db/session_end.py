@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Final
+from weakref import ReferenceType
 
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
@@ -23,6 +24,8 @@ class FollowedSession(Session):
     """Those which its transactions began with; some may be closed by now."""
     has_committed = False
     """Whether a transaction of it that asked the server for more than plain reads was committed, by whomever."""
+    committing: ReferenceType[SessionTransaction] | None = None
+    """Which one its latest COMMIT is ending, or has ended; weak, for it has the session."""
 
 
 def open_connections(session: FollowedSession) -> Iterator[tuple[Connection, ConnectionState]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 from fastapi import FastAPI
@@ -261,3 +263,19 @@ async def test_unit_knows_how_it_ended_last(observer: Observer) -> None:
         with pytest.raises(IntegrityError):
             await db.release()
         assert not unit.ended_in_commit
+
+
+@pytest.mark.usefixtures("tables")
+async def test_session_is_freed_at_its_end() -> None:
+    """And not when the garbage collector comes by, after many a request."""
+    gc.collect()
+    gc.disable()
+    try:
+        with db.sync_transaction() as session:
+            session.add(Item("x"))
+            session.flush()
+            freed = weakref.ref(session)
+        del session
+        assert freed() is None
+    finally:
+        gc.enable()
