@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
 from celery_ext.durable import statements
 from celery_ext.durable.row import Row
 from fastapi_chatdify_db.after_commit import innermost, self_and_parents
+from fastapi_chatdify_db.session_end import FollowedSession
 
 BATCH: Final = 1000
 """Rows in one INSERT."""
@@ -18,6 +19,11 @@ BATCH: Final = 1000
 
 def add(session: Session, row: Row) -> None:
     """Store ``row`` in the session's transaction, at its COMMIT; a rollback, of a savepoint too, forgets it."""
+    assert isinstance(session, FollowedSession)
+    committing = None if session.committing is None else session.committing()
+    if committing is not None and innermost(session) is committing and not session._flushing:
+        _insert(session, [row])  # a handler of before_commit; the outbox's own may have run, or will not
+        return
     outbox = session.info.get(Outbox)
     if outbox is None:
         outbox = session.info[Outbox] = Outbox(session)
@@ -59,24 +65,26 @@ class Outbox:
     def _store(self, session: Session) -> None:
         if session.in_nested_transaction():
             return  # a savepoint is released; the transaction around it still decides
-        rows, self._rows = [row for row, _ in self._rows], []
-        self._insert(session, rows)
+        root = session.get_transaction()  # reset() and close() end one without an event
+        rows, self._rows = [row for row, began in self._rows if root in self_and_parents(began)], []
+        _insert(session, rows)
 
     def _store_what_it_added(self, session: Session, _: UOWTransaction) -> None:
         flushed = innermost(session)
         rows = [row for row, began in self._rows if began is flushed]
         self._rows = [(row, began) for row, began in self._rows if began is not flushed]
-        self._insert(session, rows)
-
-    def _insert(self, session: Session, rows: list[Row]) -> None:
-        if not rows:
-            return
-        if keys := sorted({row.ordering_key for row in rows if row.ordering_key is not None}):
-            session.execute(statements.LOCK_KEYS, {"keys": keys})
-        for start in range(0, len(rows), BATCH):
-            numbered = [{**row.columns(), "number": n} for n, row in enumerate(rows[start : start + BATCH])]
-            session.execute(statements.ADD, {"rows": json.dumps(numbered)})
-        session.execute(statements.NOTIFY)
+        _insert(session, rows)
 
     def _forget(self, _: Session, ended: SessionTransaction) -> None:
         self._rows = [(row, began) for row, began in self._rows if ended not in self_and_parents(began)]
+
+
+def _insert(session: Session, rows: list[Row]) -> None:
+    if not rows:
+        return
+    if keys := sorted({row.ordering_key for row in rows if row.ordering_key is not None}):
+        session.execute(statements.LOCK_KEYS, {"keys": keys})
+    for start in range(0, len(rows), BATCH):
+        numbered = [{**row.columns(), "number": n} for n, row in enumerate(rows[start : start + BATCH])]
+        session.execute(statements.ADD, {"rows": json.dumps(numbered)})
+    session.execute(statements.NOTIFY)

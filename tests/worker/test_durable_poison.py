@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 from sqlalchemy import event, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
 
 import celery_ext
@@ -52,17 +52,58 @@ def handler_of_another_flush(session: Session, store: Callable[[], str]) -> None
     session.flush()
 
 
+def handler_of_the_commit(session: Session, store: Callable[[], str]) -> None:
+    session.add(Item("b"))
+    event.listen(session, "before_commit", lambda _: store())
+
+
+def later_handler_of_the_commit(session: Session, store: Callable[[], str]) -> None:
+    savepoint = session.begin_nested()
+    store()
+    savepoint.rollback()
+    handler_of_the_commit(session, store)
+
+
+def another_transaction_reset(session: Session, store: Callable[[], str]) -> None:
+    store()
+    session.reset()
+    store()
+
+
 @pytest.mark.parametrize(
     "work",
-    [savepoint_that_fails, inner_savepoint_released, handler_of_the_commits_flush, handler_of_another_flush],
+    [
+        savepoint_that_fails,
+        inner_savepoint_released,
+        handler_of_the_commits_flush,
+        handler_of_another_flush,
+        handler_of_the_commit,
+        later_handler_of_the_commit,
+        another_transaction_reset,
+    ],
 )
 async def test_stored_with_the_transaction_of_the_call(
     unheard: Celery[celery_ext.Task], rows: Observer, work: Callable[[Session, Callable[[], str]], None]
 ) -> None:
-    """Savepoints that come and go after the call do not matter, nor whether it is called within a flush."""
+    """Savepoints that come and go after the call do not matter, nor whether it is called within a flush or commit."""
     with db.sync_transaction() as session:
         work(session, lambda: task(unheard, "record").delay_durably("x"))
     assert await stored(rows) == [("pending", '[["x"], {}]')]
+
+
+async def test_call_after_the_commit_is_refused(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """A handler of ``after_commit`` has no transaction to store it in, and is told so."""
+    refused = []
+
+    def store(_: Session) -> None:
+        with pytest.raises(InvalidRequestError) as error:
+            task(unheard, "record").delay_durably("x")
+        refused.append(error)
+
+    with db.sync_transaction() as session:
+        event.listen(session, "after_commit", store)
+        session.execute(text("SELECT 1"))
+    assert len(refused) == 1
 
 
 @pytest.mark.parametrize("argument", [{"__type__": "x", "__value__": 1}, {"__type__": "datetime", "__value__": "now"}])
