@@ -55,7 +55,7 @@ def store(
         kwargs,
         countdown=countdown,
         eta=eta,
-        expires=expires,
+        expires=task.expires if expires is None else expires,
         ordering_key=ordering_key,
         idempotency_key=idempotency_key,
         options={**lineage(), **(options or {})},

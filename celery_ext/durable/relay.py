@@ -153,6 +153,7 @@ class Relay:
             args, kwargs = deserialize(row.arguments)
             options = deserialize(row.options)
             options |= {"task_id": row.id, "retries": row.retries, "producer": line.producer, "retry": False}
+            options["expires"] = None  # the row says when, and the task's own option would count from now
             if send is None:
                 self._app.send_task(row.name, args, kwargs, **options)
             else:

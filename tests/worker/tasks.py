@@ -264,6 +264,12 @@ async def release_and_wait(name: str, key: int) -> None:
     db.session.add(Item(f"{name} ended"))
 
 
+@shared_task(expires=3600)
+def expiring(name: str) -> None:
+    """Expire by its own option."""
+    insert(name)
+
+
 @shared_task
 def commit_halfway(name: str, outcome: str = "succeed") -> None:
     """Write, commit, and then end as ``outcome`` says."""

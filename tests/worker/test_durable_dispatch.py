@@ -223,6 +223,21 @@ async def test_due_later(relayed: Worker, rows: Observer) -> None:
     assert not administration.cancel(db, late)
 
 
+async def test_expires_of_the_task(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """``@app.task(expires=...)`` counts from the commit too, unless the call says otherwise; no message has its own."""
+    expiring = task(unheard, "expiring")
+    async with db.transaction():
+        ids = [expiring.delay_durably("x"), expiring.apply_durably(("y",), expires=7200)]
+    expiry = dict(await rows.connection.fetch("SELECT id, expires_at - created_at FROM durable_task"))
+    assert [round(expiry[task_id].total_seconds()) for task_id in ids] == [3600, 7200]
+    with unheard.connection_for_read() as connection:
+        queue = connection.SimpleQueue("nowhere")
+        queue.clear()  # of what other tests sent
+        with relaying(unheard, db):
+            messages = [await asyncio.to_thread(queue.get, timeout=20) for _ in ids]
+    assert {message.headers["id"]: message.headers["expires"] for message in messages} == dict.fromkeys(ids)
+
+
 async def test_moments_are_kept_by_a_late_commit(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
     """``eta`` and the ``expires`` of a datetime do not move by the time until the COMMIT."""
     moment = datetime.now(UTC) + timedelta(hours=1)
