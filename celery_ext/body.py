@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Callable, Coroutine
-from functools import wraps
+from functools import partial, wraps
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
-from celery.app.task import Context
 from celery.exceptions import SoftTimeLimitExceeded
-from celery.utils.threads import LocalStack
 from celery.utils.time import get_exponential_backoff_interval
 from sqlalchemy.exc import DBAPIError
 
@@ -112,12 +109,11 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
     if execution is None:
         call = _joined(task, body, args, kwargs) if task.db_session else body(*args, **kwargs)
         return call if in_event_loop() else event_loop.run(call)
-    call = _on_the_loop(task, body, args, kwargs)
     if (unit := execution.begin()) is None:
-        return event_loop.run(call)
+        return event_loop.run(body(*args, **kwargs))
     assert isinstance(unit, AsyncUnitOfWork)
     try:
-        result = event_loop.run(_finished(unit, execution, call))
+        result = event_loop.run(_finished(unit, execution, partial(body, *args, **kwargs)))
         if execution.delivery is not None and unit.rollback_only:
             execution.delivery.finish_without_effects()
         return result
@@ -125,12 +121,12 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
         execution.body_ended()
 
 
-async def _finished(unit: AsyncUnitOfWork, execution: Execution, call: Coroutine[Any, Any, Any]) -> Any:
+async def _finished(unit: AsyncUnitOfWork, execution: Execution, body: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     task, delivery = execution.task, execution.delivery
     try:
         if delivery is not None:
             await unit.async_session(task.database.engines).run_sync(delivery.begin)
-        result = await call
+        result = await body()
         if not unit.untouched:
             check_result(task, execution.request, result)
         if delivery is not None:
@@ -138,8 +134,6 @@ async def _finished(unit: AsyncUnitOfWork, execution: Execution, call: Coroutine
     except BaseException:
         await unit.finish_async(commit=False)
         raise
-    finally:
-        call.close()  # a delivery that was dropped never awaited it
     try:
         await unit.finish_async(commit=True)
     except asyncio.CancelledError:
@@ -156,29 +150,6 @@ async def _joined(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[st
     unit.isolation_level = task.db_isolation_level
     async with unit:
         return await body(*args, **kwargs)
-
-
-def _on_the_loop(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Any]:
-    """The body's coroutine, whose ``self`` finds its request.
-
-    Celery keeps requests by thread, and all coroutines of a process share the loop's thread.
-    """
-    request = task.request
-
-    async def call() -> Any:
-        if inspect.ismethod(body):
-            return await body.__func__(_twin(task, request), *args, **kwargs)
-        return await body(*args, **kwargs)
-
-    return call()
-
-
-def _twin(task: Task, request: Context) -> Task:
-    twin = object.__new__(type(task))
-    vars(twin).update(vars(task))
-    twin.request_stack = LocalStack()  # type: ignore[assignment]  # either of its classes
-    twin.request_stack.push(request)
-    return twin
 
 
 def _retry(task: Task, error: DBAPIError) -> Exception:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import celery
+from celery.app.task import Context
 from celery.canvas import Signature
 from celery.result import AsyncResult
 
@@ -70,6 +71,14 @@ class Task(_CeleryTask):
             if execution.delivery is not None:
                 error = execution.delivery.ended_by(error)
             raise portable(error)  # noqa: B904  # it has its cause, or hides it
+
+    @property
+    def request(self) -> Context:
+        """Celery's, which keeps it by thread; in the thread of the event loop each coroutine finds its own."""
+        if (request := self.request_stack.top) is not None:
+            return request
+        execution = Execution.current()
+        return execution.request if execution is not None and execution.task is self else super().request
 
     @cached_property
     def is_async(self) -> bool:

@@ -216,6 +216,17 @@ async def loop_id(number: int, together: int) -> int:
     return id(asyncio.get_running_loop())
 
 
+@shared_task(base=Task, bind=True)
+async def own_id(self: Task, number: int, together: int) -> list[str | None]:
+    """The id of its request, alone, beside ``together`` such tasks, in a thread and in SQLAlchemy's greenlet."""
+    first = self.request.id
+    _met.add(number)
+    while len(_met) < together:
+        await asyncio.sleep(0.01)
+    in_thread = await asyncio.to_thread(lambda: self.request.id)
+    return [first, self.request.id, in_thread, await db.session.run_sync(lambda _: self.request.id)]
+
+
 @shared_task(base=Task)
 def insert_and_send(name: str, outcome: str = "succeed") -> str:
     """A task that sends another one, of the row that it inserts."""

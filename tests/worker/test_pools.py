@@ -110,6 +110,14 @@ async def test_threads_share_one_loop(empty_tables: Observer) -> None:
     assert len(loops) == 1
 
 
+async def test_coroutines_of_one_task_know_their_requests(empty_tables: Observer) -> None:
+    """``self`` is one object to all of them, and ``self.request`` each one's own."""
+    with worker(BROKER, "-c", "4", pool="threads") as running:
+        results = [running.task("own_id").delay(number, 4) for number in range(4)]
+        for result in results:
+            assert await asyncio.to_thread(result.get, timeout=20) == [result.id] * 4
+
+
 async def test_greenlets_wait_together(empty_tables: Observer) -> None:
     """With gevent, tasks that wait for PostgreSQL let others run: all of them hold one lock queue at once."""
     await empty_tables.connection.execute("SELECT pg_advisory_lock(7)")

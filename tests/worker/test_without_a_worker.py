@@ -51,15 +51,34 @@ async def test_eager_coroutines_run_others_eagerly(eager: dict[str, Any], empty_
     app: Celery[celery_ext.Task] = eager["record"].app
 
     @app.task(bind=True, shared=False)
-    async def countdown(self: celery_ext.Task, number: int) -> int:
+    async def countdown(self: celery_ext.Task, number: int) -> list[str | None]:
+        own = self.request.id
         db.session.add(Item(f"before {number}"))
         await db.session.flush()
-        ran = 1 + self.delay(number - 1).get(disable_sync_subtasks=False) if number else 0
+        ran = self.delay(number - 1).get(disable_sync_subtasks=False) if number else []
         db.session.add(Item(f"after {number}"))
-        return ran
+        assert self.request.id == own
+        return [own, *ran]
 
-    assert countdown.delay(2).get() == 2
+    assert len(set(countdown.delay(2).get())) == 3
     assert await empty_tables.names() == [f"{when} {number}" for when in ("after", "before") for number in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_what_is_kept_on_self(eager: dict[str, Any], empty_tables: Observer, kind: str) -> None:
+    """It is there for the task's next execution: ``self`` is the task itself."""
+    app: Celery[celery_ext.Task] = eager["record"].app
+
+    def count(self: celery_ext.Task) -> int:
+        number: int = getattr(self, "number", 0) + 1
+        vars(self)["number"] = number
+        return number
+
+    async def count_async(self: celery_ext.Task) -> int:
+        return count(self)
+
+    counting = app.task(bind=True, shared=False)(count if kind == "def" else count_async)
+    assert [counting.delay().get() for _ in range(3)] == [1, 2, 3]
 
 
 async def test_eager_task_may_return_anything(eager: dict[str, Any], empty_tables: Observer) -> None:
