@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 import celery
 from celery.app.task import Context
 from celery.canvas import Signature
+from celery.exceptions import Retry
 from celery.result import AsyncResult
 
 from celery_ext.body import put_in_unit
@@ -187,6 +188,23 @@ class Task(_CeleryTask):
             delivery.retry_later(args or (), kwargs or {}, options)
             return self.AsyncResult(task_id)
         return super().apply_async(args, kwargs, task_id, *rest, **options)
+
+    def retry(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        exc: Exception | None = None,
+        throw: bool = True,
+        eta: datetime | None = None,
+        countdown: float | None = None,
+        max_retries: int | None = None,
+        **options: Any,
+    ) -> Retry:
+        """Celery's; the options (``queue``, ``time_limit``, ...) of a durable task's next attempt are its row's."""
+        execution = Execution.current()
+        if execution is not None and execution.delivery is not None and execution.task is self:
+            execution.delivery.retry_options = options
+        return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
 
     def replace(self, sig: Signature[R]) -> R:
         """Celery's, which ends this task without its effects; a durable one has to store its successor instead.

@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from celery_ext.durable import lease, outbox, statements
-from celery_ext.durable.row import HEADER, seconds_until, serialize
+from celery_ext.durable.row import HEADER, seconds_until, serialize, with_options
 from celery_ext.errors import portable
 from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate
 
@@ -50,6 +50,8 @@ class Delivery:
         self._ordering_key: str | None = None
         self._arguments: str | None = None
         self._retry: dict[str, Any] = {}
+        self.retry_options: Mapping[str, Any] = {}
+        """What ``self.retry`` was given for ``apply_async``, besides the time of the next attempt."""
 
     @classmethod
     def of(cls, task: Task, task_id: str, request: Context) -> Delivery | None:
@@ -90,6 +92,7 @@ class Delivery:
     def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
         """Note the next attempt, for the end of this one; the relay will send it."""
         self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])
+        serialize(self._task.name, dict(self.retry_options))  # what is none to store is an error now
         due = options.get("eta") or options.get("countdown") or 0.0
         self._retry = {"retries": options.get("retries", 0), "due_in": seconds_until(due)}
 
@@ -142,7 +145,10 @@ class Delivery:
 
     def _put_off(self, session: Session, error: str | None) -> bool:
         """Let the next attempt come; False when the row was ended before."""
-        values = {**self._retry, "id": self.task_id, "arguments": self._arguments, "error": error}
+        values = {**self._retry, "id": self.task_id, "arguments": self._arguments, "error": error, "options": None}
+        if self.retry_options:
+            stored = session.scalar(statements.OPTIONS, {"id": self.task_id})
+            values["options"] = with_options(self._task.name, stored, self.retry_options)
         return session.execute(statements.RETRY, values).one_or_none() is not None
 
     def _finish(self, session: Session, status: str, error: str | None) -> bool:

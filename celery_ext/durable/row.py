@@ -92,6 +92,17 @@ def new_row(
     )
 
 
+def with_options(name: str, stored: str, options: Mapping[str, object]) -> str:
+    """The options of a row, and others in place of some or beside them.
+
+    Raises:
+        ArgumentsNotSerializable: One is nothing to store.
+    """
+    before = deserialize(stored)
+    headers = {**_mapping(before.get("headers")), **_mapping(options.get("headers"))}  # our own stays among them
+    return serialize(name, {**before, **options, "headers": headers})
+
+
 def serialize(name: str, value: object) -> str:
     """In kombu's JSON, which also carries dates, UUIDs and decimals; read back at once, so that the relay can.
 

@@ -126,10 +126,13 @@ RING_FORGOTTEN: Final = text(
     """
 )
 
+OPTIONS: Final = text("SELECT options FROM durable_task WHERE id = :id")
+
 RETRY: Final = text(
     """
     UPDATE durable_task
     SET retries = :retries, arguments = :arguments, error = :error, rings = 0,
+        options = coalesce(CAST(:options AS text), options),
         due_at = clock_timestamp() + make_interval(secs => :due_in),
         ring_at = clock_timestamp() + make_interval(secs => :due_in)
     WHERE id = :id AND status = 'pending'

@@ -383,6 +383,14 @@ def three_times(self: Task, name: str) -> None:
         self.retry(countdown=0, throw=False)
 
 
+@shared_task(base=Task, bind=True)
+def retried_with(self: Task, name: str, options: dict[str, Any]) -> None:
+    """Retry with options, and tell which ones the next attempt has."""
+    if self.request.retries == 0:
+        raise self.retry(countdown=0, **options)
+    insert(f"{name} {(self.request.timelimit or [None])[0]} {(self.request.headers or {}).get('x')}")
+
+
 @shared_task(soft_time_limit=1)
 def slow_commit(name: str) -> str:
     """Have a COMMIT that takes longer than the limit."""

@@ -200,3 +200,22 @@ async def test_lease_within_one_process(rows: Observer) -> None:
         await rows.connection.execute("SELECT pg_advisory_unlock(9)")
         await until_status(rows, task_id, "done")
     assert await rows.names() == ["other", "x begun", "x ended"]
+
+
+async def test_retry_with_options(relayed: Worker, rows: Observer) -> None:
+    """``self.retry(time_limit=..., queue=...)``: the row keeps them for its next attempts, which are durable too."""
+    options = {"time_limit": 77, "headers": {"x": "sent"}}
+    async with db.transaction():
+        first = relayed.task("retried_with").apply_durably(("first", options), time_limit=88)
+        other = relayed.task("retried_with").apply_durably(("other", {}), time_limit=88)
+        moved = relayed.task("retried_with").delay_durably("moved", {"queue": "nobody-listens", "priority": 3})
+    await until_status(rows, first, "done")
+    await until_status(rows, other, "done")
+    assert await rows.names() == ["first 77 sent", "other 88 None"]
+    while not await rows.connection.fetchval("SELECT retries FROM durable_task WHERE id = $1", moved):
+        await asyncio.sleep(0.02)
+    query = "SELECT CAST(options AS json) ->> $1 FROM durable_task WHERE id = $2"
+    assert [await rows.connection.fetchval(query, name, moved) for name in ("queue", "priority")] == [
+        "nobody-listens",
+        "3",
+    ]
