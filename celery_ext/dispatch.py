@@ -36,7 +36,7 @@ def send_on_commit(
         DispatchFailed: It could not be sent at once, and ``on_error`` is ``"raise"``.
     """
     check_arguments(task, args, kwargs)
-    options = {"task_id": uuid(), **lineage(), **options}
+    options = {"task_id": uuid(), **inherited(task), **options}
     send = partial(copy_context().run, partial(task.apply_async, tuple(args), dict(kwargs), **options))
     publish = partial(_publish, task, str(options["task_id"]), send, on_error)
     unit = innermost_unit()
@@ -65,6 +65,16 @@ def lineage() -> dict[str, Any]:
         return {}
     request = execution.request
     return {"parent_id": request.id, "root_id": request.root_id or request.id}
+
+
+def inherited(task: Task) -> dict[str, Any]:
+    """The options that ``task`` has from the one that sends it: its lineage and, where Celery is set so, priority."""
+    options = lineage()
+    execution = Execution.current()
+    if execution is not None and task.app.conf.task_inherit_parent_priority and task.priority is None:
+        priority = (execution.request.delivery_info or {}).get("priority")
+        options |= {} if priority is None else {"priority": priority}
+    return options
 
 
 def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from celery_ext.dispatch import check_arguments, lineage, send_on_commit
+from celery_ext.dispatch import check_arguments, inherited, send_on_commit
 from celery_ext.durable import outbox
 from celery_ext.durable.row import new_row
 from celery_ext.errors import DurableDispatchUnsupported
@@ -58,7 +58,7 @@ def store(
         expires=task.expires if expires is None else expires,
         ordering_key=ordering_key,
         idempotency_key=idempotency_key,
-        options={**lineage(), **(options or {})},
+        options={**inherited(task), **(options or {})},
     )
     if task.app.conf.task_always_eager:  # where there is no worker there is no relay
         return send_on_commit(task, args, kwargs, "raise", {**(options or {}), "task_id": row.id})

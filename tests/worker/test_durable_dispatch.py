@@ -238,6 +238,30 @@ async def test_expires_of_the_task(unheard: Celery[celery_ext.Task], rows: Obser
     assert {message.headers["id"]: message.headers["expires"] for message in messages} == dict.fromkeys(ids)
 
 
+async def test_inherited_priority(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """With ``task_inherit_parent_priority`` what a task sends has its priority, where nothing else says one."""
+    unheard.conf.task_inherit_parent_priority = True
+    child = task(unheard, "record")
+
+    @unheard.task(shared=False)
+    def parent() -> list[str]:
+        return [
+            child.delay_on_commit("x"),
+            child.delay_durably("x"),
+            child.apply_async_on_commit(("x",), priority=1),
+            child.apply_durably(("x",), priority=1),
+        ]
+
+    with unheard.connection_for_read() as connection:
+        queue = connection.SimpleQueue("nowhere")
+        queue.clear()  # of what other tests sent
+        ids = parent.apply(priority=6).get()
+        with relaying(unheard, db):
+            messages = [await asyncio.to_thread(queue.get, timeout=20) for _ in ids]
+    priorities = {message.headers["id"]: str(message.properties["priority"]) for message in messages}
+    assert "".join(priorities[task_id] for task_id in ids) == "6611"
+
+
 async def test_moments_are_kept_by_a_late_commit(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
     """``eta`` and the ``expires`` of a datetime do not move by the time until the COMMIT."""
     moment = datetime.now(UTC) + timedelta(hours=1)
