@@ -156,14 +156,15 @@ class Task(_CeleryTask):
             expires: Seconds, or the moment, after which it is not started any more.
             ordering_key: Tasks of one key run one at a time, in the order in which their transactions committed.
             idempotency_key: The same key a second time stores nothing, and returns the first one's id.
-            options: Celery's: ``queue``, ``priority``, ``link``, ``time_limit``, ...
+            options: Celery's: ``queue``, ``priority``, ``link``, ``time_limit``, ...; but no ``task_id``.
 
         Returns:
             The id that the task will have.
 
         Raises:
             OutsideUnitOfWork: There is no transaction here.
-            ArgumentsNotSerializable: The arguments are no JSON, or an option is nothing to store.
+            TypeError: The task does not take these arguments, or ``task_id`` is among the options.
+            ArgumentsNotSerializable: The arguments are no JSON, or an option is nothing to store, or no time.
             DurableDispatchUnsupported: The database is not PostgreSQL.
         """
         return store(

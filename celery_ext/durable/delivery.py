@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from celery_ext.durable import lease, outbox, statements
-from celery_ext.durable.row import HEADER, seconds_until, serialize, with_options
+from celery_ext.durable.row import HEADER, due_of, seconds_until, serialize, with_options
 from celery_ext.errors import portable
 from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate
 
@@ -93,7 +93,7 @@ class Delivery:
         """Note the next attempt, for the end of this one; the relay will send it."""
         self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])
         serialize(self._task.name, dict(self.retry_options))  # what is none to store is an error now
-        due = options.get("eta") or options.get("countdown") or 0.0
+        due = due_of(self._task.name, options.get("countdown"), options.get("eta"))
         self._retry = {"retries": options.get("retries", 0), "due_in": seconds_until(due)}
 
     def ended_by(self, error: Exception) -> Exception:

@@ -32,9 +32,9 @@ def store(
     """Store a call of ``task`` with what the unit of work around it commits; returns the task's id.
 
     Raises:
-        TypeError: The task does not take these arguments.
+        TypeError: The task does not take these arguments, or ``task_id`` is among the options.
         OutsideUnitOfWork: There is no unit on the task's database here.
-        ArgumentsNotSerializable: The arguments are no JSON, or an option is nothing to store.
+        ArgumentsNotSerializable: The arguments are no JSON, or an option is nothing to store, or no time.
         DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
     """
     engines = task.database.engines
@@ -49,6 +49,8 @@ def store(
     if engines.sync_engine.dialect.name != "postgresql":
         raise DurableDispatchUnsupported("durable dispatch needs PostgreSQL; write task.delay_on_commit(...)")
     check_arguments(task, args, kwargs)
+    if options is not None and "task_id" in options:
+        raise TypeError(f"{task.name} has its row's id for task_id; to store it once, write idempotency_key=...")
     row = new_row(
         task,
         args,

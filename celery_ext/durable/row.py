@@ -21,6 +21,8 @@ HEADER: Final = "durable"
 """The message header that tells a worker to look for the row."""
 _LONGEST: Final = 3.2e9
 """Seconds; a hundred years, which PostgreSQL and its clock can do."""
+_SECONDS: Final[dict[type, str]] = {int: "seconds", float: "seconds"}
+_DATETIME: Final[dict[type, str]] = {datetime: "a datetime"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,8 @@ def new_row(
     Raises:
         ArgumentsNotSerializable: They are no JSON, as kombu extends it, or an option is nothing to store.
     """
-    due = eta or countdown or 0.0
-    for moment in (due, expires):
-        if moment is not None and not abs(seconds_until(moment)) <= _LONGEST:
-            raise ArgumentsNotSerializable(f"{task.name} cannot be stored for {moment}; write seconds, or a datetime")
+    due = due_of(task.name, countdown, eta)
+    _check_moment(task.name, "expires", expires, _SECONDS | _DATETIME)
     if ordering_key is not None and not _is_text(ordering_key):
         raise ArgumentsNotSerializable(
             f"{task.name} cannot be stored under {ordering_key!r}; write a string: ordering_key=str(...)"
@@ -90,6 +90,17 @@ def new_row(
         due=due,
         expires=expires,
     )
+
+
+def due_of(name: str, countdown: float | None, eta: datetime | None) -> float | datetime:
+    """From when a task may start.
+
+    Raises:
+        ArgumentsNotSerializable: One is no time.
+    """
+    _check_moment(name, "countdown", countdown, _SECONDS)
+    _check_moment(name, "eta", eta, _DATETIME)
+    return eta or countdown or 0.0
 
 
 def with_options(name: str, stored: str, options: Mapping[str, object]) -> str:
@@ -122,6 +133,15 @@ def serialize(name: str, value: object) -> str:
 def deserialize(value: str) -> Any:
     """What ``serialize`` wrote."""
     return loads(value)
+
+
+def _check_moment(name: str, option: str, value: float | datetime | None, kinds: Mapping[type, str]) -> None:
+    if value is None:
+        return
+    right = isinstance(value, tuple(kinds)) and not isinstance(value, bool)
+    if not (right and abs(seconds_until(value)) <= _LONGEST):
+        instead = ", or ".join(dict.fromkeys(kinds.values()))
+        raise ArgumentsNotSerializable(f"{name} cannot be stored with {option}={value!r}; write {instead}")
 
 
 def _mapping(value: object) -> dict[str, Any]:

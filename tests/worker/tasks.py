@@ -387,7 +387,7 @@ def three_times(self: Task, name: str) -> None:
 def retried_with(self: Task, name: str, options: dict[str, Any]) -> None:
     """Retry with options, and tell which ones the next attempt has."""
     if self.request.retries == 0:
-        raise self.retry(countdown=0, **options)
+        raise self.retry(**{"countdown": 0, **options})
     insert(f"{name} {(self.request.timelimit or [None])[0]} {(self.request.headers or {}).get('x')}")
 
 

@@ -144,16 +144,29 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
             task(unheard, "record").delay_durably()
         with pytest.raises(DurableDispatchUnsupported, match="db_session=False"):
             task(unheard, "without_session").delay_durably()
-        for wrong in (float("nan"), 1e300):
-            with pytest.raises(ArgumentsNotSerializable, match="write seconds, or a datetime"):
-                task(unheard, "record").apply_durably(("x",), countdown=wrong)
-            with pytest.raises(ArgumentsNotSerializable, match="write seconds, or a datetime"):
-                task(unheard, "record").apply_durably(("x",), expires=wrong)
+        with pytest.raises(TypeError, match="write idempotency_key="):
+            task(unheard, "record").apply_durably(("x",), task_id="mine")
         for key in (7, uuid4(), "a\0b", "\ud800"):
             with pytest.raises(ArgumentsNotSerializable, match=r"ordering_key=str\(\.\.\.\)"):
                 task(unheard, "record").apply_durably(("x",), ordering_key=cast("str", key))
     with pytest.raises(OutsideUnitOfWork, match=r"async with db\.transaction\(\)"):
         task(unheard, "record").delay_durably("x")
+    assert await stored(rows) == []
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 1e300, True, "5", "2030-01-01T00:00:00Z", timedelta(seconds=5)])
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [("countdown", "write seconds$"), ("eta", "write a datetime$"), ("expires", "write seconds, or a datetime$")],
+)
+async def test_wrong_times_fail_at_the_call(
+    unheard: Celery[Any], rows: Observer, option: str, wrong: object, instead: str
+) -> None:
+    """Each says what to write instead."""
+    options: dict[str, Any] = {option: wrong}
+    async with db.transaction():
+        with pytest.raises(TypeError, match=instead):
+            task(unheard, "record").apply_durably(("x",), **options)
     assert await stored(rows) == []
 
 

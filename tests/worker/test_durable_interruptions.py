@@ -219,3 +219,14 @@ async def test_retry_with_options(relayed: Worker, rows: Observer) -> None:
         "nobody-listens",
         "3",
     ]
+
+
+async def test_retry_that_cannot_be_stored(relayed: Worker, rows: Observer) -> None:
+    """Celery rejects a task whose retry it cannot send; neither is its row run for ever."""
+    async with db.transaction():
+        ids = [
+            relayed.task("retried_with").delay_durably("x", {"countdown": "soon"}),
+            relayed.task("retried_with").delay_durably("x", {"eta": "soon"}),
+        ]
+    for task_id in ids:
+        await until_status(rows, task_id, "cancelled")
