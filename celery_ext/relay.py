@@ -5,16 +5,22 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Final
 
 import typer
 from celery import Celery
 from celery.app.utils import find_app
+from sqlalchemy.exc import ProgrammingError
 
 from celery_ext.binding import database_of
 from celery_ext.durable import administration
 from celery_ext.durable.relay import GRACE, Relay
 from fastapi_chatdify_db.database import Database
+from fastapi_chatdify_db.sqlstates import sqlstate
+
+_UNDEFINED_TABLE: Final = "42P01"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
 
 cli = typer.Typer(
     help="Send durable tasks to the broker, and look after them.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -27,12 +33,30 @@ def _application(
     app: Annotated[str, typer.Option("--app", "-A", help="The Celery application, as for celery -A.")],
 ) -> None:
     sys.path.insert(0, "")
-    context.obj = find_app(app)
+    try:
+        context.obj = find_app(app)
+    except (ImportError, AttributeError) as error:
+        raise _failure(f"{app} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def _database(context: typer.Context) -> Database:
     application: Celery[Any] = context.obj
     return database_of(application)
+
+
+@contextmanager
+def _with_tables(context: typer.Context) -> Iterator[Database]:
+    try:
+        yield _database(context)
+    except ProgrammingError as error:
+        if sqlstate(error.orig) != _UNDEFINED_TABLE:
+            raise
+        raise _failure("there is no table durable_task here; create the tables") from None
+
+
+def _failure(line: str) -> typer.Exit:
+    typer.echo(line, err=True)
+    return typer.Exit(1)
 
 
 @cli.command()
@@ -52,14 +76,20 @@ def run(
 @cli.command()
 def status(context: typer.Context) -> None:
     """How many tasks are pending, sent, rung again and failed, and how old the oldest pending one is."""
-    for name, value in administration.figures(_database(context)).items():
+    with _with_tables(context) as database:
+        figures = administration.figures(database)
+    for name, value in figures.items():
         typer.echo(f"{name:20} {value}")
 
 
 @cli.command()
-def failed(context: typer.Context, limit: int = 50) -> None:
+def failed(
+    context: typer.Context, limit: Annotated[int, typer.Option(min=0, help="Show no more than so many.")] = 50
+) -> None:
     """The tasks that failed for good, the newest first."""
-    for row in administration.failed(_database(context), limit):
+    with _with_tables(context) as database:
+        rows = administration.failed(database, limit)
+    for row in rows:
         typer.echo(f"{row.finished_at:%Y-%m-%d %H:%M:%S}  {row.id}  {row.name}  retries={row.retries}  {row.error}")
 
 
@@ -72,23 +102,28 @@ def retry(
     """Run a failed task again, or all of them."""
     if (task_id is None) == (not all_):
         raise typer.BadParameter("name one task by its ID, or say --all")
-    typer.echo(f"{administration.retry(_database(context), task_id)} to be run again")
+    with _with_tables(context) as database:
+        number = administration.retry(database, task_id)
+    typer.echo(f"{number} to be run again")
 
 
 @cli.command()
 def cancel(context: typer.Context, task_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Do not run a pending task; one that is running goes on."""
-    if not administration.cancel(_database(context), task_id):
-        typer.echo(f"{task_id} is not pending, or is running", err=True)
-        raise typer.Exit(1)
+    with _with_tables(context) as database:
+        cancelled = administration.cancel(database, task_id)
+    if not cancelled:
+        raise _failure(f"{task_id} is not pending, or is running")
 
 
 @cli.command()
 def prune(
-    context: typer.Context, days: Annotated[int, typer.Option(help="Keep what ended within so many days.")] = 30
+    context: typer.Context, days: Annotated[int, typer.Option(min=0, help="Keep what ended within so many days.")] = 30
 ) -> None:
     """Delete done and cancelled rows, in batches."""
-    typer.echo(f"{administration.prune(_database(context), days)} deleted")
+    with _with_tables(context) as database:
+        number = administration.prune(database, days)
+    typer.echo(f"{number} deleted")
 
 
 if __name__ == "__main__":

@@ -30,14 +30,19 @@ def test_pauses_grow(database_url: str, caplog: pytest.LogCaptureFixture) -> Non
     app.close()
 
 
-def status(directory: Path, module: str) -> str:
-    """What the command line says of an application whose database is not there."""
-    (directory / "worker.py").write_text(module)
-    command = [sys.executable, "-m", "celery_ext.relay", "-A", "worker", "status"]
-    environment = {"DATABASE_URL": f"postgresql://user:{SECRET}@127.0.0.1:1/name", "PYTHONPATH": str(Path.cwd())}
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+def command(directory: Path, *arguments: str, url: str) -> str:
+    """What the command line says when it fails."""
+    line = [sys.executable, "-m", "celery_ext.relay", *arguments]
+    environment = {"DATABASE_URL": url, "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(line, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode
     return done.stdout + done.stderr
+
+
+def status(directory: Path, module: str, url: str = f"postgresql://user:{SECRET}@127.0.0.1:1/name") -> str:
+    """What it says of an application; by default one whose database is not there."""
+    (directory / "worker.py").write_text(module)
+    return command(directory, "-A", "worker", "status", url=url)
 
 
 def test_command_line_shows_no_password(tmp_path: Path) -> None:
@@ -50,3 +55,27 @@ def test_command_line_shows_no_password(tmp_path: Path) -> None:
 def test_application_that_init_app_has_not_seen(tmp_path: Path) -> None:
     """The error says what to write."""
     assert "call celery_ext.init_app(app)" in status(tmp_path, "import celery\n\napp = celery.Celery()\n")
+
+
+def test_tables_that_are_not_there(tmp_path: Path, database_url: str) -> None:
+    """One line says what is missing."""
+    module = "import celery, celery_ext\n\napp = celery.Celery()\ncelery_ext.init_app(app)\n"
+    said = status(tmp_path, module, url=f"{database_url}?options=-csearch_path=pg_temp")
+    assert said == "there is no table durable_task here; create the tables\n"
+
+
+@pytest.mark.parametrize(("name", "error"), [("nowhere", "ModuleNotFoundError"), ("worker", "AttributeError")])
+def test_application_that_cannot_be_imported(tmp_path: Path, name: str, error: str) -> None:
+    """One line names it."""
+    (tmp_path / "worker.py").touch()
+    said = command(tmp_path, "-A", name, "status", url="postgresql://127.0.0.1:1/name")
+    assert said.startswith(f"{name} cannot be imported: {error}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("prune", "--days", "-1"), ("failed", "--limit", "-1")])
+def test_negative_numbers(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """They would be the future, or an error of the database."""
+    (tmp_path / "worker.py").write_text("import celery\n\napp = celery.Celery()\n")
+    said = command(tmp_path, "-A", "worker", *arguments, url="postgresql://127.0.0.1:1/name")
+    assert f"Invalid value for '{arguments[1]}'" in said
