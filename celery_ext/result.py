@@ -32,9 +32,12 @@ def check_result(task: Task, request: Context, result: object) -> None:
     try:
         backend.encode(backend.prepare_value(result))
     except Exception as error:
+        # Celery dumps the model that a def task with pydantic=True returns, but not what a coroutine will return.
+        model = hasattr(result, "model_dump")
+        instead = 'return m.model_dump(mode="json")' if model else "return ids, or set ignore_result=True"
         raise ResultNotSerializable(
             f"{task.name} was rolled back, for {task.app.conf.result_serializer} does not carry its result ({error}); "
-            "return ids, or set ignore_result=True"
+            f"{instead}"
         ) from error
 
 

@@ -13,10 +13,11 @@ import pytest
 from celery import Celery
 from celery.result import allow_join_result
 from fastapi import FastAPI
+from pydantic import BaseModel
 from sqlalchemy import text
 
 import celery_ext
-from celery_ext import StatementFailed
+from celery_ext import ResultNotSerializable, StatementFailed
 from celery_ext.dispatch import lineage
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
@@ -85,6 +86,29 @@ async def test_eager_task_may_return_anything(eager: dict[str, Any], empty_table
     """Its result is not stored."""
     assert type(eager["unserializable"].delay("x").get()) is object
     assert await empty_tables.names() == ["x"]
+
+
+class Number(BaseModel):
+    """What a task may take and return with ``pydantic=True``."""
+
+    value: int
+
+
+async def test_coroutine_that_returns_a_model(empty_tables: Observer) -> None:
+    """Celery does not dump it, as it does that of a ``def`` task; the error says what to write."""
+    app = Celery("models", backend="cache+memory://", set_as_current=False)
+    celery_ext.init_app(app)
+
+    @app.task(shared=False, pydantic=True, store_eager_result=True)
+    async def double(number: Number) -> Number:
+        db.session.add(Item("x"))
+        await db.session.flush()
+        return Number(value=2 * number.value)
+
+    with pytest.raises(ResultNotSerializable, match=r"""return m\.model_dump\(mode="json"\)"""):
+        double.apply(({"value": 1},)).get()
+    assert await empty_tables.names() == []
+    app.close()
 
 
 def test_eager_task_that_is_replaced(eager: dict[str, Any], empty_tables: Observer) -> None:
