@@ -138,7 +138,6 @@ class HTTPExchange(AsyncUnitOfWork):
         try:
             if self._failure is None:
                 raise failure  # the application's own: its handlers have seen it
-            self._failure = None
             await self._ask_handlers(failure, scope)
         except Exception as error:
             if self._started or not _is_busy(error):

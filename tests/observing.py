@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Final
+
 import asyncpg
+
+PATIENCE: Final = 60.0
+"""Seconds until what does not happen is a failure."""
 
 
 class Observer:
@@ -28,8 +34,9 @@ class Observer:
 
     async def until_connections(self, application_name: str, number: int) -> None:
         """Return when the server has that many connections of that name."""
-        while await self.connections(application_name) != number:
-            await self.connection.execute("SELECT pg_sleep(0.01)")
+        async with asyncio.timeout(PATIENCE):
+            while await self.connections(application_name) != number:
+                await self.connection.execute("SELECT pg_sleep(0.01)")
 
     async def until_somebody_waits_for_a_lock(self) -> None:
         """Return when a statement of another session is held up by a lock."""
@@ -42,8 +49,9 @@ class Observer:
     async def _until_another(self, condition: str) -> None:
         query = f"""SELECT count(*) FROM pg_stat_activity
                     WHERE datname = current_database() AND pid <> pg_backend_pid() AND {condition}"""
-        while not await self.connection.fetchval(query):
-            await self.connection.execute("SELECT pg_sleep(0.01)")
+        async with asyncio.timeout(PATIENCE):
+            while not await self.connection.fetchval(query):
+                await self.connection.execute("SELECT pg_sleep(0.01)")
 
     async def terminate_others(self) -> None:
         """What a restart of the server does to every pool: all other sessions end."""
