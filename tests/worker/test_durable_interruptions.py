@@ -187,21 +187,6 @@ async def test_ended_elsewhere(relayed: Worker, rows: Observer) -> None:
     assert await rows.names() == ["other", "x begun"]
 
 
-async def test_lease_within_one_process(rows: Observer) -> None:
-    """In a pool of threads, too, no copy starts beside a task that has ended its transaction half way."""
-    await rows.connection.execute("SELECT pg_advisory_lock(9)")
-    with worker(brokers()[-1], "-c", "2", pool="threads") as running, relaying(running.app, db, grace=0.5):
-        released = running.task("release_and_wait")
-        async with db.transaction():
-            task_id = released.delay_durably("x", 9)
-        await rows.until_somebody_waits_for_a_lock()
-        released.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
-        await asyncio.to_thread(running.task("add_item").delay("other").get, timeout=20)
-        await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-        await until_status(rows, task_id, "done")
-    assert await rows.names() == ["other", "x begun", "x ended"]
-
-
 async def test_retry_with_options(relayed: Worker, rows: Observer) -> None:
     """``self.retry(time_limit=..., queue=...)``: the row keeps them for its next attempts, which are durable too."""
     options = {"time_limit": 77, "headers": {"x": "sent"}}
