@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_tests_run_without_a_server_on_localhost() -> None:
     run = run_tests(PGPORT=port)
     assert run.returncode == 0, run.stdout
     assert "PostgreSQL: embedded" in run.stdout
-    assert "11 passed in" in run.stdout
+    assert re.search(r"^=+ \d+ passed in", run.stdout, re.MULTILINE), run.stdout  # and none is skipped
 
 
 @pytest.mark.parametrize("url", ["postgresql://user:s3cr3t@127.0.0.1:{port}/name", "sqlite:///s3cr3t.db"])
