@@ -104,7 +104,6 @@ def _copy_outcome(task: asyncio.Task[Any], outcome: Future[T]) -> None:
 
 
 def _free_loop() -> asyncio.AbstractEventLoop:
-    global _running
     gevent = sys.modules.get("gevent.monkey")
     if gevent is not None and gevent.is_module_patched("threading"):
         raise AsyncTaskNotSupported("async def tasks need the pool prefork, threads or solo; with gevent write def")

@@ -80,7 +80,7 @@ class PerLoopAsyncEngine(AsyncEngine):
                 del self._by_loop[other]
             owner = None if self._owner is None else self._owner()
             if owner is not None and not owner.is_closed():
-                engine: Engine = _EngineOfLoop(self._model)
+                engine: Engine = EngineBeside(self._model)
             else:
                 engine = self._model
                 if self._owner is not None:
@@ -90,8 +90,12 @@ class PerLoopAsyncEngine(AsyncEngine):
             return engine
 
 
-class _EngineOfLoop(OptionEngine):
-    """An engine's dialect, options and listeners on a pool of its own."""
+class EngineBeside(OptionEngine):
+    """An engine's dialect, options and listeners on a pool of its own.
+
+    Parameters:
+        model: The engine.
+    """
 
     pool: Pool = None  # type: ignore[assignment]  # an attribute in place of OptionEngine's property
 

@@ -9,7 +9,7 @@ from sqlalchemy.engine import ExceptionContext
 
 from fastapi_chatdify_db.connection_state import ConnectionState, state_of
 from fastapi_chatdify_db.exceptions import SessionInUse, TransactionAborted
-from fastapi_chatdify_db.session_end import FollowedSession, open_connections
+from fastapi_chatdify_db.session_end import FollowedSession, states
 from fastapi_chatdify_db.sqlstates import sqlstate, was_given_up
 
 
@@ -45,7 +45,7 @@ def _refuse(session: FollowedSession) -> None:
         return  # PostgreSQL refuses to release a savepoint itself
     if (transaction := session.get_transaction()) is not None:
         session.committing = ref(transaction)
-    for _, state in open_connections(session):
+    for state in states(session):
         _refuse_on(state)
 
 

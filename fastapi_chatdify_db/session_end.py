@@ -28,11 +28,11 @@ class FollowedSession(Session):
     """Which one its latest COMMIT is ending, or has ended; weak, for it has the session."""
 
 
-def open_connections(session: FollowedSession) -> Iterator[tuple[Connection, ConnectionState]]:
-    """The connections that the session holds, each with its state."""
+def states(session: FollowedSession) -> Iterator[ConnectionState]:
+    """Those of the connections that the session holds."""
     for connection in session.connections:
         if not (connection.closed or connection.invalidated) and (state := state_of(connection)) is not None:
-            yield connection, state
+            yield state
 
 
 def asks_at_end(session: Session) -> bool:
@@ -98,7 +98,7 @@ def _asks(connection: Connection) -> bool:
 
 
 def _in_flight(session: FollowedSession) -> Iterator[ConnectionState]:
-    return (state for _, state in open_connections(session) if state.in_flight())
+    return (state for state in states(session) if state.in_flight())
 
 
 def _remember(session: FollowedSession, _: SessionTransaction, connection: Connection) -> None:

@@ -218,6 +218,21 @@ async def test_background_task_after_a_stream_that_wrote_commits(app: FastAPI, o
     assert await observer.names() == ["background", "stream"]
 
 
+async def ask_directly(app: FastAPI, sent: list[str], **scope: object) -> None:
+    """GET / without a server, for a client that stays; ``sent`` gets the kinds of the messages that a server would."""
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+
+    request = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+    async with asyncio.timeout(30):
+        await DBSessionMiddleware(app)(request | scope, receive, send)
+
+
 async def test_response_is_started_once(observer: Observer) -> None:
     """A commit that fails at a stream's end is raised to the server, not answered."""
     app = FastAPI()
@@ -235,18 +250,8 @@ async def test_response_is_started_once(observer: Observer) -> None:
         return StreamingResponse(body())
 
     sent: list[str] = []
-
-    async def receive() -> Message:
-        await asyncio.Event().wait()  # the client stays, and says no more
-        raise AssertionError
-
-    async def send(message: Message) -> None:
-        sent.append(message["type"])
-
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
     with pytest.raises(IntegrityError):
-        async with asyncio.timeout(30):
-            await DBSessionMiddleware(app)(scope, receive, send)
+        await ask_directly(app, sent)
     assert sent == ["http.response.start", "http.response.body"]
 
 
@@ -261,16 +266,7 @@ async def test_background_task_after_a_file_that_the_server_sends(observer: Obse
         return FileResponse(file, background=BackgroundTask(lambda: db.sync_session.add(Item("background"))))
 
     sent: list[str] = []
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Message) -> None:
-        sent.append(message["type"])
-
-    extensions: dict[str, object] = {"http.response.pathsend": {}}
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b"", "extensions": extensions}
-    await DBSessionMiddleware(app)(scope, receive, send)
+    await ask_directly(app, sent, extensions={"http.response.pathsend": {}})
     assert sent == ["http.response.start", "http.response.pathsend"]
     assert await observer.names() == ["background"]
 

@@ -20,6 +20,7 @@ from tests.observing import Observer
 from tests.serving import serve
 
 CLIENTS, INCREMENTS = 20, 20
+ASKS_TO_RETRY = "DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ async def test_deadlock_is_retried(counter: Observer) -> None:
 
 @pytest.mark.parametrize(
     ("statement", "expected"),
-    [("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$", 3), ("SELECT 1 / 0", 1)],
+    [(ASKS_TO_RETRY, 3), ("SELECT 1 / 0", 1)],
     ids=["asked to retry", "another failure"],
 )
 async def test_request_that_never_succeeds_is_an_error_after_its_retries(
@@ -134,28 +135,27 @@ async def test_what_is_committed_is_not_done_again(counter: Observer, path: str)
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware, retries=2)
     runs: list[str] = []
-    asks = text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$")
 
     @app.post("/release")
     async def release() -> None:
         runs.append("release")
         db.session.add(Item(f"run {len(runs)}"))
         await db.release()
-        await db.session.execute(asks)
+        await db.session.execute(text(ASKS_TO_RETRY))
 
     @app.post("/own")
     async def own() -> None:
         runs.append("own")
         db.session.add(Item(f"run {len(runs)}"))
         await db.session.commit()
-        await db.session.execute(asks)
+        await db.session.execute(text(ASKS_TO_RETRY))
 
     @app.post("/own-def")
     def own_def() -> None:
         runs.append("own-def")
         db.sync_session.add(Item(f"run {len(runs)}"))
         db.sync_session.commit()
-        db.sync_session.execute(asks)
+        db.sync_session.execute(text(ASKS_TO_RETRY))
 
     @app.post("/callback")
     async def callback() -> None:
@@ -163,7 +163,7 @@ async def test_what_is_committed_is_not_done_again(counter: Observer, path: str)
         db.session.add(Item(f"run {len(runs)}"))
         with suppress(DBAPIError):
             async with db.session.begin_nested():
-                await db.session.execute(asks)
+                await db.session.execute(text(ASKS_TO_RETRY))
         db.on_commit(fail)
 
     def fail() -> None:
@@ -188,7 +188,7 @@ async def test_commit_of_reads_leaves_nothing_behind(counter: Observer, path: st
         session.get_one(Counter, 1)
         session.commit()
         if len(runs) == 1:
-            session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+            session.execute(text(ASKS_TO_RETRY))
 
     @app.post("/own")
     async def own() -> None:
@@ -217,7 +217,7 @@ async def test_request_run_again_waits_for_no_one_for_long(counter: Observer) ->
             slow_began.set()
             await nobody_waits.wait()
         elif runs.count("again") == 1:
-            await db.session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+            await db.session.execute(text(ASKS_TO_RETRY))
         return StreamingResponse(body(who))
 
     async def body(who: str) -> AsyncIterator[str]:
@@ -274,7 +274,7 @@ async def test_stream_is_not_run_again(counter: Observer) -> None:
 
         async def body() -> AsyncIterator[bytes]:
             yield b"first"
-            await db.session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+            await db.session.execute(text(ASKS_TO_RETRY))
 
         return StreamingResponse(body())
 
@@ -296,7 +296,7 @@ async def test_last_failure_is_the_applications(counter: Observer, retries: int)
 
     @app.post("/")
     async def fail() -> None:
-        await db.session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+        await db.session.execute(text(ASKS_TO_RETRY))
 
     async with serve(app) as client:
         assert (await client.post("/")).status_code == 409

@@ -11,10 +11,11 @@ from contextlib import suppress
 from threading import Lock
 from typing import Final
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from fastapi_chatdify_db.database import Database
+from fastapi_chatdify_db.engines import EngineBeside
 
 _HOLD: Final = text("SELECT pg_try_advisory_lock(hashtextextended(:id, 21))")
 _FREE: Final = text("SELECT pg_advisory_unlock(hashtextextended(:id, 21))")
@@ -56,9 +57,7 @@ def free(database: Database, task_id: str) -> None:
 
 def _connect(database: Database) -> Connection:
     """Beyond the pool: its last connection may be the task's own, which would wait for itself."""
-    engine = database.sync_engine
-    alike = Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=engine.hide_parameters)
-    connection = alike.connect().execution_options(isolation_level="AUTOCOMMIT")
+    connection = EngineBeside(database.sync_engine).connect().execution_options(isolation_level="AUTOCOMMIT")
     connection.detach()  # it is closed when it is given back
     return connection
 

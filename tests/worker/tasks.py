@@ -31,6 +31,11 @@ def insert(name: str) -> None:
     db.sync_session.flush()
 
 
+def first_time() -> bool:
+    """Whether nobody has asked before; counted by a sequence, which no rollback takes back."""
+    return bool(db.sync_session.scalar(text("SELECT nextval('kills')")) == 1)
+
+
 @shared_task(base=Task)
 def add_item(name: str, outcome: str = "succeed") -> str:
     """Insert, and then end as ``outcome`` says; a ``duplicate`` fails only at COMMIT."""
@@ -160,7 +165,7 @@ def pid_after_insert(name: str) -> int:
 def killed_once(self: Task, name: str) -> str:
     """Kill the own process in the middle of the first delivery."""
     insert(name)
-    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+    if first_time():
         os.kill(os.getpid(), signal.SIGKILL)
     return name
 
@@ -259,7 +264,7 @@ def wait_for_lock(key: int) -> None:
 def killed_once_acked_early(name: str) -> None:
     """The same, when the broker has forgotten the message already."""
     insert(name)
-    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+    if first_time():
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -340,7 +345,7 @@ def start_under_key(name: str, key: str) -> None:
 def cut_off_once(name: str) -> None:
     """Lose the database's connection before the COMMIT, the first time."""
     insert(name)
-    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+    if first_time():
         _terminate(db.sync_session.scalar(text("SELECT pg_backend_pid()")))
 
 
@@ -358,7 +363,7 @@ async def cut_off_once_async(name: str) -> None:
 def refused_once(name: str) -> None:
     """Find the server out of connections, the first time, as a task that was released and begins again may."""
     insert(name)
-    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+    if first_time():
         db.sync_session.execute(text("DO $$ BEGIN RAISE 'too many clients' USING ERRCODE = '53300'; END $$"))
 
 
@@ -457,7 +462,7 @@ def _terminate(backend: int | None) -> None:
 def rejected_once(name: str) -> None:
     """Give the message back to the broker, the first time."""
     insert(name)
-    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+    if first_time():
         raise Reject(name, requeue=True)
 
 
@@ -465,7 +470,7 @@ class StartsLater(celery.Task):  # type: ignore[type-arg]  # a base of the user'
     """Finds the server out of connections before its body, the first time."""
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+        if first_time():
             db.sync_session.execute(text("DO $$ BEGIN RAISE 'too many clients' USING ERRCODE = '53300'; END $$"))
 
 
@@ -479,7 +484,7 @@ def starts_later(name: str) -> None:
 def without_connection_once(name: str) -> None:
     """Find no connection free, the first time."""
     insert(name)
-    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+    if first_time():
         raise PoolTimeout
 
 
@@ -487,7 +492,7 @@ def without_connection_once(name: str) -> None:
 def unreachable_once(name: str) -> None:
     """Find another database unreachable, the first time."""
     insert(name)
-    if db.sync_session.scalar(text("SELECT nextval('kills')")) == 1:
+    if first_time():
         with GONE.sync_transaction() as session:
             session.execute(text("SELECT 1"))
 
