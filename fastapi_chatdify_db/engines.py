@@ -16,7 +16,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
@@ -131,7 +131,10 @@ class Engines:
             from fastapi_chatdify_db.watched_asyncpg import WatchedConnection  # no driver before it is used
 
             target.connect_args["connection_class"] = WatchedConnection
-        engine = create_async_engine(target.url, **_engine_options(settings, target))
+        options = _engine_options(settings, target)
+        if "pool_size" in options:
+            options["poolclass"] = AsyncAdaptedQueuePool  # SQLite's dialect takes another for mode=memory
+        engine = create_async_engine(target.url, **options)
         self._listen(engine.sync_engine)
         return self._first("async_engine", PerLoopAsyncEngine(engine))
 

@@ -75,6 +75,17 @@ async def test_savepoints_and_callbacks(notes: Database) -> None:
     assert await texts(notes) == ["kept"]
 
 
+async def test_memory_is_shared_by_name(tmp_path: Path) -> None:
+    """Both sessions see one database in memory when the URL has SQLite's shared cache."""
+    url = f"sqlite:///file:{tmp_path.name}?mode=memory&cache=shared&uri=true"
+    notes = Database(settings=DatabaseSettings(database_url=url), base=NotesBase)
+    await notes.create_tables()
+    with notes.sync_transaction() as session:
+        session.add(Note("seen"))
+    assert await texts(notes) == ["seen"]
+    await notes.dispose()
+
+
 async def test_def_endpoints(tmp_path: Path) -> None:
     """``sync_session`` follows the same rule, in the file that the asynchronous session sees."""
     notes = Database(settings=DatabaseSettings(database_url=f"sqlite:///{tmp_path}/notes.db"), base=NotesBase)
