@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_chatdify_db.exchange import CommitOn, HTTPExchange, WebSocketExchange
 from fastapi_chatdify_db.retries import Retries
+
+logger: Final = logging.getLogger(__name__)
 
 _ENTERED: Final = "fastapi_chatdify_db.entered"
 
@@ -34,6 +38,7 @@ class DBSessionMiddleware:
         self._app = app
         self._commit_on = commit_on
         self._retries = Retries(app, commit_on, retries) if retries else None
+        _warn_of_base_http_middleware(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -47,3 +52,14 @@ class DBSessionMiddleware:
             await self._retries.run(scope, receive, send)
         else:
             await HTTPExchange(receive, send, self._commit_on).run(self._app, scope)
+
+
+def _warn_of_base_http_middleware(inside: object) -> None:
+    while inside is not None:
+        if isinstance(inside, BaseHTTPMiddleware):
+            logger.warning(
+                "%s is a BaseHTTPMiddleware inside DBSessionMiddleware: streaming bodies may be cut short, "
+                "and what they wrote kept though they fail. Add it after DBSessionMiddleware or db.init_app(app)",
+                getattr(inside.dispatch_func, "__qualname__", type(inside).__name__),
+            )
+        inside = getattr(inside, "__dict__", {}).get("app")  # its own: a mock has any attribute, without end

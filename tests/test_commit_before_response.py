@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.exceptions import HTTPException
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.gzip import GZipMiddleware
 
 from fastapi_chatdify_db import DBSessionMiddleware, db, get_session
 from tests.models import Item
@@ -123,6 +124,21 @@ async def test_base_http_middleware_outside_changes_nothing(app: FastAPI, observ
         assert (await post_and_end(app, client, path, "a")).status_code == 500
     assert await observer.names() == ["a"]
     assert await observer.in_transaction() == 0
+
+
+@pytest.mark.parametrize("inside", [True, False])
+async def test_base_http_middleware_inside_is_reported(inside: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The log names the middleware whose responses would run beside the commit, be there others between, or none."""
+    app = FastAPI()
+    if inside:
+        app.add_middleware(Passing)
+        app.add_middleware(GZipMiddleware)
+    db.init_app(app)
+    app.add_middleware(Passing)
+    async with serve(app):
+        pass
+    reports = [each.getMessage() for each in caplog.records if each.name == "fastapi_chatdify_db.middleware"]
+    assert [each.partition(" ")[0] for each in reports] == ["Passing.dispatch"] * inside
 
 
 async def test_most_specific_handler_answers(app: FastAPI, observer: Observer) -> None:
