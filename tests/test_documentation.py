@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -32,10 +33,17 @@ def clean_metadata() -> Iterator[None]:
         Base.metadata.remove(Base.metadata.tables[name])
 
 
+def marked(page: str, mark: str) -> str:
+    """The one block of code of a page that is marked so."""
+    pattern = rf"<!-- {re.escape(mark)} -->\n```python[^\n]*\n(.*?)^```"
+    [code] = re.findall(pattern, (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    return str(code)
+
+
 @pytest.fixture
 async def quickstart(clean_metadata: None) -> AsyncIterator[ModuleType]:
     """The README's quickstart as a module."""
-    [code] = re.findall(r"<!-- quickstart -->\n```python\n(.*?)^```", PAGES[0].read_text(), re.DOTALL | re.MULTILINE)
+    code = marked("README.md", "quickstart")
     module = ModuleType("quickstart")
     sys.modules["quickstart"] = module
     exec(code, module.__dict__)
@@ -57,6 +65,41 @@ async def test_quickstart(quickstart: ModuleType, capsys: pytest.CaptureFixture[
         assert (await client.post("/users/1/greet")).status_code == 200
         assert (await client.post("/users/99/greet")).status_code == 404
         assert (await client.get("/health/ready")).status_code == 200
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A directory with the README's quickstart as ``app.py``."""
+    (tmp_path / "app.py").write_text(marked("README.md", "quickstart"))
+    return tmp_path
+
+
+def test_an_application_s_own_tests(project: Path) -> None:
+    """The tests that the documentation shows pass, each with empty tables."""
+    (project / "test_app.py").write_text(marked("docs/migrations_and_tests.md", "test_app.py"))
+    pytest_ = [sys.executable, "-m", "pytest", "-p", "pytest_asyncio.plugin", "-o", "asyncio_mode=auto"]
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # which takes longer than the tests
+    ran = subprocess.run(pytest_, cwd=project, env=env, capture_output=True, text=True)
+    assert "2 passed" in ran.stdout, ran.stdout
+
+
+def test_migrations(project: Path) -> None:
+    """Alembic with the documented ``env.py`` makes the tables, and then finds nothing that differs."""
+    env = marked("docs/migrations_and_tests.md", "env.py")
+    code = f"""
+from pathlib import Path
+from alembic import command
+from alembic.config import Config
+config = Config("alembic.ini")
+command.init(config, "migrations")
+Path("migrations/env.py").write_text({env!r})
+command.revision(config, "first", autogenerate=True)
+command.upgrade(config, "head")
+command.check(config)
+command.downgrade(config, "base")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
+    assert "No new upgrade operations detected" in ran.stdout, ran.stderr
 
 
 @pytest.mark.parametrize("code", BLOCKS)
