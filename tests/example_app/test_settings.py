@@ -63,6 +63,13 @@ def test_parts_of_the_database_url(configure: Configure) -> None:
     assert "secret" not in repr(get_settings())
 
 
+def test_compose_makes_the_database_that_is_configured() -> None:
+    """A user or database of one's own in .env is also the one that compose.yaml's PostgreSQL makes."""
+    made = dict(re.findall(r"(POSTGRES_\w+): \$\{\1:-(\w+)\}", (EXAMPLE.parent / "compose.yaml").read_text()))
+    defaults = {name: Settings.model_fields[name.lower()].default for name in ("POSTGRES_USER", "POSTGRES_DB")}
+    assert made == defaults
+
+
 def test_broker_defaults_to_redis(configure: Configure) -> None:
     """Redis' host and port, its two URLs, or Celery's own, in that order of precedence from the last."""
     configure(CELERY_BROKER_URL=None, CELERY_RESULT_BACKEND=None, REDIS_HOST="r", REDIS_PORT="1")
