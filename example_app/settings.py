@@ -40,7 +40,7 @@ class Settings(DatabaseSettings):
         celery_worker_prefetch_multiplier: Messages that each process may reserve.
         celery_retry_countdown: Seconds until the first retry; the pauses double.
         dify_response_mode: Agent apps only stream.
-        chatwoot_admin_api_key: Used to read conversations; the ordinary key when missing.
+        chatwoot_admin_api_key: Used to read, and to set labels; the ordinary key when missing.
         allowed_conversation_statuses: The bot answers in conversations of these statuses, separated by commas.
         allowed_message_types: The bot answers messages of these directions, separated by commas.
         enable_team_cache: Whether the teams' names are kept.

@@ -105,7 +105,9 @@ class Chatwoot(OutsideAPI):
 
     async def set_labels(self, conversation_id: int, labels: list[str]) -> JsonValue:
         """Replace the conversation's labels."""
-        return await self.call("POST", f"/conversations/{conversation_id}/labels", json={"labels": list(labels)})
+        path = f"/conversations/{conversation_id}/labels"
+        # Chatwoots from before June 2026 let no agent bot set them.
+        return await self.call("POST", path, json={"labels": list(labels)}, headers=self._as_admin)
 
     async def set_custom_attributes(self, conversation_id: int, attributes: dict[str, JsonValue]) -> JsonValue:
         """Set the conversation's custom attributes."""

@@ -63,7 +63,7 @@ class FakeChatwoot:
         api_key: What callers have to bring.
         webhook_url: Where to tell.
         webhook_secret: What to sign with; None is an older Chatwoot, which does not sign.
-        admin_key: What they have to bring to read; then ``api_key`` is an agent bot's, which may only write.
+        admin_key: What they have to bring to read and to set labels; then ``api_key`` is an agent bot's.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class FakeChatwoot:
         self.teams = [{"id": 1, "name": "Support"}, {"id": 2, "name": "Sales"}]
         self.faults = Faults()
         self.posted = asyncio.Event()
-        self._keys_to_read = {admin_key or api_key}
-        self._keys_to_write = {api_key, admin_key or api_key}
+        self._admin_keys = {admin_key or api_key}
+        self._keys = {api_key, admin_key or api_key}
         self.webhook_url = webhook_url
         self._webhook_secret = webhook_secret
         self._ids = itertools.count(time.time_ns() // 1_000_000)  # new ones after a restart
@@ -219,7 +219,8 @@ class FakeChatwoot:
             if scope["type"] != "http":
                 await app(scope, receive, send)
                 return
-            keys = self._keys_to_read if scope["method"] == "GET" else self._keys_to_write
+            needs_admin = scope["method"] == "GET" or scope["path"].endswith("/labels")
+            keys = self._admin_keys if needs_admin else self._keys
             if dict(scope["headers"]).get(b"api_access_token", b"").decode() not in keys:
                 await JSONResponse({"error": "Invalid Access Token"}, 401)(scope, receive, send)
             else:
