@@ -9,7 +9,7 @@ from typing import Final
 import httpx
 from pydantic import BaseModel, JsonValue
 
-from example_app.clients.http import NotFound, OutsideAPI, OutsideError, Unanswered, as_outside_error, read
+from example_app.clients.http import NotFound, OutsideAPI, OutsideError, Unanswered, as_outside_error, plain_code, read
 from example_app.settings import Settings
 
 _NAME: Final = "Dify"
@@ -72,6 +72,7 @@ class _Event(BaseModel):
     conversation_id: str | None = None
     message_id: str | None = None
     answer: str | None = None
+    code: JsonValue = None
 
 
 class Dify(OutsideAPI):
@@ -80,6 +81,9 @@ class Dify(OutsideAPI):
     Parameters:
         settings: Where it is, its key and its response mode.
     """
+
+    # The model's provider failed Dify: overloaded, too many requests, unreachable.
+    passing_codes = frozenset({"completion_request_error"})
 
     def __init__(self, settings: Settings) -> None:
         headers = {"Authorization": f"Bearer {settings.dify_api_key or ''}"}
@@ -141,6 +145,8 @@ class Dify(OutsideAPI):
     async def _ask_streaming(self, body: JsonValue) -> Answer:
         try:
             async with self.client.stream("POST", "/chat-messages", json=body) as response:
+                if not response.is_success:
+                    await response.aread()
                 self.check(response)
                 return await _assemble(response)
         except httpx.RequestError as error:
@@ -155,7 +161,7 @@ async def _assemble(response: httpx.Response) -> Answer:
             continue
         event = read(_Event, _parse(line.removeprefix("data:")), _NAME)
         if event.event == "error":
-            raise Unanswered(_ASK, "answered with an error event")
+            raise Unanswered(_ASK, f"answered with an error event {plain_code(event.code)}".rstrip())
         if event.event in ("message", "agent_message"):
             pieces.append(event.answer or "")
         if event.event == "message_replace":  # by Dify's moderation

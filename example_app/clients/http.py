@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
@@ -21,11 +22,13 @@ LONGEST_PAUSE: Final = 10.0
 _LONGEST_WAIT: Final = 3600.0
 """Seconds that anybody is believed who asks to wait."""
 
+_CODE: Final = re.compile("[a-z_]{1,64}")
+
 _backoff: Final = wait_random_exponential(multiplier=0.2, max=5.0)
 
 
 class OutsideError(Exception):
-    """An outside API did not do what it was asked; the message has nothing of what it answered.
+    """An outside API did not do what it was asked; of what it answered the message has the error's code alone.
 
     Parameters:
         call: What was asked of whom, for the log.
@@ -82,6 +85,9 @@ class OutsideAPI:
         settings: Whose time-outs count.
     """
 
+    passing_codes: ClassVar[frozenset[str]] = frozenset()
+    """Codes of errors that may pass although their status says otherwise."""
+
     def __init__(self, name: str, base_url: str, headers: dict[str, str], settings: Settings) -> None:
         timeout = httpx.Timeout(
             connect=settings.httpx_connect_timeout,
@@ -129,14 +135,15 @@ class OutsideAPI:
         if response.is_success:
             return
         call = f"{self.name}, {response.request.method} {response.request.url.path}"
-        outcome = f"answered {status}"
+        code = error_code(response)
+        outcome = f"answered {status} {code}".rstrip()
         if status in (429, 503):
             raise (Busy if status == 429 else Unanswered)(call, outcome, _seconds(response.headers.get("Retry-After")))
         if status == 404:
             # One that is no JSON is a proxy's, whose server is away.
             is_its_own = response.headers.get("Content-Type", "").startswith("application/json")
             raise (NotFound if is_its_own else Unanswered)(call, outcome)
-        raise (Unanswered if status >= 500 else Rejected)(call, outcome)
+        raise (Unanswered if status >= 500 or code in self.passing_codes else Rejected)(call, outcome)
 
     async def _try(
         self,
@@ -184,6 +191,20 @@ def read(model: type[M], content: JsonValue, service: str) -> M:
         return model.model_validate(content)
     except ValidationError as error:
         raise Unanswered(service, f"answered no {model.__name__.lstrip('_')}") from error
+
+
+def error_code(response: httpx.Response) -> str:
+    """The code in an error's JSON, which names its kind and nothing of ours; empty when there is none."""
+    try:
+        content = response.json()
+    except ValueError:
+        return ""
+    return plain_code(content.get("code")) if isinstance(content, dict) else ""
+
+
+def plain_code(code: object) -> str:
+    """``code`` when it is one, else nothing: it goes into the log."""
+    return code if isinstance(code, str) and _CODE.fullmatch(code) else ""
 
 
 def as_outside_error(call: str, error: httpx.RequestError) -> OutsideError:

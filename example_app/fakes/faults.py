@@ -23,6 +23,7 @@ class Fault:
         seen: How many there were.
         retry_after: Value of the ``Retry-After`` header.
         headers: Of the answer, besides.
+        code: Of the error, as Dify names it.
         delay: Seconds until the answer.
         too_late: Whether the request is carried out all the same, only its answer is lost.
     """
@@ -35,6 +36,7 @@ class Fault:
     seen: int = 0
     retry_after: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    code: str | None = None
     delay: float = 0.0
     too_late: bool = False
 
@@ -62,7 +64,8 @@ class Faults:
                 await app(scope, receive, _discard)
             await asyncio.sleep(fault.delay)
             headers = {**fault.headers, **({"Retry-After": fault.retry_after} if fault.retry_after else {})}
-            await JSONResponse({"error": "told to"}, fault.status, headers)(scope, receive, send)
+            error = {"error": "told to"} | ({"code": fault.code} if fault.code else {})
+            await JSONResponse(error, fault.status, headers)(scope, receive, send)
 
         return faulty
 

@@ -132,6 +132,22 @@ async def test_passing_faults_are_retried(
     assert len(conversation.messages) == 1
 
 
+@pytest.mark.parametrize("mode", ["blocking", "streaming"])
+async def test_provider_of_the_model_fails_dify(
+    outside: Outside, configure: Configure, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    """What Dify says with a 400 when the model is overloaded may pass; the log has its code, and no more."""
+    configure(DIFY_RESPONSE_MODE=mode)
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 400, code="completion_request_error"))
+    assert [await run(ask, message), await run(ask, message)] == ["again", "answered"]
+    outside.dify.faults.add(Fault(*ASK, 400, code="provider_quota_exceeded"))
+    outside.dify.faults.add(Fault(*ASK, 400, code="Hello\nfrom an attacker"))
+    assert [await run(ask, message), await run(ask, message)] == ["failed", "failed"]
+    told = [record.getMessage().split("answered ")[1] for record in caplog.records if record.name == "chatdify"]
+    assert told == ["400 completion_request_error')", "400 provider_quota_exceeded')", "400')"]
+
+
 async def test_lost_answer_is_found_again(outside: Outside) -> None:
     """Dify answered, and its answer did not arrive: it is looked up, not asked for again."""
     for message in await receive(outside, "Hello", "Hello"):
