@@ -89,7 +89,17 @@ class WebhookConversation(BaseModel):
         return self.meta.assignee.id if self.meta.assignee else None
 
 
-class MessageCreated(BaseModel):
+class AccountEvent(BaseModel):
+    """What Chatwoot tells, and of which account."""
+
+    account: Account | None = None
+
+    def is_of_another_account(self, account_id: int) -> bool:
+        """Whether its conversation is another one than ours of the same number."""
+        return self.account is not None and self.account.id != account_id
+
+
+class MessageCreated(AccountEvent):
     """Chatwoot's ``message_created``."""
 
     event: Literal["message_created"]
@@ -99,18 +109,26 @@ class MessageCreated(BaseModel):
     private: bool = False
     content_attributes: dict[str, JsonValue] | None = None
     sender: Sender | None = None
-    account: Account | None = None
     conversation: WebhookConversation
 
 
-class ConversationChanged(BaseModel):
-    """Chatwoot's events about a conversation, whose fields stand at the top level or under ``conversation``."""
+class ConversationChanged(AccountEvent):
+    """Chatwoot's events about a conversation, whose fields stand at the top level or under ``conversation``.
 
-    event: Literal["conversation_created", "conversation_updated", "conversation_status_changed"]
+    An agent bot is told of the last two.
+    """
+
+    event: Literal[
+        "conversation_created",
+        "conversation_updated",
+        "conversation_status_changed",
+        "conversation_opened",
+        "conversation_resolved",
+    ]
     conversation: WebhookConversation
 
 
-class ConversationDeleted(BaseModel):
+class ConversationDeleted(AccountEvent):
     """A conversation is gone; today's Chatwoot does not say so."""
 
     event: Literal["conversation_deleted"]

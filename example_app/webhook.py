@@ -17,6 +17,8 @@ _KINDS: Final = {
     "conversation_created": "changed",
     "conversation_updated": "changed",
     "conversation_status_changed": "changed",
+    "conversation_opened": "changed",
+    "conversation_resolved": "changed",
     "conversation_deleted": "deleted",
 }
 
@@ -46,7 +48,8 @@ def parse(body: bytes) -> WebhookEvent:
     try:
         payload = from_json(body)
         if _kind(payload) in ("changed", "deleted"):
-            payload = payload | {"conversation": payload.get("conversation") or payload}
+            conversation = payload.get("conversation") or payload
+            payload = {"account": _account_of(conversation)} | payload | {"conversation": conversation}
         return _event.validate_python(payload)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_input=False, include_url=False)) from None
@@ -54,12 +57,18 @@ def parse(body: bytes) -> WebhookEvent:
         raise RequestValidationError([{"loc": ("body",), "msg": "not JSON", "type": "json_invalid"}]) from None
 
 
+def _account_of(conversation: object) -> dict[str, int] | None:
+    """The account, which events about a conversation name in its latest message alone."""
+    match conversation:
+        case {"messages": [{"account_id": int(account_id)}, *_]}:
+            return {"id": account_id}
+    return None
+
+
 def reason_to_skip(event: MessageCreated, settings: Settings) -> str | None:
     """Why the bot does not answer a message, or None."""
     content = (event.content or "").strip()
     own = tuple(filter(None, (settings.bot_error_message_internal, settings.bot_conversation_opened_message_external)))
-    if event.account is not None and event.account.id != settings.chatwoot_account_id:
-        return "another account"
     if event.sender is not None and event.sender.type == "agent_bot":
         return "agent_bot message"
     if content.startswith(own) or MARKER in (event.content_attributes or {}):

@@ -50,6 +50,8 @@ async def chatwoot_webhook(body: Body, delivery_id: DeliveryID = None) -> Webhoo
     event = parse(body)
     if isinstance(event, OtherEvent):
         return WebhookResult(status="skipped", reason="unknown event")
+    if event.is_of_another_account(get_settings().chatwoot_account_id):
+        return WebhookResult(status="skipped", reason="another account")
     if delivery_id and not await dialogues.is_new_delivery(delivery_id, event.event):
         return WebhookResult(status="skipped", reason="delivered before")
     if isinstance(event, MessageCreated):

@@ -100,10 +100,11 @@ async def test_settings_widen_what_is_answered(client: httpx.AsyncClient, config
     assert (await deliver(client, changes)).json()["status"] == "processing"
 
 
-@pytest.mark.parametrize("event", ["conversation_created", "conversation_updated", "conversation_status_changed"])
+@pytest.mark.parametrize("event", ["created", "updated", "status_changed", "opened", "resolved"])
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "top level"])
 async def test_conversation_events_update_the_dialogue(client: httpx.AsyncClient, event: str, nested: bool) -> None:
     """Status and assignee follow Chatwoot; what Dify calls the conversation stays."""
+    event = f"conversation_{event}"
     await deliver(client, message())
     await write("UPDATE dialogue SET dify_conversation_id = 'dify-1'")
     conversation = {"id": 7, "status": "open", "meta": {"assignee": {"id": 3}}}
@@ -114,6 +115,24 @@ async def test_conversation_events_update_the_dialogue(client: httpx.AsyncClient
     assert [row[1:] for row in found] == [("open", 3, "dify-1")]
     await deliver(client, {"event": event, "id": 7, "status": "open", "meta": {"assignee": None}})
     assert await rows("SELECT assignee_id FROM dialogue") == [(None,)]
+
+
+@pytest.mark.parametrize("event", ["conversation_updated", "conversation_deleted"])
+@pytest.mark.parametrize(
+    "account",
+    [
+        {"account": {"id": 2}, "id": 7},
+        {"messages": [{"id": 1, "account_id": 2}], "id": 7},
+        {"conversation": {"messages": [{"id": 1, "account_id": 2}], "id": 7}},
+    ],
+    ids=["named", "in its message", "nested"],
+)
+async def test_conversation_of_another_account(client: httpx.AsyncClient, event: str, account: dict[str, Any]) -> None:
+    """A conversation that has our number in another account changes and deletes nothing here."""
+    await deliver(client, message())
+    response = await deliver(client, {"event": event, "status": "open"} | account)
+    assert response.json() == {"status": "skipped", "reason": "another account"}
+    assert await rows("SELECT status FROM dialogue") == [("pending",)]
 
 
 async def test_deleted_conversation(client: httpx.AsyncClient) -> None:
