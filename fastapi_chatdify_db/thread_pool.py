@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from anyio import from_thread, to_thread
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+
+# SQLAlchemy does the same for its own pools' loggers. A worker makes a pool with each lease, and each tells of it.
+logging.getLogger(__name__).setLevel(logging.WARNING)
 
 
 class ThreadLendingPool(QueuePool):

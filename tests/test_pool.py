@@ -234,3 +234,11 @@ async def test_connection_that_dies_in_a_request_is_an_error_and_is_replaced(obs
         assert (await client.post("/dies")).status_code == 500
         assert (await client.post("/add")).status_code == 200
     assert await observer.names() == ["at commit"]
+
+
+async def test_pools_are_quiet(tables: None, caplog: pytest.LogCaptureFixture) -> None:
+    """An application that logs at INFO has no line for each pool that is made or closed, as with SQLAlchemy's own."""
+    caplog.set_level("INFO")
+    db.sync_engine.connect().close()
+    db.engines.dispose_sync()
+    assert caplog.messages == []
