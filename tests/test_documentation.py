@@ -16,7 +16,10 @@ from fastapi_chatdify_db import Base, db
 from tests.serving import serve
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md", "example_app/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 BLOCKS = [
     pytest.param(code, id=f"{page.name}-{number}")
     for page in PAGES
@@ -109,7 +112,15 @@ def test_code_blocks_run(code: str) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    """Every relative link of the documentation is a file."""
+    """Every relative link of the documentation is a file, and a heading in it where the link names one."""
     for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for path, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {path}"
+            assert not heading or heading in headings(target), f"{page.name}: {path}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page in links."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
