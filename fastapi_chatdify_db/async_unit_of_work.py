@@ -31,7 +31,7 @@ class AsyncUnitOfWork(UnitOfWork):
     """
 
     ended_in_commit = False
-    """Whether the last ``finish_async`` committed, be it that a cancellation was raised then."""
+    """Whether the last ``finish_async`` committed, even if it then raised a cancellation."""
     _async_sessions: Mapping[Engines, AsyncSession] = {}
 
     def async_session(self, engines: Engines) -> AsyncSession:
@@ -45,7 +45,7 @@ class AsyncUnitOfWork(UnitOfWork):
         return session
 
     def session_of_writes(self, engines: Engines) -> Session:
-        """In a thread the sync session; on the event loop the async one, unless only the sync one is there."""
+        """In a thread the sync session; on the event loop the async one, unless there is only a sync one."""
         if in_event_loop() and (engines in self._async_sessions or engines not in self._sync_sessions):
             return self.async_session(engines).sync_session
         return self.sync_session(engines)
@@ -62,12 +62,12 @@ class AsyncUnitOfWork(UnitOfWork):
 
     @property
     def has_committed(self) -> bool:
-        """Whether something stays, whatever becomes of the rest."""
+        """Whether part of the unit is committed already, whatever becomes of the rest."""
         return any(map(has_committed, self._sessions))
 
     @property
     def at_rest(self) -> bool:
-        """Whether nothing was done since the unit was last ended, so that ending it again is nothing to do."""
+        """Whether nothing happened since the unit last ended, so that there is nothing to end."""
         if self.untouched:
             return True
         if self.rollback_only or self._callbacks is not None:
@@ -87,7 +87,7 @@ class AsyncUnitOfWork(UnitOfWork):
         if self._callbacks is None and not self._sync_sessions:
             begun = [session for session in self._sessions if session.in_transaction()]
             if not any(map(asks_at_end, begun)):
-                # Nothing here waits, so a cancellation cannot interrupt it, nor does it need a greenlet.
+                # Nothing here waits: no cancellation can interrupt it, and it needs no greenlet.
                 end = end_reads if commit and not self.rollback_only else roll_back_or_discard
                 for session in begun:
                     end(session)

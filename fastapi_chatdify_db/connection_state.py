@@ -1,4 +1,4 @@
-"""What is known of a pooled connection between its statements, without asking the server."""
+"""What is known about a pooled connection without asking the server."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ _IN_ERROR: Final = 3
 
 @dataclass(slots=True)
 class ConnectionState:
-    """Of one connection to PostgreSQL."""
+    """The state of one connection to PostgreSQL."""
 
     connection: Any
     """The driver's, or the adapter that the dialect puts around it."""
     in_transaction: Callable[[], bool]
-    """Whether the server has begun one, by the driver's word; no I/O."""
+    """Whether a transaction has begun on the server, as far as the driver knows; no I/O."""
     in_flight: Callable[[], bool]
-    """Whether a statement waits for its answer, be it another task's or thread's."""
+    """Whether a statement, perhaps of another task or thread, is waiting for its answer."""
     reads_alone: bool = False
     """Whether plain reads may run without a transaction."""
     started: bool = False
     """Whether anything but plain reads was run since the checkout."""
     has_effects: bool = False
-    """Whether anything but plain reads has succeeded since, which a rollback would undo."""
+    """Whether anything but plain reads has succeeded since the checkout, which a rollback would undo."""
     failure: str | None = None
     """What a later statement failed with: PostgreSQL may have given up the transaction."""
     given_up: Callable[[], bool] = bool
-    """Whether PostgreSQL has given the transaction up, where the driver says so without asking: psycopg2."""
+    """Whether PostgreSQL has given up the transaction. Only psycopg2 knows without asking."""
     was_cut_off: bool = False
-    """Whether we have ended the connection under a statement, which then is not to be run on another one."""
+    """Whether we ended the connection during a statement, which must then not be run again on another one."""
     idle_since: float = math.inf
     """When it was last given back, in seconds of the monotonic clock; infinity before that."""
 
     @property
     def has_something_to_lose(self) -> bool:
-        """Whether a transaction that is rolled back instead of committed was for anything."""
+        """Whether a rollback in place of the commit would lose anything."""
         return self.has_effects or self.failure is not None
 
     def cut_off(self) -> None:
-        """End the connection under a statement that is in flight, whose task gets an error.
+        """End the connection during a statement in flight, whose task gets an error.
 
-        Otherwise asyncpg would be asked for two things at once. psycopg2 lets the second one wait.
+        asyncpg cannot do two things at once; psycopg2 lets the second one wait.
         """
         terminate = getattr(getattr(self.connection, "driver_connection", None), "terminate", None)
         if terminate is not None:
@@ -59,17 +59,17 @@ class ConnectionState:
 
 
 def follow(engine: Engine) -> None:
-    """Know the state of every connection that the engine's pool makes from now on; listen to ``connect`` after this.
+    """Track the state of every connection that the engine's pool makes from now on.
 
-    A connection that is given back while somebody else is in the middle of a statement or transaction is closed: the
-    next unit of work would go on in it.
+    Listeners to ``connect`` that ask for the state have to be added after this. A connection that is given back in the
+    middle of a statement or transaction is closed, or else the next unit of work would go on in it.
     """
-    event.listen(engine, "connect", _begin)
+    event.listen(engine, "connect", _note_connect)
     event.listen(engine, "checkin", _note_return)
 
 
 def state_of(connection: Connection) -> ConnectionState | None:
-    """None for a connection that is detached from its pool, still being made, or of an engine nobody follows."""
+    """The state; None for a connection that is detached, still being made, or of an engine that nobody follows."""
     information = connection.connection.record_info
     return None if information is None else information.get(_STATE)
 
@@ -81,16 +81,16 @@ def state_in(record: ConnectionPoolEntry) -> ConnectionState:
 
 
 def has_begun(connection: Connection) -> bool:
-    """Whether the server has, or had until the connection died, a transaction of this connection; in doubt it has."""
+    """Whether a transaction has begun on the server, or had when the connection died; True when in doubt."""
     state = None if connection.invalidated else state_of(connection)
     return state is None or state.started or state.in_transaction()
 
 
-def _begin(connection: Any, record: ConnectionPoolEntry) -> None:
+def _note_connect(connection: Any, record: ConnectionPoolEntry) -> None:
     state = ConnectionState(connection, _transaction_probe(connection), _flight_probe(connection))
     record.record_info[_STATE] = state  # type: ignore[index]
     if hasattr(connection, "driver_connection"):
-        connection.driver_connection.state = state  # which WatchedConnection looks at
+        connection.driver_connection.state = state  # for WatchedConnection
     else:
         state.given_up = lambda: bool(connection.info.transaction_status == _IN_ERROR)
 
@@ -119,7 +119,7 @@ def _transaction_probe(connection: Any) -> Callable[[], bool]:
 
 
 def _flight_probe(connection: Any) -> Callable[[], bool]:
-    if hasattr(connection, "_execute_mutex"):  # what asyncpg's adapter has to queue statements of several tasks
+    if hasattr(connection, "_execute_mutex"):  # by which asyncpg's adapter queues the statements of several tasks
         locked: Callable[[], bool] = connection._execute_mutex.locked
         return locked
     return lambda: bool(connection.info.transaction_status == _ACTIVE)

@@ -30,7 +30,7 @@ class Database:
     """Engines, sessions and units of work of one database. Nothing is read or connected before its first use.
 
     Parameters:
-        name: How messages call it.
+        name: What messages call it.
         settings: Where it is; None reads the environment at the first use.
         base: The declarative base whose tables are its own.
         create_tables: Whether the lifespan creates the tables that do not exist.
@@ -48,13 +48,12 @@ class Database:
         self.base = base
         self._settings = settings
         self.creates_tables = create_tables
-        """Whether the lifespan creates the tables that do not exist."""
         self.metadatas: list[MetaData] = [base.metadata]
-        """Whose tables are created; extensions add their own. One for a single dialect says so in its ``info``."""
+        """Whose tables are created; extensions add their own. ``info["dialect"]`` limits one to a dialect."""
         self.services: list[Callable[[], AbstractContextManager[object]]] = []
         """What runs beside the application, within its lifespan; entered in a thread."""
         self.figures: dict[str, Callable[[AsyncConnection], Awaitable[Figures]]] = {}
-        """What the health check shows of this database besides its pool, by name."""
+        """What the health check shows besides the pool, by name."""
         self.engines: Final = Engines(lambda: self.settings, on_error=note_error)
 
     def __repr__(self) -> str:

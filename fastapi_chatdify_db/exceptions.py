@@ -12,7 +12,7 @@ class InvalidSettings(ChatdifyDBError):
 
 
 class NameTaken(ChatdifyDBError, ValueError):
-    """Two databases have one name where names tell them apart."""
+    """Two databases have the same name where names have to tell them apart."""
 
 
 class OutsideUnitOfWork(ChatdifyDBError):
@@ -24,11 +24,11 @@ class NotInSyncUnit(OutsideUnitOfWork):
 
 
 class TransactionAborted(ChatdifyDBError):
-    """A transaction was to be committed in which a statement had failed; PostgreSQL has rolled all of it back."""
+    """A statement of the transaction had failed before the commit; PostgreSQL has rolled all of it back."""
 
 
 class SessionInUse(ChatdifyDBError):
-    """A session was to be committed in the middle of a statement that another task or thread runs on it."""
+    """The commit came while another task or thread was in the middle of a statement of the same session."""
 
 
 class DatabaseUnavailable(ChatdifyDBError):

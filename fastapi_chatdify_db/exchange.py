@@ -42,9 +42,9 @@ class HTTPExchange(AsyncUnitOfWork):
     _started = False
     _complete = False
     _keeps = True
-    """What the status says about the rows that go with the body."""
+    """Whether, by its status, the response keeps the rows that are written with its body."""
     _failure: Exception | None = None
-    """What settling raised; what the application makes of an exception from its ``send()`` is another."""
+    """What settling raised. The application may have turned it into another exception on its way through ``send()``."""
 
     def __init__(self, receive: Receive, send: Send, commit_on: CommitOn, *, may_retry: bool = False) -> None:
         self._receive = receive
@@ -59,8 +59,8 @@ class HTTPExchange(AsyncUnitOfWork):
             TryAgain: Nothing was sent, and another run may well succeed.
             Exception: Whatever the application raised and has no handler for.
         """
-        self.open()
         self._scope = scope
+        self.open()
         try:
             try:
                 await app(scope, self._receive, self._send_settled)
@@ -69,11 +69,11 @@ class HTTPExchange(AsyncUnitOfWork):
                 failure = self._failure or error
             if failure is not None:
                 await self.finish_async(commit=False)
-                await self._answer(failure, scope)
+                await self._answer(failure)
             if not self.at_rest:
-                # A body that was cut short is a client that left: what was written meanwhile is not its to keep.
+                # An incomplete body means that the client left: it keeps nothing of what was written meanwhile.
                 if not self._complete:
-                    self._tell_of_loss(scope)
+                    self._tell_of_loss()
                 await self.finish_async(commit=self._complete)
         except BaseException:
             await self.finish_async(commit=False)
@@ -81,7 +81,7 @@ class HTTPExchange(AsyncUnitOfWork):
         finally:
             self.close()
 
-    # No coroutine: most messages have nothing to settle before them, and then pass through at once.
+    # Not a coroutine function: most messages have nothing to settle before them and pass straight through.
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
@@ -112,9 +112,9 @@ class HTTPExchange(AsyncUnitOfWork):
         self._started, self._complete = True, not starts
         await self._send(message)
 
-    def _tell_of_loss(self, scope: Scope) -> None:
+    def _tell_of_loss(self) -> None:
         if self._asks_at_end():
-            logger.warning("a client left during its response: what that did is rolled back; path %s", scope["path"])
+            logger.warning("a client left, and what its response wrote is rolled back; path %s", self._scope["path"])
 
     def _body_is_under_way(self, start: Message) -> bool:
         """Whether another task produces a stream already (FastAPI's server-sent events), whose end then commits."""
@@ -130,7 +130,7 @@ class HTTPExchange(AsyncUnitOfWork):
     def _wants_retry(self) -> bool:
         return self._may_retry and self.asked_to_retry and not (self._started or self.has_committed)
 
-    async def _answer(self, failure: Exception, scope: Scope) -> None:
+    async def _answer(self, failure: Exception) -> None:
         if self._wants_retry():
             raise TryAgain
         if self._started:
@@ -138,27 +138,27 @@ class HTTPExchange(AsyncUnitOfWork):
         try:
             if self._failure is None:
                 raise failure  # the application's own: its handlers have seen it
-            await self._ask_handlers(failure, scope)
+            await self._ask_handlers(failure)
         except Exception as error:
             if self._started or not _is_busy(error):
                 raise
             logger.warning("no free database connection; answered 503")
             busy = HTTPException(503, "No database connection is free, try again.", headers={"Retry-After": "1"})
-            await self._ask_handlers(busy, scope)
+            await self._ask_handlers(busy)
 
-    async def _ask_handlers(self, error: Exception, scope: Scope) -> None:
+    async def _ask_handlers(self, error: Exception) -> None:
         """Answer as the application answers ``error``; raises it when the application has no handler for it."""
 
         async def fail(scope: Scope, receive: Receive, send: Send) -> None:
             raise error
 
-        by_class, by_status = scope.get("starlette.exception_handlers", ({}, {}))
+        by_class, by_status = self._scope.get("starlette.exception_handlers", ({}, {}))
         handlers = ExceptionMiddleware(fail, handlers={**by_class, **by_status})
-        await handlers(scope, self._receive, self._send_settled)
+        await handlers(self._scope, self._receive, self._send_settled)
 
 
 def _is_busy(error: Exception) -> bool:
-    """Whether no connection was free, be it for branches of a ``TaskGroup``."""
+    """Whether no connection was free, for the handler or for branches of its ``TaskGroup``."""
     if isinstance(error, ExceptionGroup):
         return error.split(PoolTimeout)[1] is None
     return isinstance(error, PoolTimeout)
@@ -167,8 +167,8 @@ def _is_busy(error: Exception) -> bool:
 class WebSocketExchange(AsyncUnitOfWork):
     """The unit of work of a websocket, from its handshake to its closing.
 
-    Commits when the handler waits for the client, and before it answers: a task which asked for the session, or which
-    reads from the client, and then sends, is answering. Messages that other tasks push leave the session alone.
+    Commits when the handler waits for the client, and before it answers. A task is answering if it sends after it asked
+    for the session or read from the client. Messages that other tasks push leave the session alone.
     """
 
     def __init__(self, receive: Receive, send: Send, commit_on: CommitOn) -> None:
@@ -179,7 +179,7 @@ class WebSocketExchange(AsyncUnitOfWork):
         self._workers: set[asyncio.Task[Any] | None] = set()
 
     def async_session(self, engines: Engines) -> AsyncSession:
-        """The unit's session on one database; who asks for it is at work until it is committed."""
+        """The unit's session on one database; the task that asks for it is at work until the next commit."""
         self._workers.add(asyncio.current_task())
         return super().async_session(engines)
 
@@ -190,7 +190,7 @@ class WebSocketExchange(AsyncUnitOfWork):
 
     async def _receive_settled(self) -> Message:
         self._reader = asyncio.current_task()
-        if not self.in_use:  # by a task that others read for, and which settles when it answers
+        if not self.in_use:  # else by a task whose messages another one reads; it settles when it answers
             await self._settle(commit=True)
         return await self._receive()
 
@@ -200,7 +200,7 @@ class WebSocketExchange(AsyncUnitOfWork):
         await self._send(message)
 
     def _is_answering(self) -> bool:
-        # The reader may be one that lived for a message only: asyncio.wait_for() makes it, before Python 3.12.
+        # Before Python 3.12, asyncio.wait_for() makes a task for each message that it reads.
         task = asyncio.current_task()
         return task is self._reader or task in (self._workers or {self._handler})
 

@@ -58,13 +58,13 @@ class FirstStatements:
         try:
             self._run(state, statement, parameters, context, ordinary=ordinary)
         except self._errors as error:
-            # The execution of an INSERT of many rows keeps the old cursor.
+            # An INSERT of many rows goes on with the cursor that it began with.
             replaceable = ordinary and context.execute_style is not ExecuteStyle.INSERTMANYVALUES
             if state.was_cut_off or not (self._survive and replaceable and died(context, error)):
                 raise
             replace_connection(context, error)
             state = state_of(context.root_connection) or state
-            # What prepares a connection at its checkout may have begun a transaction.
+            # A checkout handler of the application's may have begun a transaction.
             self._run(state, statement, parameters, context, ordinary=_begins_ordinarily(state))
         return True
 
@@ -78,8 +78,8 @@ class FirstStatements:
             except self._errors as error:
                 if died(context, error) or _timed_out(error):
                     raise
-                # Now as the first statement of a transaction. It fails again, and so the transaction is a failed one,
-                # as whoever catches the error expects.
+                # Run it again as the first statement of a transaction. It fails there too, so that the transaction is a
+                # failed one, as whoever catches the error expects.
             else:
                 return
         state.started = True
@@ -115,12 +115,12 @@ def _is_read(statement: str, context: ExecutionContext) -> bool:
 
 
 def _run_in_autocommit(connection: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-    # Only around the statement: whoever uses the driver's connection directly finds it as always.
+    # Only for the statement: whoever uses the driver's connection directly finds it as always.
     connection.autocommit = True
     try:
         context.dialect.do_execute(context.cursor, statement, parameters, context)
     finally:
-        if not getattr(connection, "closed", False):  # psycopg2 would say so, instead of the error that is under way
+        if not getattr(connection, "closed", False):  # else psycopg2 would raise that in place of the error under way
             connection.autocommit = False
 
 

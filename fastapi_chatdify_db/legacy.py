@@ -1,4 +1,4 @@
-"""The names that this layer's predecessor had. They work, and each warns with its new spelling."""
+"""The names that this layer's predecessor had. They work, and each warns with what to write instead."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastapi_chatdify_db.database import db
 
 
 def get_db() -> Iterator[Session]:
-    """Deprecated dependency with a synchronous session; calling ``commit()`` on it oneself still works."""
-    _deprecated("get_db", "from fastapi_chatdify_db import db, and db.sync_session", stacklevel=3)
+    """Deprecated dependency with a synchronous session, for handlers that call ``commit()`` themselves."""
+    _deprecated("get_db", "from fastapi_chatdify_db import db, and db.sync_session")
     with _session.get_sync_session() as session:
         yield session
 
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
     """Deprecated spelling of ``session.get_session``."""
-    _deprecated("get_session", "from fastapi_chatdify_db import get_session", stacklevel=3)
+    _deprecated("get_session", "from fastapi_chatdify_db import get_session")
     async with asynccontextmanager(_session.get_session)() as session:
         yield session
 
@@ -32,7 +32,7 @@ def SessionLocal() -> Session:  # noqa: N802  # the name is what this module is 
 
     ``with SessionLocal() as session`` commits at its end what was not committed yet, as ``get_sync_session`` does.
     """
-    _deprecated("SessionLocal", "from fastapi_chatdify_db import get_sync_session", stacklevel=3)
+    _deprecated("SessionLocal", "from fastapi_chatdify_db import get_sync_session")
     return _SelfCommittingSession(db.sync_engine, expire_on_commit=False)
 
 
@@ -45,9 +45,5 @@ class _SelfCommittingSession(Session):
             self.close()
 
 
-def _deprecated(old: str, instead: str, stacklevel: int) -> None:
-    warnings.warn(
-        f"fastapi_chatdify_db.legacy.{old} is deprecated; write: {instead}",
-        DeprecationWarning,
-        stacklevel=stacklevel,
-    )
+def _deprecated(old: str, instead: str) -> None:
+    warnings.warn(f"fastapi_chatdify_db.legacy.{old} is deprecated; write: {instead}", DeprecationWarning, stacklevel=3)

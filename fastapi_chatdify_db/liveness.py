@@ -19,9 +19,8 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
     """Test a connection at its checkout, in one round trip, when it was idle for longer than ``seconds``.
 
     Takes the place of ``pool_pre_ping``, which asks at every checkout, in three round trips with asyncpg. A connection
-    whose end reached us meanwhile is noticed without asking.
+    that is known to have ended is noticed without asking.
     """
-
     is_async = engine.dialect.is_async
 
     def test(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
@@ -44,17 +43,17 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
 
 def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
     """What a statement may raise when its connection is dead, among much else."""
-    return (dialect.loaded_dbapi.Error, OSError, *_confusion(dialect))
+    return (dialect.loaded_dbapi.Error, OSError, *_internal_error(dialect))
 
 
 def died(context: ExecutionContext, error: Exception) -> bool:
     """Whether a statement failed because its connection did."""
     return (
-        # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. asyncpg that
-        # heard them while nothing was asked says that it is confused; SQLAlchemy 2.0 leaves that error as it is.
+        # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. When asyncpg
+        # reads them while nothing was asked, it raises InternalClientError, which SQLAlchemy 2.0 leaves as it is.
         (sqlstate(error) or "").startswith("57P0")
-        or isinstance(error, _confusion(context.dialect))
-        or isinstance(error.__cause__, _confusion(context.dialect))
+        or isinstance(error, _internal_error(context.dialect))
+        or isinstance(error.__cause__, _internal_error(context.dialect))
         or context.dialect.is_disconnect(
             error,  # type: ignore[arg-type]  # asyncpg's adapter may raise an OSError too
             context.root_connection.connection.dbapi_connection,
@@ -85,20 +84,20 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
         # What the application prepares (a tenant, a search_path), it prepares at the checkout.
         proxy._pool.dispatch.checkout(proxy.dbapi_connection, record, proxy)
     except BaseException as unprepared:
-        record.invalidate(unprepared)  # nobody shall go on with half of it
+        record.invalidate(unprepared)  # or somebody would go on with a half-prepared one
         if isinstance(unprepared, DisconnectionError):  # dead as well
             raise error from None
         raise
     context.cursor = context.create_cursor()
 
 
-def _confusion(dialect: Dialect) -> tuple[type[Exception], ...]:
+def _internal_error(dialect: Dialect) -> tuple[type[Exception], ...]:
     asyncpg = getattr(dialect.loaded_dbapi, "asyncpg", None)
     return () if asyncpg is None else (asyncpg.InternalClientError,)
 
 
 def _has_something_to_read(psycopg2_connection: Any) -> bool:
-    """An idle connection has nothing to say; the end of the connection counts as readable."""
+    """Whether an idle connection is readable, as only one that has ended is."""
     descriptor = psycopg2_connection.fileno()
     if hasattr(select, "poll"):  # not on Windows
         poll = select.poll()

@@ -24,14 +24,14 @@ def commit_below_400(status: int) -> bool:
 class DBSessionMiddleware:
     """Opens a unit of work for each request and websocket, on every ``Database`` that the application has.
 
-    Middleware of Starlette's ``BaseHTTPMiddleware`` kind belongs outside of this one (``add_middleware`` it later):
-    it runs the response in a task of its own, beside the commit.
+    ``BaseHTTPMiddleware`` belongs outside of this one (``add_middleware`` it later): it runs the response in a task of
+    its own, beside the commit.
 
     Parameters:
         app: The application.
         commit_on: Given the response's status, whether to commit.
-        retries: How often a request is run again whose transaction PostgreSQL asked to retry (40001, 40P01). Its body
-            is kept in memory for that, and whatever else the handler does, it does again.
+        retries: How often to run a request again whose transaction failed with 40001 or 40P01. Its body is kept in
+            memory for that, and everything else the handler does is done again too.
     """
 
     def __init__(self, app: ASGIApp, *, commit_on: CommitOn = commit_below_400, retries: int = 0) -> None:

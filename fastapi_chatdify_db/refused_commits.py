@@ -1,4 +1,4 @@
-"""A commit is refused where PostgreSQL would not commit, but end the transaction without an error."""
+"""Commits fail where PostgreSQL would answer COMMIT with ROLLBACK, which drivers take for a success."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _note_failure(context: ExceptionContext) -> None:
     state = state_of(connection)
     if state is None or state.failure is not None:
         return
-    # Of a transaction that has done nothing yet, nothing is lost; until a statement is refused that comes later.
+    # A transaction that has done nothing yet loses nothing, until a later statement is refused.
     if state.has_effects or was_given_up(context.original_exception):
         kind = type(context.sqlalchemy_exception or context.original_exception).__name__
         code = sqlstate(context.original_exception)
@@ -51,19 +51,18 @@ def _refuse(session: FollowedSession) -> None:
 
 def _refuse_on(state: ConnectionState) -> None:
     if state.in_flight():
-        # Of another task's first statement the driver does not know yet that it began a transaction, and would not
-        # send the COMMIT.
+        # The driver does not know yet that the other statement began a transaction, and would not send the COMMIT.
         state.cut_off()
         raise SessionInUse(
             "the commit came while another task or thread was in the middle of a statement of the same session; wait "
             "for it first, or give it a session of its own: async with db.transaction() as session: ..."
         )
-    if state.has_something_to_lose and state.given_up():  # of asyncpg, WatchedConnection tells
+    if state.has_something_to_lose and state.given_up():  # for asyncpg, WatchedConnection tells
         raise refusal(state)
 
 
 def refusal(state: ConnectionState) -> TransactionAborted:
-    """What the owner of a transaction is told that PostgreSQL has rolled back instead of committing it."""
+    """The error for a transaction that PostgreSQL has rolled back instead of committing it."""
     failure = state.failure or "by the driver's own connection"
     return TransactionAborted(
         f"nothing was committed, because an earlier statement of the transaction had failed ({failure}); "

@@ -19,7 +19,7 @@ def current_request_id() -> str | None:
 
 @contextmanager
 def carried_request_id(request_id: str) -> Iterator[None]:
-    """Serve that request, in another process, for the time of the block."""
+    """Let another process serve that request for the duration of the block."""
     variables = [each for each in (_carried, _of_asgi_correlation_id()) if each is not None]
     tokens = [variable.set(request_id) for variable in variables]
     try:
@@ -30,6 +30,6 @@ def carried_request_id(request_id: str) -> Iterator[None]:
 
 
 def _of_asgi_correlation_id() -> ContextVar[str | None] | None:
-    # Not imported here: with it comes Starlette, which a worker does without.
+    # Not imported here: it imports Starlette, which a worker does without.
     module = sys.modules.get("asgi_correlation_id.context")
     return None if module is None else module.correlation_id

@@ -1,4 +1,4 @@
-"""Running a request again: from its recorded body, and with its path for itself."""
+"""Running a request again: from its recorded body, alone on its path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from fastapi_chatdify_db.exchange import CommitOn, HTTPExchange, TryAgain
 
 _PATIENCE: Final = 1.0
-"""Seconds that a request waits for those before it; one of them may wait for something slow."""
+"""Seconds that a request waits for those before it, one of which may be waiting for something slow."""
 
 
 class Retries:
@@ -56,9 +56,9 @@ class Retries:
 
 
 class _Path:
-    """The requests for one path that are not answered yet: they are likely to want the same rows.
+    """The requests for one path that are not answered yet, and so are likely to want the same rows.
 
-    So one that is run again has them to itself, as far as one process can tell, and few tries are enough.
+    A request that is run again has the path to itself within its process, so that few tries are enough.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the end of a session's transaction meets: whether it asks the server for anything, whether others are at it."""
+"""Questions at the end of a session's transaction: has the server anything to do, is anybody else using the session?"""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from sqlalchemy.pool import QueuePool
 from fastapi_chatdify_db.connection_state import ConnectionState, has_begun, state_of
 
 _OURS: Final = 1
-"""How many listeners to a session's ``before_commit`` and ``after_commit`` are ours; they ask nothing."""
+"""How many listeners to a session's ``before_commit``, and to its ``after_commit``, are ours; they ask nothing."""
 
 
 class FollowedSession(Session):
     """A session of a unit of work, whose connections are remembered."""
 
     connections: tuple[Connection, ...] = ()
-    """Those which its transactions began with; some may be closed by now."""
+    """Those on which its transactions began; some may be closed by now."""
     has_committed = False
-    """Whether a transaction of it that asked the server for more than plain reads was committed, by whomever."""
+    """Whether one of its transactions did more than read and was committed, by the unit or by the application."""
     committing: ReferenceType[SessionTransaction] | None = None
-    """Which one its latest COMMIT is ending, or has ended; weak, for it has the session."""
+    """The transaction that its latest COMMIT is ending, or has ended; weak, since it refers to the session."""
 
 
 def states(session: FollowedSession) -> Iterator[ConnectionState]:
-    """Those of the connections that the session holds."""
+    """The states of the connections that the session holds."""
     for connection in session.connections:
         if not (connection.closed or connection.invalidated) and (state := state_of(connection)) is not None:
             yield state
 
 
 def asks_at_end(session: Session) -> bool:
-    """Whether a commit or a rollback of the session may have to wait for the server; in doubt it may."""
+    """Whether a commit or a rollback of the session may have to wait for the server; True when in doubt."""
     assert isinstance(session, FollowedSession)
     return (
         any(map(_asks, session.connections))
@@ -75,7 +75,7 @@ def cut_off(session: Session) -> None:
 
 
 def end_reads(session: Session) -> None:
-    """Commit the transaction of a session that asks the server nothing, with less ado than a commit that might."""
+    """End a transaction in which the server has nothing to commit, at less cost than a commit."""
     transaction = session.get_transaction()
     if transaction is not None:
         transaction.close()
@@ -91,7 +91,7 @@ def _asks(connection: Connection) -> bool:
         # A connection beyond the pool's size is closed when it is given back.
         or not isinstance(pool, QueuePool)
         or (pool.overflow() > 0 and pool.checkedin() >= pool.size())
-        # Hooks of the application that may ask, too. To look for one costs; SQLAlchemy itself looks at this first.
+        # The application's hooks may ask, too. Looking for them is costly, so as SQLAlchemy does, look at flags first.
         or bool(pool.dispatch.reset)
         or ((connection._has_events or engine._has_events) and bool(hooks.commit or hooks.rollback))
     )
@@ -107,7 +107,7 @@ def _remember(session: FollowedSession, _: SessionTransaction, connection: Conne
 
 
 def _note_commit(session: FollowedSession) -> None:
-    # The connections are given back only after this, and their states tell until then what the transaction did.
+    # The connections are given back only after this; until then their states tell what the transaction did.
     if not session.in_nested_transaction():
         session.has_committed |= any(map(_has_effects, session.connections))
 

@@ -16,10 +16,10 @@ def sqlstate(error: BaseException | None) -> str | None:
 
 
 def asks_to_retry(error: BaseException | None) -> bool:
-    """Whether a driver's error is PostgreSQL's word that the transaction may well succeed when it is run again."""
+    """Whether PostgreSQL says, by a driver's error, that the transaction may well succeed when it is run again."""
     return sqlstate(error) in _WORTH_ANOTHER_TRY
 
 
 def was_given_up(error: BaseException | None) -> bool:
-    """Whether a driver's error says that an earlier one has ended the transaction, all but in name."""
+    """Whether a driver's error says that an earlier one has already failed the transaction."""
     return sqlstate(error) == _IN_FAILED_TRANSACTION

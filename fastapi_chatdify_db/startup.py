@@ -28,7 +28,7 @@ _TABLES_LOCK: Final = crc32(b"fastapi_chatdify_db.create_tables")
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PASSING: Final = ("08", "53300", "57P03", "3D000")
 
-_SHORTEST_TRY: Final = 1.0  # second; the last try shall fail for a reason of its own
+_SHORTEST_TRY: Final = 1.0  # second, so that the last try can still fail for a reason of its own
 
 
 async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
@@ -37,11 +37,11 @@ async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
     Parameters:
         engine: Which database to wait for.
         timeout: Seconds after which no further try is made; 0 is one try. A server that accepts the connection and
-            then says nothing is given what is left of them, but always ``_SHORTEST_TRY``.
+            then says nothing is given what is left of them, but at least ``_SHORTEST_TRY``.
 
     Raises:
         DatabaseUnavailable: No try succeeded.
-        sqlalchemy.exc.DBAPIError: The server answered that it will never do, e.g. the password is wrong.
+        sqlalchemy.exc.DBAPIError: The server refused for good, e.g. because of a wrong password.
     """
     retrying = AsyncRetrying(
         retry=retry_if_exception(_may_pass),
@@ -71,7 +71,7 @@ async def drop_tables(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> Non
 
 @asynccontextmanager
 async def services(enter: Iterable[Callable[[], AbstractContextManager[object]]]) -> AsyncIterator[None]:
-    """Run what is entered for the time of the block; entered and left in threads, where waiting is free."""
+    """Run services for the duration of the block, entered and left in threads, where waiting is free."""
     with ExitStack() as running:
         try:
             for service in enter:

@@ -16,9 +16,9 @@ logging.getLogger(__name__).setLevel(logging.WARNING)
 class ThreadLendingPool(QueuePool):
     """SQLAlchemy's ``QueuePool`` for ``def`` endpoints, which run in Starlette's 40 threads.
 
-    FastAPI serializes a ``def`` endpoint's result in another of these threads. If all of them waited for a
-    connection, those who hold one could not go on to give it back, and everybody would wait for the time-out. So a
-    thread that has to wait lends its place, as Java's ``ForkJoinPool.ManagedBlocker`` does.
+    FastAPI serializes a ``def`` endpoint's result in another of these threads. If all of them waited for a connection,
+    requests that hold one could not finish and give it back. So a thread that has to wait lends its place, as Java's
+    ``ForkJoinPool.ManagedBlocker`` does.
     """
 
     def _do_get(self) -> ConnectionPoolEntry:

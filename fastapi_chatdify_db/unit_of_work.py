@@ -46,7 +46,7 @@ def innermost_unit() -> UnitOfWork | None:
 
 
 def note_error(context: ExceptionContext) -> None:
-    """Remember in the units around a statement that PostgreSQL asked for its transaction to be tried again."""
+    """Remember, in the units around a statement, that PostgreSQL asked for the transaction to be run again."""
     if asks_to_retry(context.original_exception):
         unit = _current.get()
         while unit is not None:
@@ -70,21 +70,21 @@ class UnitOfWork:
     task_id: str | None = None
     """The id of the Celery task whose unit this is."""
     untouched = True
-    """Whether nothing was asked of the unit yet, so that ending it is nothing to do."""
+    """Whether nothing was asked of the unit yet, so that there is nothing to end."""
     closed = False
     rollback_only = False
     asked_to_retry = False
     _callbacks: CallbackQueue | None = None
     _sync_sessions: Mapping[Engines, Session] = {}
     _sessions: tuple[Session, ...] = ()
-    """Every session, also what is behind an async one."""
+    """Every session, including those behind async ones."""
 
     def __init__(self, only: Engines | None = None) -> None:
         self.only = only
 
     @cached_property
     def id(self) -> int:
-        """What log records of this unit have in common; counts within one process."""
+        """What log records of this unit have in common; unique within the process."""
         return next(_ids)
 
     def sync_session(self, engines: Engines) -> Session:
@@ -93,7 +93,7 @@ class UnitOfWork:
         return self._first_sync_session(engines) if session is None else session
 
     def session_of_writes(self, engines: Engines) -> Session:
-        """The session whose transaction code that cannot await adds to."""
+        """The session to add to for code that cannot await, e.g. ``delay_durably``."""
         return self.sync_session(engines)
 
     def on_commit(self, engines: Engines, callback: AfterCommit) -> None:
@@ -125,7 +125,7 @@ class UnitOfWork:
             except IllegalStateChangeError:
                 logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
                 event.listen(session, "after_begin", _refuse)
-        # Not a token's reset: a generator that is finalized late runs in another context than it began in.
+        # Not reset by a token: a generator that is finalized late runs in another context than it began in.
         if _current.get() is self:
             _current.set(self.outer)
 
@@ -158,7 +158,7 @@ class UnitOfWork:
             self.close()
 
     def _first_sync_session(self, engines: Engines) -> Session:
-        # Threads that ask at the same time get the same one; of the locks, too, setdefault() keeps the first.
+        # Threads that ask at the same time get the same session; setdefault() keeps the first of their locks.
         with self.__dict__.setdefault("_making", Lock()):
             session = self._sync_sessions.get(engines)
             if session is None:
@@ -166,7 +166,7 @@ class UnitOfWork:
                 self._sync_sessions = {**self._sync_sessions, engines: session}
                 self._sessions = (*self._sessions, session)
                 self.untouched = False
-                if self.closed:  # meanwhile, while this thread was on its way
+                if self.closed:  # while this thread was on its way here
                     session.close()
         return session
 
@@ -186,7 +186,7 @@ class UnitOfWork:
     def _commit(self) -> None:
         sessions = [session for session in self._sync_sessions.values() if session.in_transaction()]
         try:
-            if len(sessions) > 1:  # a statement that fails on one database shall fail before another has committed
+            if len(sessions) > 1:  # so that a statement can only fail before any database has committed
                 for session in sessions:
                     session.flush()
             for session in sessions:
@@ -232,7 +232,7 @@ def roll_back_or_discard(session: Session) -> None:
 
 
 def _refuse(session: Session, _: SessionTransaction, connection: Connection) -> None:
-    """What somebody gets who waited for a connection while the unit ended."""
+    """Turn away whoever was still waiting for a connection when the unit ended."""
     connection.close()
     raise OutsideUnitOfWork(
         "the unit of work of this session has ended meanwhile; let it wait for who uses its session, "
@@ -244,5 +244,5 @@ def log_failed_callback(callback: AfterCommit, error: BaseException) -> None:
     """Report what a callback raised: the transaction is committed, so nobody else can be told any more."""
     named: object = callback
     while isinstance(named, partial):
-        named = named.func  # its arguments are nobody's who reads a log
+        named = named.func  # its arguments may be private
     logger.error("on_commit callback %s failed", getattr(named, "__qualname__", type(named)), exc_info=error)

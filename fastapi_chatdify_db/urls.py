@@ -20,7 +20,7 @@ _ASYNCPG_ONLY: Final = {
     "statement_cache_size",
     "timeout",
 }
-# libpq's client-side knobs that asyncpg has no counterpart for; it would send them to the server, which refuses them.
+# libpq's client-side parameters without a counterpart in asyncpg, which would send them to the server as settings.
 _LIBPQ_ONLY: Final = {
     "channel_binding",
     "fallback_application_name",
