@@ -1,4 +1,4 @@
-"""One line for a Celery application: its task classes, its signals, the end of its worker's processes."""
+"""``init_app``: what a Celery application needs of its task classes, its signals and the end of its processes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _send_context(headers: dict[str, Any], **_: object) -> None:
 def _make_cooperative(**_: object) -> None:
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("select"):
-        # libpq waits in C, where gevent cannot switch; with this callback psycopg2 waits in select().
+        # libpq waits in C, where gevent cannot switch greenlets; with this callback psycopg2 waits in select().
         psycopg2.extensions.set_wait_callback(psycopg2.extras.wait_select)
 
 

@@ -34,8 +34,7 @@ _lock: Final = Lock()
 def put_in_unit(task: Task) -> None:
     """Let a task's ``run`` open, join and end units of work.
 
-    Innermost, within the wrapper that ``autoretry_for`` puts around ``run``, so that a commit that fails is retried
-    like a body that fails.
+    Inside the wrapper that ``autoretry_for`` puts around ``run``: a failed commit is retried like a failed body.
     """
     with _lock:
         if task.runs_in_unit:
@@ -90,7 +89,7 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _commit(unit: UnitOfWork, task: Task) -> None:
-    """Commit; a soft time limit that passes meanwhile can no longer make the task a failure."""
+    """Commit; a soft time limit that passes meanwhile does not make a committed task a failure."""
     if unit.untouched:
         return
     committed = False

@@ -48,7 +48,7 @@ def send_on_commit(
 
 
 def check_arguments(task: Task, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """What Celery checks when it sends, while there is still somebody to tell.
+    """Check now what Celery checks when it sends, when there is nobody left to tell.
 
     Raises:
         TypeError: The task does not take these arguments.
@@ -59,7 +59,7 @@ def check_arguments(task: Task, args: Sequence[object], kwargs: Mapping[str, obj
 
 
 def lineage() -> dict[str, Any]:
-    """Which task sends; the thread that publishes, and the one with the event loop, would not know."""
+    """Which task sends: Celery would ask by thread, and the publishing one and the event loop's do not know."""
     execution = Execution.current()
     if execution is None:
         return {}
@@ -68,7 +68,7 @@ def lineage() -> dict[str, Any]:
 
 
 def inherited(task: Task) -> dict[str, Any]:
-    """The options that ``task`` has from the one that sends it: its lineage and, where Celery is set so, priority."""
+    """The options that ``task`` inherits from its sender: the lineage and, where Celery is set so, the priority."""
     options = lineage()
     execution = Execution.current()
     if execution is not None and task.app.conf.task_inherit_parent_priority and task.priority is None:

@@ -15,7 +15,7 @@ _NAMED = ("constraint_name", "table_name", "column_name")
 
 
 class AsyncTaskNotSupported(ChatdifyDBError):
-    """An ``async def`` task was started in a pool that has no place for an event loop."""
+    """An ``async def`` task was started in a pool that cannot run an event loop: gevent."""
 
 
 class ArgumentsNotSerializable(ChatdifyDBError, TypeError):
@@ -27,15 +27,15 @@ class ResultNotSerializable(ChatdifyDBError, TypeError):
 
 
 class NotInitialized(ChatdifyDBError):
-    """A Celery application was named that ``init_app`` has not seen."""
+    """``init_app`` was not called for a Celery application."""
 
 
 class DurableDispatchUnsupported(ChatdifyDBError):
-    """The task's database is not PostgreSQL, or it has no session: durable dispatch is built on both."""
+    """The task's database is not PostgreSQL, the task has no session, or it calls ``self.replace()``."""
 
 
 class AsyncTaskCancelled(ChatdifyDBError):
-    """An ``async def`` task was cancelled by something inside it; its unit was rolled back."""
+    """An ``async def`` task was cancelled from inside; its unit was rolled back."""
 
 
 class DispatchFailed(AfterCommitError):
@@ -45,14 +45,14 @@ class DispatchFailed(AfterCommitError):
 class StatementFailed(ChatdifyDBError):
     """A statement or COMMIT failed in a task.
 
-    What ``AsyncResult.get()`` raises, and error callbacks are given, in place of SQLAlchemy's own exception, which
-    neither JSON nor pickle carries, and whose text may quote the rows. Inside the task it is still SQLAlchemy's, so
-    ``except`` and ``autoretry_for`` name that.
+    ``AsyncResult.get()`` raises it, and error callbacks get it, in place of SQLAlchemy's own exception, which neither
+    JSON nor pickle carries and whose text may quote rows. Inside the task, so in ``except`` and ``autoretry_for``, the
+    exception is still SQLAlchemy's.
     """
 
 
 def portable(error: BaseException) -> BaseException:
-    """The exception to leave a task: ``StatementFailed`` for SQLAlchemy's, with its traceback; any other as it is."""
+    """The exception with which a task ends: ``StatementFailed`` for SQLAlchemy's, any other as it is."""
     if isinstance(error, Retry):
         if isinstance(error.exc, SQLAlchemyError):
             error.exc = _statement_failed(error.exc)

@@ -1,7 +1,7 @@
 """The event loop of ``async def`` tasks: one per worker process, in a thread of its own.
 
-A task that runs another one eagerly (``apply()``, or any call under ``task_always_eager``) blocks its loop; so the
-other one gets a second loop, and so forth.
+A task that runs another one eagerly (``apply()``, or any call under ``task_always_eager``) blocks its loop, so the
+other one gets a second loop, and so on.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class _LoopThread:
 
 _lock = Lock()
 _running: list[_LoopThread] = []
-"""The process's loop, then the one for what runs eagerly on it, ..."""
+"""The process's loop, then the one for tasks that run eagerly on it, ..."""
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on the process's loop, with the context variables of the calling thread, and wait for it.
 
-    An exception that is raised in the waiting thread, as by a time limit, cancels the coroutine and goes on when the
-    coroutine has ended; that of a soft time limit does not where the coroutine has returned nevertheless.
+    An exception in the waiting thread, such as a time limit's, cancels the coroutine and is raised when that has ended.
+    A soft time limit's is not raised if the coroutine has returned nevertheless.
 
     Raises:
-        AsyncTaskNotSupported: The process runs on greenlets, where an event loop would block all of them.
-        AsyncTaskCancelled: The coroutine was cancelled by its own doing.
+        AsyncTaskNotSupported: The process runs on greenlets, all of which an event loop would block.
+        AsyncTaskCancelled: The coroutine was cancelled from inside.
         BaseException: What the coroutine raised.
     """
     try:
@@ -74,7 +74,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def stop(last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """End the process's loops, each when it has run ``last``; a later ``run`` makes another."""
+    """End the process's loops, after running ``last`` on each; a later ``run`` makes a new one."""
     global _running
     with _lock:
         stopping, _running = _running, []
@@ -95,7 +95,7 @@ def _copy_outcome(task: asyncio.Task[Any], outcome: Future[T]) -> None:
     if outcome.done():
         return
     if task.cancelled():
-        # Celery takes an exception that is no Exception for the end of the worker.
+        # For Celery, an exception that is no Exception is the end of the worker.
         outcome.set_exception(AsyncTaskCancelled("the coroutine was cancelled; to end a task quietly raise Ignore()"))
     elif (error := task.exception()) is not None:
         outcome.set_exception(error)

@@ -51,7 +51,7 @@ class Execution:
 
     @classmethod
     def beginning(cls, task: celery.Task[..., Any]) -> Execution | None:
-        """The execution whose body ``task`` is about to run, or None: then it is called as a function."""
+        """The execution whose body ``task`` is about to run; None if the task is called as a function."""
         execution = _current.get()
         return execution if execution is not None and execution.task is task and not execution._begun else None
 
@@ -61,7 +61,7 @@ class Execution:
         return self._unit
 
     def body_ended(self) -> None:
-        """Close the body's unit; what runs until ``task_postrun`` has another, or the same when it is as new."""
+        """Close the body's unit; handlers until ``task_postrun`` get another, or the same one if it is unused."""
         assert self._unit is not None
         self._body_over = True
         if not self._unit.untouched or self.task.is_async:
@@ -111,7 +111,7 @@ class Execution:
 
 
 def joinable_unit() -> UnitOfWork | None:
-    """The unit that a task called as a function joins, or None: then it opens its own.
+    """The unit that a task called as a function joins; None if it has to open its own.
 
     Celery calls error callbacks as functions between the body and ``task_postrun``; they do not join the handlers'.
     """

@@ -1,4 +1,4 @@
-"""Whether a task's result can be stored, asked before the commit: Celery finds out after it, and says FAILURE."""
+"""Whether a task's result can be stored, checked before the commit. Celery finds out after it, and says FAILURE."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def check_result(task: Task, request: Context, result: object) -> None:
-    """Write a result as the result backend will, for the error.
+    """Encode a result as the result backend will, to see whether it can.
 
     Parameters:
-        task: Whose result it is.
-        request: What is executed.
+        task: The task.
+        request: Its request.
         result: What the body returned.
 
     Raises:
-        ResultNotSerializable: The backend could not store it.
+        ResultNotSerializable: The backend cannot store it.
     """
     if result is None or _is_ignored(task, request):
         return
@@ -36,7 +36,7 @@ def check_result(task: Task, request: Context, result: object) -> None:
         model = hasattr(result, "model_dump")
         instead = 'return m.model_dump(mode="json")' if model else "return ids, or set ignore_result=True"
         raise ResultNotSerializable(
-            f"{task.name} was rolled back, for {task.app.conf.result_serializer} does not carry its result ({error}); "
+            f"{task.name} was rolled back: {task.app.conf.result_serializer} does not carry its result ({error}); "
             f"{instead}"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Threads that send, each kept for its next message, so that nobody waits for a broker longer than agreed."""
+"""Threads that send messages, so that nobody waits for a broker longer than agreed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _KEPT: Final = 10
 def send_within(seconds: float, send: Callable[[], object]) -> BaseException | None:
     """Call ``send`` in another thread; returns what it raised, or a ``TimeoutError`` when it did not end in time.
 
-    Nothing bounds all of a broker's ways not to answer, so the waiting is bounded instead. The thread is kept because
-    Celery gives each one a result backend, with connections of its own.
+    There are many ways for a broker not to answer, so the waiting itself is bounded. Threads are kept for the next
+    message, because Celery gives each thread a result backend with connections of its own.
 
     Parameters:
-        seconds: How long to wait. Afterwards ``send`` goes on by itself.
-        send: What may hang.
+        seconds: How long to wait. After that, ``send`` goes on by itself.
+        send: The call that may hang.
     """
     try:
         sender = _idle.pop()
@@ -37,7 +37,7 @@ def send_within(seconds: float, send: Callable[[], object]) -> BaseException | N
 
 class _Sender(Thread):
     def __init__(self) -> None:
-        super().__init__(name="celery_ext.sender", daemon=True)  # a process does not wait for it at its end
+        super().__init__(name="celery_ext.sender", daemon=True)  # so that a process does not wait for it at its end
         self.messages: SimpleQueue[tuple[Callable[[], object], Future[BaseException | None]]] = SimpleQueue()
 
     def run(self) -> None:
@@ -51,7 +51,7 @@ class _Sender(Thread):
                 error = raised
             kept = len(_idle) < _KEPT
             if kept:
-                _idle.append(self)  # before the outcome: who sends one message after the other needs one thread
+                _idle.append(self)  # before the outcome, so that one message after the other takes one thread
             outcome.set_result(error)
             del send, outcome, error
 

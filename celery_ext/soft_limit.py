@@ -1,4 +1,4 @@
-"""Celery's soft time limit, kept from what must not be interrupted."""
+"""Celery's soft time limit, held back from what must not be interrupted."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 
 class _HeldBack:
-    """A context in which a soft time limit only passes, to take effect at the outermost end.
+    """A context in which a passing soft time limit takes effect only at the outermost end.
 
-    Not by a signal mask, which is two system calls for each task.
+    A signal mask would do, at the cost of two system calls for each task.
 
     Raises:
-        celery.exceptions.SoftTimeLimitExceeded: At that end; one did pass.
+        celery.exceptions.SoftTimeLimitExceeded: At that end, if one has passed.
     """
 
     _depth = 0
@@ -38,7 +38,7 @@ class _HeldBack:
                 raise SoftTimeLimitExceeded
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """What the signal does."""
+        """The signal handler."""
         if self._depth:
             self._passed = True
         else:

@@ -75,7 +75,7 @@ class Task(_CeleryTask):
 
     @property
     def request(self) -> Context:
-        """Celery's, which keeps it by thread; in the thread of the event loop each coroutine finds its own."""
+        """Celery's, which is kept by thread; on the event loop's thread each coroutine finds its own."""
         if (request := self.request_stack.top) is not None:
             return request
         execution = Execution.current()
@@ -129,8 +129,9 @@ class Task(_CeleryTask):
 
         Raises:
             OutsideUnitOfWork: There is no transaction here.
+            TypeError: The task does not take these arguments.
             ArgumentsNotSerializable: The arguments are no JSON.
-            DurableDispatchUnsupported: The database is not PostgreSQL.
+            DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
         """
         return store(self, args, kwargs)
 
@@ -164,8 +165,8 @@ class Task(_CeleryTask):
         Raises:
             OutsideUnitOfWork: There is no transaction here.
             TypeError: The task does not take these arguments, or ``task_id`` is among the options.
-            ArgumentsNotSerializable: The arguments are no JSON, or an option is nothing to store, or no time.
-            DurableDispatchUnsupported: The database is not PostgreSQL.
+            ArgumentsNotSerializable: The arguments are no JSON, or an option cannot be stored or is no time.
+            DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
         """
         return store(
             self,
@@ -182,7 +183,7 @@ class Task(_CeleryTask):
     def apply_async(
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, *rest: Any, **options: Any
     ) -> AsyncResult[Any]:
-        """Celery's; but the next attempt of a durable task, which ``retry`` sends here, is a matter of its row."""
+        """Celery's; but the next attempt of a durable task, which ``retry`` sends here, is noted in its row."""
         execution = Execution.current()
         delivery = None if execution is None else execution.delivery
         if delivery is not None and task_id == delivery.task_id:
@@ -201,7 +202,7 @@ class Task(_CeleryTask):
         max_retries: int | None = None,
         **options: Any,
     ) -> Retry:
-        """Celery's; the options (``queue``, ``time_limit``, ...) of a durable task's next attempt are its row's."""
+        """Celery's; a durable task's row also keeps the options (``queue``, ...) for the next attempt."""
         execution = Execution.current()
         if execution is not None and execution.delivery is not None and execution.task is self:
             execution.delivery.retry_options = options
@@ -222,6 +223,6 @@ class Task(_CeleryTask):
 
 
 def _is_the_users(function: Any) -> bool:
-    """Whether a function is no wrapper of Celery's (``autoretry_for``, ``pydantic=True``), which hides a coroutine."""
+    """Whether a function is none of Celery's wrappers (``autoretry_for``, ``pydantic=True``), which hide coroutines."""
     code = getattr(function, "__code__", None)
     return code is None or not code.co_filename.startswith(_CELERY)

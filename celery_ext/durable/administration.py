@@ -1,4 +1,4 @@
-"""What an operator asks of the durable tasks, and does with them."""
+"""What operators do with durable tasks: count, list, retry, cancel, prune."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cancel(database: Database, task_id: str) -> bool:
     """Do not run a pending task; False when it is running, ended or unknown."""
     with database.sync_transaction() as session:
         key = session.scalar(statements.KEY_OF_PENDING, {"id": task_id})
-        if key is not None:  # before the row, as where a worker ends one: else the two could wait for each other
+        if key is not None:  # before the row, in the order of a worker that ends one; else the two could deadlock
             session.execute(statements.LOCK_KEYS, {"keys": [key]})
         cancelled = session.execute(statements.CANCEL, {"id": task_id}).one_or_none() is not None
         if cancelled and key is not None:

@@ -1,4 +1,4 @@
-"""RabbitMQ's publisher confirms, for a batch at once: one at a time, each would wait for the broker's disk.
+"""RabbitMQ's publisher confirms for a whole batch; one by one, each would wait for the broker's disk.
 
 https://www.rabbitmq.com/docs/confirms#publisher-confirms
 """
@@ -12,7 +12,7 @@ from kombu.exceptions import OperationalError
 
 
 class Confirms:
-    """The messages of one channel that the broker has not confirmed yet; none ever, where it has no confirms.
+    """The messages of one channel that the broker has not confirmed yet; always none where it has no confirms.
 
     Parameters:
         connection: The connection, whose default channel publishes.
@@ -31,7 +31,7 @@ class Confirms:
             channel.confirm_select()
 
     def published(self) -> None:
-        """One more message was sent; the broker counts along."""
+        """Count one more message, as the broker does."""
         if self._confirming:
             self._published += 1
             self._unconfirmed.add(self._published)

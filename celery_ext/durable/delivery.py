@@ -30,7 +30,7 @@ _OF_THE_SERVER: Final = ("08", "53", "57P")
 
 
 class Dropped(Ignore):
-    """The message is a duplicate: its row is done, not due, or in work elsewhere."""
+    """The message is a duplicate: its row is done, not due, or being worked on elsewhere."""
 
 
 class Delivery:
@@ -51,7 +51,7 @@ class Delivery:
         self._arguments: str | None = None
         self._retry: dict[str, Any] = {}
         self.retry_options: Mapping[str, Any] = {}
-        """What ``self.retry`` was given for ``apply_async``, besides the time of the next attempt."""
+        """What ``self.retry`` was given besides the time of the next attempt."""
 
     @classmethod
     def of(cls, task: Task, task_id: str, request: Context) -> Delivery | None:
@@ -85,24 +85,24 @@ class Delivery:
             raise Dropped
 
     def finish_without_effects(self) -> None:
-        """``finish``, for a body that succeeded and had its own transaction rolled back."""
+        """``finish`` for a body that succeeded but rolled back its own transaction."""
         with self._task.database.sync_transaction() as session:
             self._succeed(session)
 
     def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
         """Note the next attempt, for the end of this one; the relay will send it."""
         self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])
-        serialize(self._task.name, dict(self.retry_options))  # what is none to store is an error now
+        serialize(self._task.name, dict(self.retry_options))  # so that an option that cannot be stored is an error now
         due = due_of(self._task.name, options.get("countdown"), options.get("eta"))
         self._retry = {"retries": options.get("retries", 0), "due_in": seconds_until(due)}
 
     def ended_by(self, error: Exception) -> Exception:
-        """Record how the body ended, once it was rolled back; returns what Celery shall be told.
+        """Record how the body ended, after its rollback; returns what to tell Celery.
 
-        What is wrong with the database and not with the task is no end: the row stays, and will be run again.
+        A failure of the database rather than of the task is no end: the row stays, and will be run again.
         """
         if isinstance(error, Dropped) or (isinstance(error, Reject) and error.requeue):  # type: ignore[attr-defined]  # missing in the stubs
-            return error  # of a rejected message the broker makes another delivery
+            return error  # the broker delivers the message again
         try:
             with self._task.database.sync_transaction() as session:
                 if not self._begun or _is_passing(error):
@@ -119,7 +119,7 @@ class Delivery:
         return Dropped()
 
     def failed_early(self, error: Exception) -> None:
-        """Record a failure that Celery was told of before the body began: the task class's ``before_start``."""
+        """Record a failure from before the body began, in the task class's ``before_start``."""
         if _is_passing(error):
             return
         with self._task.database.sync_transaction() as session:
@@ -127,7 +127,7 @@ class Delivery:
                 self._finish(session, "failed", _text(error))
 
     def _lock(self, session: Session) -> Row[Any] | None:
-        """The row, locked for this delivery; None when it is not to be had."""
+        """The row, locked for this delivery; None if there is none to run now."""
         row = session.execute(statements.BEGIN, {"id": self.task_id}).one_or_none()
         if row is None or not row.free:
             return None
@@ -144,7 +144,7 @@ class Delivery:
         return self._finish(session, "done", None) if self._arguments is None else self._put_off(session, None)
 
     def _put_off(self, session: Session, error: str | None) -> bool:
-        """Let the next attempt come; False when the row was ended before."""
+        """Make the row due again for the next attempt; False when it was ended before."""
         values = {**self._retry, "id": self.task_id, "arguments": self._arguments, "error": error, "options": None}
         if self.retry_options:
             stored = session.scalar(statements.OPTIONS, {"id": self.task_id})
@@ -154,7 +154,7 @@ class Delivery:
     def _finish(self, session: Session, status: str, error: str | None) -> bool:
         """End the row, and let the next one of its key begin; False when it was ended before."""
         if self._ordering_key is not None:
-            # With those of the tasks that it stores, in one order: else two tasks could wait for each other.
+            # Together with the keys of the tasks that it stores, in one order; else two tasks could deadlock.
             session.execute(statements.LOCK_KEYS, {"keys": sorted({self._ordering_key, *outbox.keys(session)})})
         values = {"id": self.task_id, "status": status, "error": error}
         ended = session.execute(statements.FINISH, values).one_or_none()
@@ -163,7 +163,7 @@ class Delivery:
         return ended is not None
 
     def close(self) -> None:
-        """Give up the lease, if this delivery took it: of a duplicate, another thread may hold it."""
+        """Give up the lease if this delivery took it; a duplicate's may belong to another thread."""
         if self._leased:
             lease.free(self._task.database, self.task_id)
 
@@ -183,7 +183,7 @@ def _is_passing(error: Exception) -> bool:
         if state is None:
             return isinstance(error, OperationalError)  # psycopg2 could not connect
     else:
-        # What asyncpg meets while it connects, SQLAlchemy passes on as it is.
+        # SQLAlchemy passes on as they are the errors that asyncpg meets while it connects.
         state = sqlstate(error) or ""
         if isinstance(error, PoolTimeout) or (isinstance(error, OSError) and _is_of_asyncpg(error)):
             return True
@@ -203,5 +203,5 @@ def _text(error: BaseException | None) -> str | None:
         text = str(shown) if shown is not error else f"{type(error).__name__}: {error}"
     except Exception as broken:
         text = f"{type(error).__name__}, whose text cannot be had: {type(broken).__name__}"
-    # What PostgreSQL does not store shall not keep a failure from being stored.
+    # PostgreSQL stores neither NUL nor halves of surrogate pairs, but the failure has to be stored.
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")[:2000]

@@ -1,7 +1,7 @@
-"""The lease of a task that ended its transaction half way: an advisory lock of its process.
+"""The lease of a task that has ended its first transaction: an advisory lock of its process.
 
-PostgreSQL frees it when the process dies, as it does with the row lock before; there is no heartbeat to tune. One
-connection per process, beside those of its pool, holds the locks of all its tasks.
+PostgreSQL frees it when the process dies, like the row lock before, so there is no heartbeat to tune. One connection
+per process, besides those of its pool, holds the locks of all its tasks.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _held: dict[Database, set[str]] = {}
 
 
 def hold(database: Database, task_id: str) -> bool:
-    """Keep other processes from starting this task; False when one of them has."""
+    """Keep other processes from starting this task; False if one already has."""
     with _lock:
         connection = _connections.get(database)
         if connection is None or connection.invalidated:
             connection = _connections[database] = _connect(database)
             _held[database] = set()
         if task_id in _held[database]:
-            return True  # PostgreSQL counts: a second lock would outlive the one unlock
+            return True  # PostgreSQL counts them: a second lock would outlive the one unlock
         held = bool(connection.scalar(_HOLD, {"id": task_id}))
         if held:
             _held[database].add(task_id)
@@ -56,7 +56,7 @@ def free(database: Database, task_id: str) -> None:
 
 
 def _connect(database: Database) -> Connection:
-    """Beyond the pool: its last connection may be the task's own, which would wait for itself."""
+    """Outside the pool, whose last connection the task itself may hold."""
     connection = EngineBeside(database.sync_engine).connect().execution_options(isolation_level="AUTOCOMMIT")
     connection.detach()  # it is closed when it is given back
     return connection

@@ -22,7 +22,7 @@ def add(session: Session, row: Row) -> None:
     assert isinstance(session, FollowedSession)
     committing = None if session.committing is None else session.committing()
     if committing is not None and innermost(session) is committing and not session._flushing:
-        _insert(session, [row])  # a handler of before_commit; the outbox's own may have run, or will not
+        _insert(session, [row])  # called by a before_commit handler; the outbox's own has run, or will not
         return
     outbox = session.info.get(Outbox)
     if outbox is None:
@@ -31,7 +31,7 @@ def add(session: Session, row: Row) -> None:
 
 
 def keys(session: Session) -> set[str]:
-    """The ordering keys of what was added and is not stored yet, which the COMMIT will lock."""
+    """The ordering keys of rows that are not stored yet, which the COMMIT will lock."""
     outbox = session.info.get(Outbox)
     return set() if outbox is None else outbox.keys()
 
@@ -39,8 +39,8 @@ def keys(session: Session) -> set[str]:
 class Outbox:
     """What was added to one session and is not stored yet.
 
-    Stored at the COMMIT and not at the call, since the call is no coroutine. So the locks of the ordering keys are
-    taken at once, in one order, and held for the COMMIT alone.
+    Rows are stored at the COMMIT, since ``delay_durably`` is no coroutine. That way the locks of all ordering keys are
+    taken at once, in one order, and held only for the COMMIT.
     """
 
     def __init__(self, session: Session) -> None:
@@ -55,7 +55,7 @@ class Outbox:
         if not session.in_transaction():
             session.begin()
         self._rows.append((row, innermost(session)))
-        if session._flushing:  # a handler of the flush's events; it may be the COMMIT's own flush
+        if session._flushing:  # called by a handler of the flush's events, and it may be the COMMIT's own flush
             event.listen(session, "after_flush_postexec", self._store_what_it_added, once=True)
 
     def keys(self) -> set[str]:
@@ -65,7 +65,7 @@ class Outbox:
     def _store(self, session: Session) -> None:
         if session.in_nested_transaction():
             return  # a savepoint is released; the transaction around it still decides
-        root = session.get_transaction()  # reset() and close() end one without an event
+        root = session.get_transaction()  # rows of others are stale: reset() and close() end one without an event
         rows, self._rows = [row for row, began in self._rows if root in self_and_parents(began)], []
         _insert(session, rows)
 

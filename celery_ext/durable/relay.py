@@ -27,14 +27,14 @@ from fastapi_chatdify_db.database import Database
 logger: Final = logging.getLogger(__name__)
 
 BATCH: Final = 500
-"""Rows that are claimed, and then sent, at once."""
+"""How many rows are claimed, and then sent, together."""
 GRACE: Final = 10.0
-"""Seconds after which a row is rung again that was sent and is neither done nor locked; doubled each time."""
-_POLL: Final = 1.0  # second; for rows that were due and locked, else notifications make it a fallback
+"""Seconds after which a row that was sent but is neither done nor locked is rung again; doubled each time."""
+_POLL: Final = 1.0  # second; for rows that were due but locked. For all others there are notifications
 _FORGOTTEN: Final = 5.0  # seconds from one search for forgotten rows to the next
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while the broker or the database is down
 _BROKER_LIMIT: Final = 10.0  # seconds for the broker to answer
-_LIMITS: Final = {  # what each of kombu's transports calls that
+_LIMITS: Final = {  # the options of kombu's transports for that
     "amqp": ("read_timeout", "write_timeout"),
     "redis": ("socket_timeout", "socket_connect_timeout"),
 }
@@ -42,7 +42,7 @@ _LIMITS: Final = {  # what each of kombu's transports calls that
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A connection to the broker, and what publishes on it."""
+    """A connection to the broker, and its publisher."""
 
     connection: BrokerConnection
     producer: Producer
@@ -58,8 +58,8 @@ class Relay:
         grace: Seconds after which a sent row is rung again.
     """
 
-    def __init__(self, app: Celery[Any], database: Database, *, grace: float = GRACE) -> None:
-        app.loader.import_default_modules()  # a task's own options (queue, time limits, ...) stand with it
+    def __init__(self, app: Celery[Any], database: Database, *, grace: float) -> None:
+        app.loader.import_default_modules()  # they have the tasks' own options (queue, time limits, ...)
         self._app = app
         self._database = database
         self._grace = grace
@@ -67,7 +67,7 @@ class Relay:
         self._wake_reader, self._wake_writer = socketpair()
         self._line: _Line | None = None
         self._looked_for_forgotten = 0.0
-        self._failures = 0  # since a batch, or the lack of one, last went well
+        self._failures = 0  # since the last round that went well
 
     def run(self) -> None:
         """Relay until ``stop`` is called; what is claimed by then is still sent."""
@@ -131,7 +131,7 @@ class Relay:
         return sent
 
     def _send_one_by_one(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
-        """Leave out what the broker refuses: a queue or an exchange that is not as the row says."""
+        """Leave out what the broker refuses: a queue or an exchange that is missing or declared otherwise."""
         sent: list[Row[Any]] = []
         self._disconnect()
         for row in rows:
@@ -153,14 +153,14 @@ class Relay:
             args, kwargs = deserialize(row.arguments)
             options = deserialize(row.options)
             options |= {"task_id": row.id, "retries": row.retries, "producer": line.producer, "retry": False}
-            options["expires"] = None  # the row says when, and the task's own option would count from now
+            options["expires"] = None  # the row has it; the task's own option would count from now
             if send is None:
                 self._app.send_task(row.name, args, kwargs, **options)
             else:
                 send(args, kwargs, **options)
         except self._broker_errors():
             raise
-        except Exception:  # whatever is wrong with this row, the others shall go
+        except Exception:  # whatever is wrong with this row, the others are sent
             logger.exception("task %s[%s] can not be sent", row.name, row.id)
             return False
         line.confirms.published()
@@ -186,7 +186,7 @@ class Relay:
         broker = self._app.connection_for_write()
         limits = _LIMITS.get(str(broker.transport.driver_type), ())
         options = {**(broker.transport_options or {}), **dict.fromkeys(limits, _BROKER_LIMIT)}
-        options.pop("confirm_publish", None)  # Confirms does that, for a batch at once
+        options.pop("confirm_publish", None)  # Confirms does that for a whole batch
         connection = broker.clone(transport_options=options)
         producer = self._app.amqp.Producer(connection.default_channel, auto_declare=False)
         self._line = _Line(connection, producer, Confirms(connection))

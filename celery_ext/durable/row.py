@@ -1,4 +1,4 @@
-"""A task call as a row: what is stored of it, and what Celery is told of it again."""
+"""A task call as a row, and what Celery needs of it again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HEADER: Final = "durable"
 """The message header that tells a worker to look for the row."""
 _LONGEST: Final = 3.2e9
-"""Seconds; a hundred years, which PostgreSQL and its clock can do."""
+"""Seconds: a hundred years, which PostgreSQL can add to its clock."""
 _SECONDS: Final[dict[type, str]] = {int: "seconds", float: "seconds"}
 _DATETIME: Final[dict[type, str]] = {datetime: "a datetime"}
 
@@ -43,7 +43,7 @@ class Row:
     expires: float | datetime | None
 
     def columns(self) -> dict[str, object]:
-        """What is stored now, maybe a while after the call."""
+        """What to store now, which may be a while after the call."""
         return {
             "id": self.id,
             "name": self.name,
@@ -93,10 +93,10 @@ def new_row(
 
 
 def due_of(name: str, countdown: float | None, eta: datetime | None) -> float | datetime:
-    """From when a task may start.
+    """From when a task may start: a moment, or seconds from when it is stored.
 
     Raises:
-        ArgumentsNotSerializable: One is no time.
+        ArgumentsNotSerializable: An argument is no time.
     """
     _check_moment(name, "countdown", countdown, _SECONDS)
     _check_moment(name, "eta", eta, _DATETIME)
@@ -104,13 +104,13 @@ def due_of(name: str, countdown: float | None, eta: datetime | None) -> float | 
 
 
 def with_options(name: str, stored: str, options: Mapping[str, object]) -> str:
-    """The options of a row, and others in place of some or beside them.
+    """A row's options, updated with others.
 
     Raises:
         ArgumentsNotSerializable: One is nothing to store.
     """
     before = deserialize(stored)
-    headers = {**_mapping(before.get("headers")), **_mapping(options.get("headers"))}  # our own stays among them
+    headers = {**_mapping(before.get("headers")), **_mapping(options.get("headers"))}  # ours are kept
     return serialize(name, {**before, **options, "headers": headers})
 
 
@@ -122,7 +122,7 @@ def serialize(name: str, value: object) -> str:
     """
     try:
         written = str(dumps(value))
-        deserialize(written)  # which fails for a dictionary that looks like kombu's own way to write, e.g., a date
+        deserialize(written)  # fails for a dictionary that looks like kombu's notation for e.g. a date
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArgumentsNotSerializable(
             f"the arguments of {name} are no JSON ({error}); send ids, not objects"
@@ -149,12 +149,12 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _is_text(value: object) -> bool:
-    """Whether PostgreSQL stores it as it is."""
+    """Whether it is a string that PostgreSQL stores as it is."""
     return isinstance(value, str) and "\0" not in value and value.encode(errors="ignore").decode() == value
 
 
 def seconds_until(moment: float | datetime) -> float:
-    """From now; a number is that already, and a moment without a time zone is in UTC."""
+    """Seconds from now. A number is that already; a moment without a time zone is in UTC."""
     if not isinstance(moment, datetime):
         return moment
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)  # as Celery reads it
