@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import psycopg2
@@ -23,7 +24,7 @@ _resources = ExitStack()
 _server: URL
 _origin: str
 _database = f"chatdify_test_{os.getpid()}"
-# What a developer exports for an application of theirs is not to change the tests' outcome.
+# What developers export for their own applications must not change the outcome of the tests.
 _OF_THE_SETTINGS = {name.upper() for name in DatabaseSettings.model_fields}
 
 
@@ -91,6 +92,15 @@ def _administer(statement: str) -> None:
 def database_url() -> str:
     """The URL of the test run's own database."""
     return os.environ["DATABASE_URL"]
+
+
+@pytest.fixture
+def own_database() -> Iterator[str]:
+    """The URL of an empty database for one test, all of whose sessions may be terminated."""
+    name = f"{_database}_{uuid4().hex}"
+    _administer(f"CREATE DATABASE {name}")
+    yield _server.set(database=name).render_as_string(hide_password=False)
+    _administer(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import asyncpg
 
 PATIENCE: Final = 60.0
 """Seconds until what does not happen is a failure."""
+_CONNECTIONS: Final = """
+    (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = $1)"""
 
 
 class Observer:
@@ -29,14 +31,31 @@ class Observer:
 
     async def connections(self, application_name: str) -> int:
         """How many connections of that name the server has."""
-        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = $1"
-        return int(await self.connection.fetchval(query, application_name))
+        return int(await self.connection.fetchval(f"SELECT {_CONNECTIONS}", application_name))
+
+    async def durable_tasks(self) -> list[tuple[str, str]]:
+        """The status and the arguments of every durable task, in order."""
+        query = "SELECT status, arguments FROM durable_task ORDER BY seq"
+        return [(row["status"], row["arguments"]) for row in await self.connection.fetch(query)]
+
+    async def until(self, condition: str, *arguments: object) -> None:
+        """Return when an SQL expression is true."""
+        async with asyncio.timeout(PATIENCE):
+            while not await self.connection.fetchval(f"SELECT {condition}", *arguments):
+                await self.connection.execute("SELECT pg_sleep(0.01)")
+
+    async def until_names(self, expected: list[str]) -> None:
+        """Return when the committed items have just these names."""
+        names = 'SELECT array_agg(name::text ORDER BY name COLLATE "C") FROM item'
+        await self.until(f"({names}) = $1::text[]", sorted(expected))
+
+    async def until_status(self, task_id: str, status: str) -> None:
+        """Return when a durable task has this status."""
+        await self.until("(SELECT status FROM durable_task WHERE id = $1) = $2", task_id, status)
 
     async def until_connections(self, application_name: str, number: int) -> None:
         """Return when the server has that many connections of that name."""
-        async with asyncio.timeout(PATIENCE):
-            while await self.connections(application_name) != number:
-                await self.connection.execute("SELECT pg_sleep(0.01)")
+        await self.until(f"{_CONNECTIONS} = $2", application_name, number)
 
     async def until_somebody_waits_for_a_lock(self) -> None:
         """Return when a statement of another session is held up by a lock."""
@@ -47,11 +66,10 @@ class Observer:
         await self._until_another("state = 'active'")
 
     async def _until_another(self, condition: str) -> None:
-        query = f"""SELECT count(*) FROM pg_stat_activity
-                    WHERE datname = current_database() AND pid <> pg_backend_pid() AND {condition}"""
-        async with asyncio.timeout(PATIENCE):
-            while not await self.connection.fetchval(query):
-                await self.connection.execute("SELECT pg_sleep(0.01)")
+        await self.until(
+            f"""EXISTS (SELECT FROM pg_stat_activity
+                        WHERE datname = current_database() AND pid <> pg_backend_pid() AND {condition})"""
+        )
 
     async def terminate_others(self) -> None:
         """What a restart of the server does to every pool: all other sessions end."""

@@ -250,8 +250,8 @@ async def test_cancelled_while_waiting_for_a_connection(small_pool: Database, ob
         await second.execute(text("SELECT 1"))
 
 
-async def test_generator_dropped_half_way_rolls_back(observer: Observer) -> None:
-    """An async generator that is not read to its end gives its connection back when it is collected."""
+async def test_generator_closed_half_way_rolls_back(observer: Observer) -> None:
+    """An async generator that is closed before its end gives its connection back."""
 
     async def rows() -> AsyncIterator[int]:
         async with db.transaction() as session:

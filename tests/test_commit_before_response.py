@@ -55,8 +55,8 @@ def app() -> FastAPI:
     return app
 
 
-async def post_and_end(app: FastAPI, client: httpx.AsyncClient, path: str, name: str) -> httpx.Response:
-    async with client.stream("POST", path, params={"name": name}) as response:
+async def post_and_end(app: FastAPI, client: httpx.AsyncClient, path: str) -> httpx.Response:
+    async with client.stream("POST", path, params={"name": "a"}) as response:
         if path == "/streaming" and response.is_success:
             app.state.may_end.set()
         await response.aread()
@@ -84,8 +84,8 @@ async def test_failed_commit_is_the_apps_conflict(app: FastAPI, observer: Observ
         return JSONResponse({"detail": "taken"}, status_code=409)
 
     async with serve(app) as client:
-        assert (await post_and_end(app, client, path, "a")).status_code == 200
-        response = await post_and_end(app, client, path, "a")
+        assert (await post_and_end(app, client, path)).status_code == 200
+        response = await post_and_end(app, client, path)
     assert (response.status_code, response.json()) == (409, {"detail": "taken"})
     assert await observer.names() == ["a"]
     assert await observer.in_transaction() == 0
@@ -95,8 +95,8 @@ async def test_failed_commit_is_the_apps_conflict(app: FastAPI, observer: Observ
 async def test_failed_commit_without_a_handler_is_500(app: FastAPI, observer: Observer, path: str) -> None:
     """Without a handler for it, a failed commit is an internal error, never a success."""
     async with serve(app) as client:
-        assert (await post_and_end(app, client, path, "a")).status_code == 200
-        response = await post_and_end(app, client, path, "a")
+        assert (await post_and_end(app, client, path)).status_code == 200
+        response = await post_and_end(app, client, path)
     assert (response.status_code, response.text) == (500, "Internal Server Error")
     assert await observer.names() == ["a"]
 
@@ -121,7 +121,7 @@ async def test_base_http_middleware_outside_changes_nothing(app: FastAPI, observ
             if path == "/streaming":
                 app.state.may_end.set()
             await response.aread()
-        assert (await post_and_end(app, client, path, "a")).status_code == 500
+        assert (await post_and_end(app, client, path)).status_code == 500
     assert await observer.names() == ["a"]
     assert await observer.in_transaction() == 0
 
@@ -150,8 +150,8 @@ async def test_most_specific_handler_answers(app: FastAPI, observer: Observer) -
     for error, status in [(SQLAlchemyError, 418), (IntegrityError, 409), (DBAPIError, 421)]:
         app.add_exception_handler(error, answer(status))
     async with serve(app) as client:
-        await post_and_end(app, client, "/json", "a")
-        response = await post_and_end(app, client, "/json", "a")
+        await post_and_end(app, client, "/json")
+        response = await post_and_end(app, client, "/json")
     assert (response.status_code, response.json()) == (409, "IntegrityError")
 
 
@@ -189,8 +189,8 @@ async def test_handler_of_500_answers_a_failed_commit(app: FastAPI, observer: Ob
         return JSONResponse({"page": "ours"}, status_code=500)
 
     async with serve(app) as client:
-        await post_and_end(app, client, "/json", "a")
-        response = await post_and_end(app, client, "/json", "a")
+        await post_and_end(app, client, "/json")
+        response = await post_and_end(app, client, "/json")
     assert (response.status_code, response.json()) == (500, {"page": "ours"})
 
 
@@ -203,9 +203,9 @@ async def test_handler_that_writes_is_committed_by_its_own_status(app: FastAPI, 
         return JSONResponse("renamed", status_code=201)
 
     async with serve(app) as client:
-        await post_and_end(app, client, "/json", "a")
-        assert (await post_and_end(app, client, "/json", "a")).status_code == 201
-        assert (await post_and_end(app, client, "/json", "a")).status_code == 500
+        await post_and_end(app, client, "/json")
+        assert (await post_and_end(app, client, "/json")).status_code == 201
+        assert (await post_and_end(app, client, "/json")).status_code == 500
     assert await observer.names() == ["a", "renamed"]
 
 

@@ -39,27 +39,16 @@ asyncio.run(main())
 """
 
 
-@pytest.fixture
-async def empty_database(database_url: str) -> AsyncIterator[str]:
-    """The URL of a database that nobody has used yet."""
-    name = f"empty_{os.getpid()}"
-    administrator = await asyncpg.connect(database_url)
-    await administrator.execute(f"CREATE DATABASE {name}")
-    yield make_url(database_url).set(database=name).render_as_string(hide_password=False)
-    await administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    await administrator.close()
-
-
 @pytest.mark.parametrize("turn", range(3))
-async def test_eight_processes_create_the_tables_at_once(empty_database: str, turn: int) -> None:
+async def test_eight_processes_create_the_tables_at_once(own_database: str, turn: int) -> None:
     """On an empty database all of them come up."""
-    environment = {**os.environ, "DATABASE_URL": empty_database, "DB_STATEMENT_TIMEOUT": "5"}
+    environment = {**os.environ, "DATABASE_URL": own_database, "DB_STATEMENT_TIMEOUT": "5"}
     processes = [
         await asyncio.create_subprocess_exec(sys.executable, "-c", CREATE_IN_A_PROCESS, env=environment)
         for _ in range(8)
     ]
     assert [await process.wait() for process in processes] == [0] * 8
-    connection = await asyncpg.connect(empty_database)
+    connection = await asyncpg.connect(own_database)
     assert await connection.fetchval("SELECT count(*) FROM item") == 8
     await connection.close()
 

@@ -28,7 +28,7 @@ class Chaos:
         only: The one fault to inject; None for all of them.
     """
 
-    def __init__(self, fleet: Fleet, broker: Broker, books: Books, seed: int, only: str | None = None) -> None:
+    def __init__(self, fleet: Fleet, broker: Broker, books: Books, seed: int, only: str | None) -> None:
         self.injected: Counter[str] = Counter()
         self._fleet = fleet
         self._books = books

@@ -9,10 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 import httpx
-import psycopg2
 import pytest
 from kombu import Connection, Queue
-from sqlalchemy import make_url
 
 from example_app.api.doors import sign
 from example_app.clients import close_clients
@@ -114,15 +112,6 @@ async def write(statement: str) -> None:
         await connection.exec_driver_sql(statement)
 
 
-@pytest.fixture
-def own_database(database_url: str) -> Iterator[str]:
-    """The URL of an empty database, with room for a broker's tables, dropped in the end."""
-    name = f"chatdify_test_{os.getpid()}_{next(_numbers)}"
-    _administer(database_url, f"CREATE DATABASE {name}")
-    yield make_url(database_url).set(database=name).render_as_string(hide_password=False)
-    _administer(database_url, f"DROP DATABASE {name} WITH (FORCE)")
-
-
 @pytest.fixture(params=["postgresql", "rabbitmq"])
 def broker(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str]]:
     """A broker's URL (None: tables of the database) and the name of a queue of our own."""
@@ -137,12 +126,3 @@ def broker(request: pytest.FixtureRequest) -> Iterator[tuple[str | None, str]]:
     yield RABBITMQ, queue
     with Connection(RABBITMQ) as connection:
         Queue(queue, channel=connection.channel()).delete()
-
-
-def _administer(database_url: str, statement: str) -> None:
-    connection = psycopg2.connect(database_url)
-    try:
-        connection.autocommit = True
-        connection.cursor().execute(statement)
-    finally:
-        connection.close()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import asyncpg
 import pytest
@@ -47,6 +46,14 @@ async def rows(empty_tables: Observer) -> AsyncIterator[Observer]:
 
 
 @pytest.fixture
+async def kills(empty_tables: Observer) -> AsyncIterator[None]:
+    """The sequence by which tasks count what no rollback takes back."""
+    await empty_tables.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
+    yield
+    await empty_tables.connection.execute("DROP SEQUENCE kills")
+
+
+@pytest.fixture
 def relayed(prefork: Worker, rows: Observer) -> Iterator[Worker]:
     """A worker, and a relay that rings again after half a second."""
     with relaying(prefork.app, db, grace=0.5):
@@ -60,19 +67,3 @@ def unheard(rows: Observer) -> Iterator[Celery[celery_ext.Task]]:
     app.finalize()
     yield app
     app.close()
-
-
-Until = Callable[[Callable[[], bool]], None]
-
-
-@pytest.fixture
-def until() -> Until:
-    """Wait for something that nothing announces, for 20 seconds at most."""
-
-    def wait(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen"
-            time.sleep(0.02)
-
-    return wait

@@ -19,6 +19,7 @@ from kombu import Queue
 from sqlalchemy import make_url
 
 import celery_ext
+from tests.observing import PATIENCE
 from tests.worker.application import create_app
 
 ROOT = Path(__file__).parents[2]
@@ -71,15 +72,15 @@ class Worker:
         """Everything that was logged so far."""
         return "".join(self.lines)
 
-    def until_logged(self, text: str, seconds: float = 30) -> None:
+    def until_logged(self, text: str) -> None:
         """Return when a line with ``text`` was logged.
 
         Raises:
-            AssertionError: It was not, in the given time.
+            AssertionError: It was not, within ``PATIENCE`` seconds.
         """
         with self._changed:
-            found = self._changed.wait_for(lambda: text in self.log or self.process.poll() is not None, seconds)
-        assert found, f"{text!r} was not logged in {seconds} s:\n{self.log}"
+            found = self._changed.wait_for(lambda: text in self.log or self.process.poll() is not None, PATIENCE)
+        assert found, f"{text!r} was not logged in {PATIENCE:g} s:\n{self.log}"
         assert text in self.log, f"the worker ended:\n{self.log}"
 
     def task(self, name: str) -> celery_ext.Task:

@@ -29,29 +29,15 @@ from tests.observing import Observer
 from tests.serving import serve
 from tests.worker.running import Worker, brokers, task, worker
 
-ADVISORY_LOCKS = """
-    SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = database
-    WHERE locktype = 'advisory' AND datname = current_database()
+NO_ADVISORY_LOCKS = """
+    NOT EXISTS (SELECT FROM pg_locks JOIN pg_database ON pg_database.oid = database
+                WHERE locktype = 'advisory' AND datname = current_database())
 """
+NO_PENDING_TASKS = "NOT EXISTS (SELECT FROM durable_task WHERE status = 'pending')"
 
 
 async def result(worker: Worker, task_id: str) -> object:
     return await asyncio.to_thread(worker.app.AsyncResult(task_id).get, timeout=20, propagate=False)
-
-
-async def stored(observer: Observer) -> list[tuple[str, str]]:
-    """The status and the arguments of every row, in order."""
-    query = "SELECT status, arguments FROM durable_task ORDER BY seq"
-    return [(row["status"], row["arguments"]) for row in await observer.connection.fetch(query)]
-
-
-async def until_status(observer: Observer, task_id: str, status: str) -> None:
-    query = "SELECT status FROM durable_task WHERE id = $1"
-    for _ in range(1000):
-        if await observer.connection.fetchval(query, task_id) == status:
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"{task_id} is {await observer.connection.fetchval(query, task_id)}, not {status}")
 
 
 async def test_every_kind_of_unit_sends(relayed: Worker, rows: Observer) -> None:
@@ -80,7 +66,7 @@ async def test_every_kind_of_unit_sends(relayed: Worker, rows: Observer) -> None
         ids.append(read.delay_durably("d"))
     assert [await result(relayed, task_id) for task_id in ids] == [True] * 4
     for task_id in ids:
-        await until_status(rows, task_id, "done")
+        await rows.until_status(task_id, "done")
 
 
 async def test_a_task_alone_is_stored_too(unheard: Celery[Any], rows: Observer) -> None:
@@ -89,7 +75,7 @@ async def test_a_task_alone_is_stored_too(unheard: Celery[Any], rows: Observer) 
         task(unheard, "record").delay_durably("x")
     with db.sync_transaction():
         task(unheard, "record").delay_durably("y", prefix="z")
-    assert await stored(rows) == [("pending", '[["x"], {}]'), ("pending", '[["y"], {"prefix": "z"}]')]
+    assert await rows.durable_tasks() == [("pending", '[["x"], {}]'), ("pending", '[["y"], {"prefix": "z"}]')]
 
 
 async def test_task_that_is_a_class(unheard: Celery[Any], rows: Observer) -> None:
@@ -105,7 +91,7 @@ async def test_task_that_is_a_class(unheard: Celery[Any], rows: Observer) -> Non
     async with db.transaction():
         written.delay_durably("x")
         assert written.delay_on_commit("x")
-    assert await stored(rows) == [("pending", '[["x"], {}]')]
+    assert await rows.durable_tasks() == [("pending", '[["x"], {}]')]
 
 
 async def test_nothing_is_left_of_a_rollback(unheard: Celery[Any], rows: Observer) -> None:
@@ -130,7 +116,7 @@ async def test_nothing_is_left_of_a_rollback(unheard: Celery[Any], rows: Observe
         async with session.begin_nested():
             record.delay_durably("kept")
         record.delay_durably("after")
-    assert [arguments for _, arguments in await stored(rows)] == [
+    assert [arguments for _, arguments in await rows.durable_tasks()] == [
         f'[["{name}"], {{}}]' for name in ("before", "kept", "after")
     ]
 
@@ -151,7 +137,7 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
                 task(unheard, "record").apply_durably(("x",), ordering_key=cast("str", key))
     with pytest.raises(OutsideUnitOfWork, match=r"async with db\.transaction\(\)"):
         task(unheard, "record").delay_durably("x")
-    assert await stored(rows) == []
+    assert await rows.durable_tasks() == []
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1e300, True, "5", "2030-01-01T00:00:00Z", timedelta(seconds=5)])
@@ -167,7 +153,7 @@ async def test_wrong_times_fail_at_the_call(
     async with db.transaction():
         with pytest.raises(TypeError, match=instead):
             task(unheard, "record").apply_durably(("x",), **options)
-    assert await stored(rows) == []
+    assert await rows.durable_tasks() == []
 
 
 async def test_other_databases_are_refused(tmp_path: Path) -> None:
@@ -201,7 +187,7 @@ async def test_idempotency_key(relayed: Worker, rows: Observer) -> None:
         assert await result(relayed, ids[0]) == "x"
     assert len(set(ids)) == 1
     assert await rows.names() == ["x"]
-    assert len(await stored(rows)) == 1
+    assert len(await rows.durable_tasks()) == 1
 
 
 async def test_used_idempotency_key_holds_nothing_up(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
@@ -226,7 +212,7 @@ async def test_due_later(relayed: Worker, rows: Observer) -> None:
         later = add.apply_durably(("later",), eta=datetime.now(UTC) + timedelta(seconds=1.2))
         expired = add.apply_durably(("expired",), expires=-1)
         never = add.apply_durably(("never",), countdown=3600)
-    await until_status(rows, expired, "cancelled")
+    await rows.until_status(expired, "cancelled")
     assert await rows.names() == []
     assert await result(relayed, late) == "late"
     assert await result(relayed, later) == "later"
@@ -298,7 +284,7 @@ async def test_cancelled_while_it_ends(unheard: Celery[celery_ext.Task], rows: O
         session.execute(statements.RING_NEXT_OF_KEY, {"key": "k"})
     assert not await cancelling
     assert await asyncio.to_thread(administration.cancel, db, second)
-    assert [status for status, _ in await stored(rows)] == ["done", "cancelled"]
+    assert [status for status, _ in await rows.durable_tasks()] == ["done", "cancelled"]
 
 
 async def test_retries_are_kept_in_the_row(relayed: Worker, rows: Observer) -> None:
@@ -331,13 +317,13 @@ async def test_failed_for_good(relayed: Worker, rows: Observer) -> None:
         task_id = relayed.task("add_item").delay_durably("x", "duplicate")
         bad = relayed.task("bad_statement_retried").delay_durably("hunter2")
     for each in (task_id, bad):
-        await until_status(rows, each, "failed")
+        await rows.until_status(each, "failed")
     errors = {row.id: row.error for row in administration.failed(db, 10)}
     assert errors[task_id] == "IntegrityError: SQLSTATE 23505, constraint uq_item_name, table item"
     assert "hunter2" not in errors[bad]
     await rows.connection.execute("""UPDATE durable_task SET arguments = '[["x"], {}]' WHERE id = $1""", task_id)
     assert administration.retry(db, task_id) == 1
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
     assert await rows.names() == ["x"]
 
 
@@ -348,7 +334,7 @@ async def test_duplicate_messages_are_dropped(relayed: Worker, rows: Observer) -
         task_id = add.delay_durably("x")
     for _ in range(20):
         add.apply_async(("x",), task_id=task_id, headers={"durable": True})
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
     last = add.delay("last")
     await asyncio.to_thread(last.get, timeout=20)
     assert await rows.names() == ["last", "x"]
@@ -359,7 +345,7 @@ async def test_rollback_only_is_done(relayed: Worker, rows: Observer) -> None:
     async with db.transaction():
         ids = [relayed.task(f"rolled_back_by_itself{kind}").delay_durably("x") for kind in ("", "_async")]
     for task_id in ids:
-        await until_status(rows, task_id, "done")
+        await rows.until_status(task_id, "done")
     assert await rows.names() == []
 
 
@@ -376,28 +362,26 @@ async def test_row_lock_is_the_lease(relayed: Worker, rows: Observer) -> None:
     query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 11"
     assert await rows.connection.fetchval(query) == 1
     await rows.connection.execute("SELECT pg_advisory_unlock(11)")
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
 
 
 async def test_message_that_the_broker_lost(relayed: Worker, rows: Observer) -> None:
     """A row that was sent, and never arrived, is rung again."""
     async with db.transaction():
         task_id = relayed.task("add_item").apply_durably(("x",), queue="nobody-listens")
-    while not await rows.connection.fetchval("SELECT rings FROM durable_task WHERE id = $1", task_id):
-        await asyncio.sleep(0.02)
+    await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
     await rows.connection.execute('UPDATE durable_task SET options = \'{"headers": {"durable": true}}\'')
     assert await result(relayed, task_id) == "x"
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
 
 
+@pytest.mark.usefixtures("kills")
 async def test_worker_killed_in_the_middle(relayed: Worker, rows: Observer) -> None:
     """Early acknowledged or not, the task is run again, and its effect is there once."""
-    await rows.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
     async with db.transaction():
         task_id = relayed.task("killed_once_acked_early").delay_durably("x")
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
     assert await rows.names() == ["x"]
-    await rows.connection.execute("DROP SEQUENCE kills")
 
 
 async def test_lease_outlives_the_transaction(relayed: Worker, rows: Observer) -> None:
@@ -413,11 +397,9 @@ async def test_lease_outlives_the_transaction(relayed: Worker, rows: Observer) -
         released.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
     await asyncio.to_thread(relayed.task("add_item").delay("other").get, timeout=20)
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
     assert await rows.names() == ["other", "x begun", "x ended"]
-    async with asyncio.timeout(20):
-        while await rows.connection.fetchval(ADVISORY_LOCKS):
-            await asyncio.sleep(0.02)
+    await rows.until(NO_ADVISORY_LOCKS)
 
 
 async def test_lease_ends_with_its_process(rows: Observer) -> None:
@@ -430,7 +412,7 @@ async def test_lease_ends_with_its_process(rows: Observer) -> None:
         os.kill(await rows.connection.fetchval("SELECT name::int FROM item WHERE name ~ '^[0-9]+$'"), signal.SIGKILL)
         await rows.connection.execute("DELETE FROM item")
         await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-        await until_status(rows, task_id, "done")
+        await rows.until_status(task_id, "done")
     names = [name for name in await rows.names() if not name.isdigit()]
     assert names == ["pid begun", "pid ended"]
 
@@ -445,9 +427,8 @@ async def test_ordering_key(relayed: Worker, rows: Observer) -> None:
     async with db.transaction():
         relayed.task("add_item").apply_durably(("lost", "raise"), ordering_key="a")
         last = append.apply_durably(("a", 10), ordering_key="a")
-    await until_status(rows, last, "done")
-    while administration.figures(db)["pending"]:
-        await asyncio.sleep(0.02)
+    await rows.until_status(last, "done")
+    await rows.until(NO_PENDING_TASKS)
     names = [row["name"] for row in await rows.connection.fetch("SELECT name FROM item ORDER BY id")]
     for key, count in (("a", 11), ("b", 10), ("c", 10)):
         assert [name for name in names if name.startswith(key)] == [f"{key} {number}" for number in range(count)]
@@ -460,8 +441,8 @@ async def test_two_heads_of_one_key(relayed: Worker, rows: Observer) -> None:
         first = append.apply_durably(("a", 0), ordering_key="a", countdown=1)
         second = append.apply_durably(("a", 1), ordering_key="a")
     await rows.connection.execute("UPDATE durable_task SET ring_at = now() WHERE id = $1", second)
-    await until_status(rows, second, "done")
-    await until_status(rows, first, "done")
+    await rows.until_status(second, "done")
+    await rows.until_status(first, "done")
     assert [row["name"] for row in await rows.connection.fetch("SELECT name FROM item ORDER BY id")] == ["a 0", "a 1"]
 
 
@@ -470,10 +451,9 @@ async def test_a_durable_task_starts_others(relayed: Worker, rows: Observer) -> 
     async with db.transaction():
         good = relayed.task("start_others").delay_durably("good", 3)
         bad = relayed.task("start_others").delay_durably("bad", 3, fail=True)
-    await until_status(rows, good, "done")
-    await until_status(rows, bad, "failed")
-    while administration.figures(db)["pending"]:
-        await asyncio.sleep(0.02)
+    await rows.until_status(good, "done")
+    await rows.until_status(bad, "failed")
+    await rows.until(NO_PENDING_TASKS)
     assert await rows.names() == ["good 0", "good 1", "good 2"]
 
 
@@ -527,8 +507,8 @@ async def test_command_line(prefork: Worker, rows: Observer) -> None:
         failing = prefork.task("add_item").delay_durably("y", "raise")
         cancelled = prefork.task("add_item").apply_durably(("z",), countdown=3600)
     relay = await asyncio.create_subprocess_exec(*command, "run", env=environment, stderr=subprocess.PIPE)
-    await until_status(rows, done, "done")
-    await until_status(rows, failing, "failed")
+    await rows.until_status(done, "done")
+    await rows.until_status(failing, "failed")
     relay.terminate()
     _, log = await relay.communicate()
     assert relay.returncode == 0
@@ -541,7 +521,7 @@ async def test_command_line(prefork: Worker, rows: Observer) -> None:
     assert (await asyncio.to_thread(run, "retry", failing)).stdout == "1 to be run again\n"
     assert (await asyncio.to_thread(run, "retry")).returncode == 2
     assert (await asyncio.to_thread(run, "prune", "--days", "0")).stdout == "2 deleted\n"
-    assert [status for status, _ in await stored(rows)] == ["pending"]
+    assert [status for status, _ in await rows.durable_tasks()] == ["pending"]
 
 
 async def test_failure_is_told(relayed: Worker, rows: Observer) -> None:
@@ -550,17 +530,17 @@ async def test_failure_is_told(relayed: Worker, rows: Observer) -> None:
         task_id = relayed.task("add_item").apply_durably(("x", "raise"), link_error=relayed.task("errback").s("x"))
     with pytest.raises(ValueError, match="x"):
         await asyncio.to_thread(relayed.app.AsyncResult(task_id).get, timeout=20)
-    await until_status(rows, task_id, "failed")
+    await rows.until_status(task_id, "failed")
 
 
+@pytest.mark.usefixtures("kills")
 async def test_duplicate_does_not_begin(relayed: Worker, rows: Observer) -> None:
     """The body of a task that is done, or not due, is not even entered: it may act outside of the database."""
-    await rows.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
     count_run = relayed.task("count_run")
     async with db.transaction():
         done = count_run.delay_durably("done")
         later = count_run.apply_durably(("later",), countdown=3600)
-    await until_status(rows, done, "done")
+    await rows.until_status(done, "done")
     for _ in range(5):
         for task_id in (done, later):
             count_run.apply_async(("again",), task_id=task_id, headers={"durable": True})
@@ -568,7 +548,6 @@ async def test_duplicate_does_not_begin(relayed: Worker, rows: Observer) -> None
         await asyncio.to_thread(relayed.task("add_item").delay(f"{number}").get, timeout=20)
     assert await rows.connection.fetchval("SELECT last_value FROM kills") == 1
     assert "done" in await rows.names()
-    await rows.connection.execute("DROP SEQUENCE kills")
 
 
 async def test_later_transactions_of_a_key_wait(unheard: Celery[Any], rows: Observer) -> None:
@@ -603,7 +582,7 @@ async def test_stored_with_the_session_that_is_there(unheard: Celery[Any], rows:
 
     async with serve(app) as client:
         assert (await client.post("/")).status_code == 500
-    assert (await rows.names(), await stored(rows)) == ([], [])
+    assert (await rows.names(), await rows.durable_tasks()) == ([], [])
 
 
 async def test_key_whose_next_was_forgotten(relayed: Worker, rows: Observer) -> None:
@@ -613,7 +592,7 @@ async def test_key_whose_next_was_forgotten(relayed: Worker, rows: Observer) -> 
         first = add.apply_durably(("first",), ordering_key="k", countdown=3600)
         second = add.apply_durably(("second",), ordering_key="k")
     await rows.connection.execute("UPDATE durable_task SET status = 'done' WHERE id = $1", first)
-    await until_status(rows, second, "done")
+    await rows.until_status(second, "done")
 
 
 async def test_prune_keeps_what_is_young_or_failed(unheard: Celery[Any], rows: Observer) -> None:
@@ -627,7 +606,7 @@ async def test_prune_keeps_what_is_young_or_failed(unheard: Celery[Any], rows: O
            finished_at = now() - CASE arguments::json -> 0 ->> 0 WHEN 'young' THEN 6 ELSE 8 END * interval '1 day'"""
     )
     assert administration.prune(db, 7) == 2
-    assert [status for status, _ in await stored(rows)] == ["failed", "pending", "done"]
+    assert [status for status, _ in await rows.durable_tasks()] == ["failed", "pending", "done"]
 
 
 async def test_savepoint_around_a_released_one(unheard: Celery[Any], rows: Observer) -> None:
@@ -637,7 +616,7 @@ async def test_savepoint_around_a_released_one(unheard: Celery[Any], rows: Obser
         async with session.begin_nested():
             task(unheard, "record").delay_durably("x")
         await outer.rollback()
-    assert await stored(rows) == []
+    assert await rows.durable_tasks() == []
 
 
 async def test_idempotency_key_is_the_tasks_own(unheard: Celery[Any], rows: Observer) -> None:
@@ -645,4 +624,4 @@ async def test_idempotency_key_is_the_tasks_own(unheard: Celery[Any], rows: Obse
     async with db.transaction():
         for name in ("record", "add_item"):
             task(unheard, name).apply_durably(("x",), idempotency_key="k")
-    assert len(await stored(rows)) == 2
+    assert len(await rows.durable_tasks()) == 2

@@ -14,7 +14,6 @@ from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, task, worker
-from tests.worker.test_durable_dispatch import until_status
 
 
 @pytest.mark.parametrize(
@@ -30,17 +29,18 @@ from tests.worker.test_durable_dispatch import until_status
         "unreachable_once_async",
     ],
 )
+@pytest.mark.usefixtures("kills")
 async def test_database_lost_before_the_commit(relayed: Worker, rows: Observer, name: str) -> None:
     """What is wrong with the server or the connection is no failure of the task: it is run again."""
-    await rows.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
     async with db.transaction():
         task_id = relayed.task(name).delay_durably("x")
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
     assert await rows.names() == ["x"]
-    await rows.connection.execute("DROP SEQUENCE kills")
 
 
-async def test_distances_grow(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+async def test_interrupted_task_runs_again_after_growing_pauses(
+    unheard: Celery[celery_ext.Task], rows: Observer
+) -> None:
     """What the database interrupts each time anew is run again after a second, and then less and less often."""
     async with db.transaction():
         task_id = task(unheard, "add_item").delay_durably("x")
@@ -54,13 +54,13 @@ async def test_distances_grow(unheard: Celery[celery_ext.Task], rows: Observer) 
     assert seconds == [1, 1, 2, 8, 512]
 
 
-async def test_dropped_coroutine(relayed: Worker, rows: Observer) -> None:
+async def test_duplicate_of_a_coroutine_is_dropped_quietly(relayed: Worker, rows: Observer) -> None:
     """A duplicate message of an ``async def`` task is dropped without a word."""
     task = relayed.task("release_and_wait")
     async with db.transaction():
         task_id = task.delay_durably("x", 9)
-    await until_status(rows, task_id, "done")
-    for _ in range(200):
+    await rows.until_status(task_id, "done")
+    for _ in range(20):
         task.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
     await asyncio.to_thread(relayed.task("add_item").delay("last").get, timeout=20)
     assert "never awaited" not in relayed.log
@@ -78,7 +78,7 @@ async def test_duplicate_in_the_process_of_the_lease(rows: Observer) -> None:
             released.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
         await asyncio.to_thread(running.task("add_item").delay("after the duplicates").get, timeout=20)
         await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-        await until_status(rows, task_id, "done")
+        await rows.until_status(task_id, "done")
     assert await rows.names() == ["after the duplicates", "x begun", "x ended"]
 
 
@@ -93,7 +93,7 @@ async def test_lease_beside_a_pool_of_one(rows: Observer) -> None:
                 for outcome, status in (("succeed", "done"), ("raise", "failed"))
             }
         for task_id, status in ends.items():
-            await until_status(rows, task_id, status)
+            await rows.until_status(task_id, status)
     assert "will be run again" not in running.log
 
 
@@ -108,13 +108,12 @@ async def test_long_task_leaves_the_relay_at_rest(relayed: Worker, rows: Observe
     async with db.transaction():
         task_id = relayed.task("wait_for_lock").delay_durably(9)
     await rows.until_somebody_waits_for_a_lock()
-    while not await rows.connection.fetchval("SELECT ring_at < clock_timestamp() FROM durable_task"):
-        await asyncio.sleep(0.02)
+    await rows.until("(SELECT ring_at < clock_timestamp() FROM durable_task)")
     event.listen(db.sync_engine, "before_cursor_execute", count)
     await rows.connection.execute("SELECT pg_sleep(2)")
     event.remove(db.sync_engine, "before_cursor_execute", count)
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
     assert 0 < len(seen) < 20
 
 
@@ -128,7 +127,7 @@ async def test_lost_connection_to_the_broker_does_not_wait_for_tasks(relayed: Wo
         await session.execute(statements.UNCLAIM, {"ids": [task_id]})
         await session.execute(statements.RING_SOON, {"id": task_id})
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
 
 
 async def test_tasks_that_store_under_each_others_keys(relayed: Worker, rows: Observer) -> None:
@@ -140,7 +139,7 @@ async def test_tasks_that_store_under_each_others_keys(relayed: Worker, rows: Ob
     await rows.until_somebody_waits_for_a_lock()
     assert await rows.connection.fetchval(f"SELECT pg_try_advisory_lock({lock})", "b")
     await rows.connection.execute("SELECT pg_advisory_unlock_all()")
-    await until_status(rows, first, "done")
+    await rows.until_status(first, "done")
 
 
 async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None:
@@ -158,10 +157,10 @@ async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None
     assert administration.retry(db, None) == 3
     async with db.transaction():
         other = append.apply_durably(("b", 1), ordering_key="b")
-    await until_status(rows, other, "done")
+    await rows.until_status(other, "done")
     assert await rows.names() == ["b 1"]
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-    await until_status(rows, last, "done")
+    await rows.until_status(last, "done")
     in_order = await rows.connection.fetch("SELECT name FROM item ORDER BY id")
     assert [row["name"] for row in in_order] == ["b 1", "a 0", "a 1", "a 2", "a 4"]
 
@@ -170,11 +169,11 @@ async def test_retry_that_does_not_give_up(relayed: Worker, rows: Observer) -> N
     """After a ``retry(throw=False)`` the body's effects stay, and it is run again."""
     async with db.transaction():
         task_id = relayed.task("three_times").delay_durably("x")
-    await until_status(rows, task_id, "done")
+    await rows.until_status(task_id, "done")
     assert await rows.names() == ["x 0", "x 1", "x 2"]
 
 
-async def test_ended_elsewhere(relayed: Worker, rows: Observer) -> None:
+async def test_task_that_was_ended_elsewhere_leaves_nothing_more(relayed: Worker, rows: Observer) -> None:
     """Who goes on after the row was ended by somebody else leaves nothing more."""
     await rows.connection.execute("SELECT pg_advisory_lock(9)")
     async with db.transaction():
@@ -194,11 +193,10 @@ async def test_retry_with_options(relayed: Worker, rows: Observer) -> None:
         first = relayed.task("retried_with").apply_durably(("first", options), time_limit=88)
         other = relayed.task("retried_with").apply_durably(("other", {}), time_limit=88)
         moved = relayed.task("retried_with").delay_durably("moved", {"queue": "nobody-listens", "priority": 3})
-    await until_status(rows, first, "done")
-    await until_status(rows, other, "done")
+    await rows.until_status(first, "done")
+    await rows.until_status(other, "done")
     assert await rows.names() == ["first 77 sent", "other 88 None"]
-    while not await rows.connection.fetchval("SELECT retries FROM durable_task WHERE id = $1", moved):
-        await asyncio.sleep(0.02)
+    await rows.until("(SELECT retries FROM durable_task WHERE id = $1) > 0", moved)
     query = "SELECT CAST(options AS json) ->> $1 FROM durable_task WHERE id = $2"
     assert [await rows.connection.fetchval(query, name, moved) for name in ("queue", "priority")] == [
         "nobody-listens",
@@ -214,4 +212,4 @@ async def test_retry_that_cannot_be_stored(relayed: Worker, rows: Observer) -> N
             relayed.task("retried_with").delay_durably("x", {"eta": "soon"}),
         ]
     for task_id in ids:
-        await until_status(rows, task_id, "cancelled")
+        await rows.until_status(task_id, "cancelled")

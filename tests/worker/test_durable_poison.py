@@ -21,7 +21,6 @@ from fastapi_chatdify_db import db
 from tests.models import Item
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, task, urls
-from tests.worker.test_durable_dispatch import stored, until_status
 
 
 def savepoint_that_fails(session: Session, store: Callable[[], str]) -> None:
@@ -88,7 +87,7 @@ async def test_stored_with_the_transaction_of_the_call(
     """Savepoints that come and go after the call do not matter, nor whether it is called within a flush or commit."""
     with db.sync_transaction() as session:
         work(session, lambda: task(unheard, "record").delay_durably("x"))
-    assert await stored(rows) == [("pending", '[["x"], {}]')]
+    assert await rows.durable_tasks() == [("pending", '[["x"], {}]')]
 
 
 async def test_call_after_the_commit_is_refused(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
@@ -114,7 +113,7 @@ async def test_what_cannot_be_read_back_is_not_stored(
     async with db.transaction():
         with pytest.raises(ArgumentsNotSerializable):
             task(unheard, "record").delay_durably(argument)
-    assert await stored(rows) == []
+    assert await rows.durable_tasks() == []
 
 
 async def test_row_that_cannot_be_read_is_passed_over(
@@ -130,8 +129,8 @@ async def test_row_that_cannot_be_read_is_passed_over(
     await rows.connection.execute("UPDATE durable_task SET due_at = now(), ring_at = now()")
     async with db.transaction():
         innocent = add.delay_durably("innocent")
-    await until_status(rows, old, "done")
-    await until_status(rows, innocent, "done")
+    await rows.until_status(old, "done")
+    await rows.until_status(innocent, "done")
     assert f"[{bad}] can not be sent" in caplog.text
 
 
@@ -173,8 +172,8 @@ async def test_error_that_cannot_be_stored_as_it_is(relayed: Worker, rows: Obser
             (text.encode("utf-16", "surrogatepass").hex(),), ordering_key="k"
         )
         behind = relayed.task("add_item").apply_durably(("behind",), ordering_key="k")
-    await until_status(rows, failing, "failed")
-    await until_status(rows, behind, "done")
+    await rows.until_status(failing, "failed")
+    await rows.until_status(behind, "done")
 
 
 async def test_failure_before_the_body(relayed: Worker, rows: Observer) -> None:
@@ -182,8 +181,8 @@ async def test_failure_before_the_body(relayed: Worker, rows: Observer) -> None:
     async with db.transaction():
         failing = relayed.task("never_starts").apply_durably(ordering_key="k")
         behind = relayed.task("add_item").apply_durably(("behind",), ordering_key="k")
-    await until_status(rows, failing, "failed")
-    await until_status(rows, behind, "done")
+    await rows.until_status(failing, "failed")
+    await rows.until_status(behind, "done")
     assert await rows.connection.fetchval("SELECT error FROM durable_task WHERE id = $1", failing) == (
         "ValueError: not today"
     )
@@ -193,7 +192,7 @@ async def test_replace_is_refused(relayed: Worker, rows: Observer) -> None:
     """The successor would be an ordinary task, sent before the commit; the error says what to write instead."""
     async with db.transaction():
         task_id = relayed.task("replaced").delay_durably("x")
-    await until_status(rows, task_id, "failed")
+    await rows.until_status(task_id, "failed")
     [failed] = administration.failed(db, 10)
     assert "delay_durably" in failed.error
     assert await rows.names() == []
@@ -207,7 +206,7 @@ async def test_running_task_that_was_released_is_not_cancelled(relayed: Worker, 
     await rows.until_somebody_waits_for_a_lock()
     assert not await asyncio.to_thread(administration.cancel, db, running)
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-    await until_status(rows, running, "done")
+    await rows.until_status(running, "done")
 
 
 async def test_task_of_an_included_module(

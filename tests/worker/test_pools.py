@@ -12,7 +12,6 @@ from celery_ext import AsyncTaskNotSupported, StatementFailed
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.observing import Observer
-from tests.worker.conftest import Until
 from tests.worker.running import Worker, brokers, worker
 
 POOLS = ["prefork", "threads", "solo", "gevent"]
@@ -41,14 +40,12 @@ async def test_commit_and_rollback(pooled: Worker, empty_tables: Observer) -> No
     assert await empty_tables.in_transaction() == 0
 
 
-async def test_error_callbacks_and_handlers_write(pooled: Worker, empty_tables: Observer, until: Until) -> None:
+async def test_error_callbacks_and_handlers_write(pooled: Worker, empty_tables: Observer) -> None:
     """After the body there is a unit for each errback, and one for the handlers."""
     result = pooled.task("handled").apply_async(("x", "raise"), link_error=pooled.task("errback").s("x"))
     await asyncio.to_thread(result.get, timeout=20, propagate=False)
     await asyncio.to_thread(pooled.until_logged, "raised unexpected: ValueError")
-    while len(await empty_tables.names()) < 3:
-        await empty_tables.connection.execute("SELECT pg_sleep(0.01)")
-    assert await empty_tables.names() == ["after_return x FAILURE", "errback x", "on_failure x"]
+    await empty_tables.until_names(["after_return x FAILURE", "errback x", "on_failure x"])
 
 
 async def test_tasks_send_others(pooled: Worker, empty_tables: Observer) -> None:
@@ -67,10 +64,7 @@ async def test_durable_tasks(pooled: Worker, rows: Observer) -> None:
                 append.apply_durably(("key", number), ordering_key="key")
             add_item.delay_durably("lost", "raise")
             add_item.delay_durably("other")
-        while (
-            await rows.connection.fetchval("SELECT count(*) FROM durable_task WHERE status IN ('done', 'failed')") < 7
-        ):
-            await rows.connection.execute("SELECT pg_sleep(0.01)")
+        await rows.until("7 = (SELECT count(*) FROM durable_task WHERE status IN ('done', 'failed'))")
     written = [row["name"] for row in await rows.connection.fetch("SELECT name FROM item ORDER BY id")]
     assert [name for name in written if name != "other"] == [f"key {number}" for number in range(5)]
     assert "other" in written
@@ -123,9 +117,8 @@ async def test_greenlets_wait_together(empty_tables: Observer) -> None:
     await empty_tables.connection.execute("SELECT pg_advisory_lock(7)")
     with worker(BROKER, "-c", "8", pool="gevent") as running:
         results = [running.task("wait_for_lock").delay(7) for _ in range(8)]
-        query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 7"
-        while await empty_tables.connection.fetchval(query) < 8:
-            await empty_tables.connection.execute("SELECT pg_sleep(0.01)")
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 7"
+        await empty_tables.until(f"8 = ({waiting})")
         await empty_tables.connection.execute("SELECT pg_advisory_unlock(7)")
         for result in results:
             await asyncio.to_thread(result.get, timeout=20)
@@ -210,9 +203,9 @@ async def test_parent_that_used_the_engine_before_it_forked(empty_tables: Observ
         assert "OperationalError" not in running.log
 
 
+@pytest.mark.usefixtures("kills")
 async def test_killed_in_the_middle(empty_tables: Observer) -> None:
     """A process killed in a task with ``acks_late`` leaves no row; the redelivered task leaves one."""
-    await empty_tables.connection.execute("DROP SEQUENCE IF EXISTS kills; CREATE SEQUENCE kills")
     for broker in brokers():
         await empty_tables.connection.execute("SELECT setval('kills', 1, false)")
         with worker(broker, "-c", "1") as running:
@@ -223,7 +216,6 @@ async def test_killed_in_the_middle(empty_tables: Observer) -> None:
                 await asyncio.to_thread(running.until_logged, "succeeded")
     assert await empty_tables.names() == sorted(brokers())
     assert await empty_tables.in_transaction() == 0
-    await empty_tables.connection.execute("DROP SEQUENCE kills")
 
 
 async def test_database_restarted_under_a_worker(empty_tables: Observer) -> None:

@@ -13,20 +13,11 @@ from celery_ext import ResultNotSerializable, StatementFailed
 from tests.observing import Observer
 from tests.worker.running import Worker
 
-TASKS = 2000
-
-
-async def until_names(observer: Observer, expected: list[str]) -> None:
-    """Return when just these rows are there; callbacks run after the result that they follow."""
-    for _ in range(3000):
-        if await observer.names() == sorted(expected):
-            return
-        await asyncio.sleep(0.02)
-    assert await observer.names() == sorted(expected)
+TASKS = 300
 
 
 async def test_results_rows_and_callbacks_agree(prefork: Worker, empty_tables: Observer) -> None:
-    """Of 2,000 tasks exactly those that succeed have rows and ran their ``link``."""
+    """Of 300 tasks exactly those that succeed have rows and ran their ``link``."""
     task, link = prefork.task("add_item"), prefork.task("record")
     outcomes = {f"{n:04}": {3: "raise", 7: "duplicate"}.get(n % 10, "succeed") for n in range(TASKS)}
     results: dict[str, AsyncResult[Any]] = {
@@ -39,7 +30,7 @@ async def test_results_rows_and_callbacks_agree(prefork: Worker, empty_tables: O
     kinds = {"raise": "ValueError", "duplicate": "StatementFailed", "succeed": "nothing"}
     assert raised == {name: kinds[outcome] for name, outcome in outcomes.items()}
     succeeded = [name for name, outcome in outcomes.items() if outcome == "succeed"]
-    await until_names(empty_tables, [*succeeded, *(f"linked {name}" for name in succeeded)])
+    await empty_tables.until_names([*succeeded, *(f"linked {name}" for name in succeeded)])
     assert await empty_tables.in_transaction() == 0
 
 
@@ -51,7 +42,7 @@ async def test_result_that_cannot_be_stored(prefork: Worker, empty_tables: Obser
         await asyncio.to_thread(result.get, timeout=20)
     assert await empty_tables.names() == []
     prefork.task(task).apply_async(("ignored",), ignore_result=True)
-    await until_names(empty_tables, ["ignored"])
+    await empty_tables.until_names(["ignored"])
 
 
 @pytest.mark.parametrize("outcome", ["raise", "duplicate"])
@@ -60,7 +51,7 @@ async def test_error_callback_of_a_failed_task_writes(prefork: Worker, empty_tab
     errbacks = [prefork.task("errback").s("x"), prefork.task("failing_errback").s("y")]
     result = prefork.task("add_item").apply_async(("x", outcome), link_error=errbacks)
     await asyncio.to_thread(result.get, timeout=20, propagate=False)
-    await until_names(empty_tables, ["errback x"])
+    await empty_tables.until_names(["errback x"])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +67,7 @@ async def test_handlers_write(prefork: Worker, empty_tables: Observer, outcome: 
     """``on_failure`` and its kin, of a base class of the user's own, have a unit that outlives the body's."""
     result = prefork.task("handled").delay("x", outcome)
     await asyncio.to_thread(result.get, timeout=20, propagate=False)
-    await until_names(empty_tables, expected)
+    await empty_tables.until_names(expected)
 
 
 async def test_handlers_whose_commit_fails_are_logged(prefork: Worker, empty_tables: Observer) -> None:
