@@ -26,6 +26,8 @@ from celery_ext.durable.statements import CLAIM
 NAME = "durable"
 BROKERS = {"redis": "redis://127.0.0.1:6379/10", "rabbitmq": "amqp://guest:guest@127.0.0.1:5672//"}
 DELAY = "plain delay after the commit"
+RELAYED = 20_000  # rows
+WARMED, STARTED = 20, 300  # tasks
 ADD = """INSERT INTO durable_task (id, name, arguments, options, due_at, ring_at, status, finished_at)
          SELECT '{kind}-' || n, 'dispatching.start', '[[' || n || '], {{}}]', '{{"headers": {{"durable": true}}}}',
                 now(), now(), '{status}', CASE WHEN '{status}' = 'done' THEN now() END
@@ -70,22 +72,22 @@ def requests(environment: dict[str, str], rounds: int, seconds: int) -> Comparis
     return Comparison("dispatch", "requests", [*measures.values()], {DELAY: 0.8})
 
 
-def relayed(environment: dict[str, str], database: psycopg2.extensions.connection, count: int = 20_000) -> float:
+def relayed(environment: dict[str, str], database: psycopg2.extensions.connection) -> float:
     """Rows that a relay sends per second."""
     cursor = database.cursor()
     cursor.execute("TRUNCATE durable_task")
     with running("celery_ext.relay", "-A", "dispatching:celery_app", "run", environment=environment):
         cursor.execute(ADD.format(kind="warm", status="pending", count=1) + "; NOTIFY durable_task")
         wait(lambda: scalar(database, "SELECT count(*) FROM durable_task WHERE rings > 0") == 1)
-        cursor.execute(ADD.format(kind="row", status="pending", count=count))
+        cursor.execute(ADD.format(kind="row", status="pending", count=RELAYED))
         started = time.perf_counter()
         cursor.execute("NOTIFY durable_task")
         # The last batch is marked before it is sent; one batch more tells that it was.
-        wait(lambda: scalar(database, "SELECT count(*) FROM durable_task WHERE rings > 0") == count + 1)
-        return count / (time.perf_counter() - started)
+        wait(lambda: scalar(database, "SELECT count(*) FROM durable_task WHERE rings > 0") == RELAYED + 1)
+        return RELAYED / (time.perf_counter() - started)
 
 
-def latencies(environment: dict[str, str], database: psycopg2.extensions.connection, count: int = 300) -> list[float]:
+def latencies(environment: dict[str, str], database: psycopg2.extensions.connection) -> list[float]:
     """Seconds from a commit to the start of its task, nothing else being there to do."""
     cursor = database.cursor()
     cursor.execute("TRUNCATE durable_task")
@@ -93,7 +95,7 @@ def latencies(environment: dict[str, str], database: psycopg2.extensions.connect
     relay = ("celery_ext.relay", "-A", "dispatching:celery_app", "run")
     committed = {}
     with running(*worker, environment=environment), running(*relay, environment=environment):
-        for number in range(1, count + 21):
+        for number in range(1, WARMED + STARTED + 1):
             cursor.execute(
                 ADD.format(kind=f"n{number}", status="pending", count=1).replace("|| n ||", f"|| {number} ||")
                 + "; NOTIFY durable_task"
@@ -101,7 +103,7 @@ def latencies(environment: dict[str, str], database: psycopg2.extensions.connect
             committed[number] = time.time()
             wait(lambda: scalar(database, "SELECT max(number) FROM benchmark_started") == number)  # noqa: B023
     cursor.execute("SELECT number, at FROM benchmark_started")
-    return sorted(at - committed[number] for number, at in cursor.fetchall() if number > 20)
+    return sorted(at - committed[number] for number, at in cursor.fetchall() if number > WARMED)
 
 
 def scan(database: psycopg2.extensions.connection) -> float:

@@ -59,9 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=Path(__file__).stem, description=__doc__)
     parser.add_argument("port", type=int)
     parser.add_argument("paths", nargs="+")
-    parser.add_argument("--clients", type=int, default=8)  # fewer than a pool keeps open, so that none is opened anew
-    parser.add_argument("--slow", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    for option in ("--clients", "--slow", "--seconds"):
+        parser.add_argument(option, type=int, required=True)
     arguments = parser.parse_args()
     answered, refused = asyncio.run(run(arguments))
     print("answered", answered, "refused", refused, "seconds", arguments.seconds)

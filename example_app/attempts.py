@@ -1,7 +1,7 @@
-"""An attempt at one step of a message: counted before it begins, tried again later, given up after a few.
+"""An attempt at one step of a message: counted before it begins, made again later, given up after a few.
 
-The task's row in the database sees to it that there is an attempt, and no other one at the same time; what came of it
-is committed with that row's end and with the task of the next step.
+The durable task's row ensures that there is an attempt, and only one at a time. Its outcome is committed together with
+the end of that row and with the task of the next step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from example_app.settings import get_settings
 from fastapi_chatdify_db import db
 
 Work = Callable[[Message], Awaitable[MessageState]]
-"""Does a step outside, holding no connection; notes what came of it and returns the message's next state."""
-
+"""Does a step outside, holding no connection; notes the outcome and returns the message's next state."""
 
 _LONGEST_PAUSE: Final = 300.0  # seconds
 
@@ -34,8 +33,8 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
     """Do ``work`` once, and dispatch what is next.
 
     Parameters:
-        task: Who does it, to be retried.
-        message_id: Whose step it is.
+        task: The task that makes the attempt, to be retried.
+        message_id: The message.
         work: The step.
         given_up: The message's state after ``CELERY_TASK_MAX_RETRIES`` more failures, or one that will not pass; None
             for a step that is tried for as long as its failure may pass.
@@ -68,15 +67,15 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
     retries = settings.celery_task_max_retries
     handed_over_at = message.dialogue.handed_over_at
     if handed_over_at is not None and message.created_at <= handed_over_at:
-        # The human who got the conversation has this message too: it waited when an earlier one was handed over.
+        # It waited when an earlier message was handed over, so the human who got the conversation has it too.
         return MessageState.HANDED_OVER
-    if given_up is not None and message.attempts > retries + 1:  # each time the worker died over it
+    if given_up is not None and message.attempts > retries + 1:  # the worker died each time
         return given_up
     try:
         async with asyncio.timeout(settings.celery_task_soft_time_limit):
             return await work(message)
     except SQLAlchemyError:
-        raise  # whether it passes is known to celery_ext
+        raise  # celery_ext decides whether it may pass
     except Exception as error:
         foreseen = isinstance(error, OutsideError)
         logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=not foreseen)
@@ -89,7 +88,7 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
 
 
 def pause(attempts: int, error: Exception) -> float:
-    """Seconds until the next attempt, five minutes at most: who asks for more is asked now and then.
+    """Seconds until the next attempt, five minutes at most even if the API asks for more.
 
     Parameters:
         attempts: How many have failed.
@@ -103,4 +102,4 @@ def pause(attempts: int, error: Exception) -> float:
 def _may_pass(error: Exception, *, tries_left: bool) -> bool:
     if isinstance(error, OutsideError):
         return error.may_pass
-    return tries_left or isinstance(error, TimeoutError)  # who hangs may answer later; a bug of ours will stay
+    return tries_left or isinstance(error, TimeoutError)  # an API that hangs may answer later, a bug of ours stays

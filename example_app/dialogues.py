@@ -18,13 +18,13 @@ DELIVERIES_KEPT: Final = timedelta(days=7)
 
 
 async def is_new_delivery(delivery_id: str, event: str) -> bool:
-    """Remember a webhook's delivery id; False when it is known. The same one at the same time waits here."""
+    """Remember a webhook's delivery id; False when it is known. The same one at the same time waits for this one."""
     known = insert(WebhookDelivery).values(delivery_id=delivery_id, event=event).on_conflict_do_nothing()
     return (await db.session.execute(known.returning(WebhookDelivery.id))).first() is not None
 
 
 def forget_old_deliveries(session: Session) -> None:
-    """Delete what was kept long enough."""
+    """Delete the deliveries older than ``DELIVERIES_KEPT``."""
     session.execute(delete(WebhookDelivery).where(WebhookDelivery.received_at < func.now() - DELIVERIES_KEPT))
 
 

@@ -61,7 +61,7 @@ def _report_to_sentry(settings: Settings) -> None:
 
 
 def _strike_secret_out(report: dict[str, Any], _: object) -> dict[str, Any]:
-    """What is said of the request in a report to Sentry, without the webhook's secret."""
+    """Take the webhook's secret out of a report to Sentry."""
     request = report.get("request") or {}
     request.update({name: _without(request[name]) for name in ("query_string", "url") if name in request})
     return report

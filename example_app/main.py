@@ -43,7 +43,7 @@ def create_app() -> FastAPI:
     logs.logger.info("Chatwoot's webhooks are expected at %s/chatwoot-webhook", settings.api_base_url)
     db.settings = settings
     db.creates_tables = settings.in_development  # elsewhere "alembic upgrade head" has made them
-    import_module("example_app.tasks")  # registers what the dispatch stores
+    import_module("example_app.tasks")  # registers the tasks for the dispatch
     celery_ext.init_app(worker.app, relay=True)
     app = FastAPI(title="Chatdify", summary="Answers Chatwoot's conversations with Dify", lifespan=lifespan)
     db.init_app(app)

@@ -22,13 +22,13 @@ class Settings(DatabaseSettings):
     """The environment variables of the names below in upper case; those of ``DatabaseSettings`` besides.
 
     Parameters:
-        environment: ``development`` opens the doors that have no secret; anything else refuses to start without one.
+        environment: ``development`` runs without secrets; with any other value the web does not start without them.
         log_level: Of the root logger.
         api_base_url: Where Chatwoot and Dify reach this application.
         chatdify_api_token: The bearer token of the API.
         chatwoot_webhook_secret: Chatwoot's signing secret; older versions carry it in the webhook's URL.
         chatwoot_webhook_max_age: Seconds after which a signed webhook is refused.
-        redis_host: Of the default broker and result backend, as the next three.
+        redis_host: Host of the default broker and result backend; the next three likewise.
         celery_broker_url: In place of ``redis_broker``.
         celery_result_backend: In place of ``redis_backend``.
         celery_task_default_queue: The queue of the tasks.
@@ -125,7 +125,7 @@ class Settings(DatabaseSettings):
 
     @property
     def in_development(self) -> bool:
-        """Whether doors without a secret stand open, and the tables are made at the start."""
+        """Whether secrets may be missing, and the tables are created at the start."""
         return self.environment == "development"
 
     @property
@@ -139,10 +139,10 @@ class Settings(DatabaseSettings):
         return self.celery_result_backend or self.redis_backend or f"redis://{self.redis_host}:{self.redis_port}/1"
 
     def require_secrets(self) -> None:
-        """What the web application asks before it starts.
+        """Check that the web application has the secrets that it needs outside development.
 
         Raises:
-            InvalidSettings: A door would stand open, or others' stay closed, outside development.
+            InvalidSettings: Some are missing; the message names them.
         """
         missing = [name for name in _SECRETS if not getattr(self, name)]
         if missing and not self.in_development:

@@ -1,7 +1,7 @@
 """What each step of a message does outside: ask Dify, post the answer, hand the conversation to a human.
 
-Every step may have been tried before by a worker that died or a call that got no answer. So from the second attempt
-on it looks first whether it has been done.
+An earlier attempt may have died, or got no answer, after its call was made. So from the second attempt on, each step
+looks first whether it has been done.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ async def ask(message: Message) -> MessageState:
 
 
 async def _earlier_answer(question: Question, message: Message) -> Answer | None:
-    """What Dify answered to an earlier attempt; the conversation that it stands in becomes the question's."""
+    """Dify's answer to an earlier attempt; its conversation becomes the question's."""
     dify = await get_dify()
-    # The user has one, and it need not be the one we know: an earlier attempt may have begun it.
+    # It need not be the conversation that we know: an earlier attempt may have begun a new one.
     question.conversation_id = next(iter(await dify.conversations(question.user)), None)
     if question.conversation_id is None:
         return None

@@ -1,4 +1,4 @@
-"""Chatwoot's webhooks: read, and judged whether the bot is meant. Decisions on data, no I/O."""
+"""Chatwoot's webhooks: what they say, and whether the bot is to answer. Decisions on data, no I/O."""
 
 from __future__ import annotations
 

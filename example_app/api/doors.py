@@ -23,7 +23,7 @@ _bearer: Final = HTTPBearer(auto_error=False, description="CHATDIFY_API_TOKEN")
 
 
 def require_token(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> None:
-    """Let in who has the API's token; everybody in development without one.
+    """Refuse callers without the API's token; in development there may be none.
 
     Raises:
         fastapi.HTTPException: 401.

@@ -1,4 +1,4 @@
-"""``POST /chatwoot-webhook``: what Chatwoot tells is stored, and a task answers it."""
+"""``POST /chatwoot-webhook``: stores what Chatwoot reports; a task answers it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _BODY: Final[dict[str, Any]] = {
 
 @router.post("/chatwoot-webhook", openapi_extra=_BODY, response_model_exclude_none=True)
 async def chatwoot_webhook(body: Body, delivery_id: DeliveryID = None) -> WebhookResult:
-    """Take what Chatwoot tells; the same delivery or message again does nothing."""
+    """Take a webhook; the same delivery or message again does nothing."""
     event = parse(body)
     if isinstance(event, OtherEvent):
         return WebhookResult(status="skipped", reason="unknown event")

@@ -1,4 +1,4 @@
-"""Calls to somebody else's HTTP API: what is retried, for how long, and the errors it ends with."""
+"""Calls to an outside HTTP API: what is retried, for how long, and with which error it ends."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ M = TypeVar("M", bound=BaseModel)
 
 TRIES: Final = 3
 LONGEST_PAUSE: Final = 10.0
-"""Seconds that a call waits for ``Retry-After``; who is told to wait longer gets the error."""
+"""Seconds that a call waits for ``Retry-After``; if it is told to wait longer, it fails."""
 _LONGEST_WAIT: Final = 3600.0
-"""Seconds that anybody is believed who asks to wait."""
+"""Seconds to which ``Retry-After`` is capped."""
 
 _CODE: Final = re.compile("[a-z_]{1,64}")
 
@@ -45,11 +45,11 @@ class OutsideError(Exception):
 
 
 class NotFound(OutsideError):
-    """404: there is no such thing, or not for us."""
+    """404: it does not exist, or not for us."""
 
 
 class Rejected(OutsideError):
-    """The API understood and said no; saying it again does not help."""
+    """The API understood and said no; asking again does not help."""
 
 
 class Busy(OutsideError):
@@ -79,10 +79,10 @@ class OutsideAPI:
     """One API, over connections that are kept.
 
     Parameters:
-        name: How log and errors call it.
+        name: What logs and errors call it.
         base_url: Prefix of every path.
         headers: Sent with every request.
-        settings: Whose time-outs count.
+        settings: For its time-outs.
     """
 
     passing_codes: ClassVar[frozenset[str]] = frozenset()
@@ -140,7 +140,7 @@ class OutsideAPI:
         if status in (429, 503):
             raise (Busy if status == 429 else Unanswered)(call, outcome, _seconds(response.headers.get("Retry-After")))
         if status == 404:
-            # One that is no JSON is a proxy's, whose server is away.
+            # A 404 that is not JSON comes from a proxy whose server is away.
             is_its_own = response.headers.get("Content-Type", "").startswith("application/json")
             raise (NotFound if is_its_own else Unanswered)(call, outcome)
         raise (Unanswered if status >= 500 or code in self.passing_codes else Rejected)(call, outcome)

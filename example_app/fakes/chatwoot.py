@@ -60,10 +60,10 @@ class FakeChatwoot:
     """One account, which tells the application about every message.
 
     Parameters:
-        api_key: What callers have to bring.
-        webhook_url: Where to tell.
-        webhook_secret: What to sign with; None is an older Chatwoot, which does not sign.
-        admin_key: What they have to bring to read and to set labels; then ``api_key`` is an agent bot's.
+        api_key: The key that callers need.
+        webhook_url: Where to send webhooks.
+        webhook_secret: What to sign them with; None is an older Chatwoot, which does not sign.
+        admin_key: The key that callers need to read and to set labels; ``api_key`` is then an agent bot's.
     """
 
     def __init__(
@@ -110,16 +110,13 @@ class FakeChatwoot:
         message = self._add(self.conversation(conversation_id), content, "incoming", CUSTOMER)
         return await self.tell("message_created", message, conversation_id)
 
-    async def tell(
-        self, event: str, fields: dict[str, Any], conversation_id: int | None = None, delivery: str | None = None
-    ) -> httpx.Response:
+    async def tell(self, event: str, fields: dict[str, Any], conversation_id: int | None) -> httpx.Response:
         """Send a webhook.
 
         Parameters:
             event: Its name.
             fields: What stands at its top level.
-            conversation_id: Which conversation to describe in it.
-            delivery: Its delivery id; the same one again is the same webhook again.
+            conversation_id: Which conversation to describe in it, if any.
         """
         payload = {"event": event, "account": {"id": 1}} | fields
         if conversation_id is not None:
@@ -131,7 +128,7 @@ class FakeChatwoot:
             headers |= {
                 "X-Chatwoot-Timestamp": timestamp,
                 "X-Chatwoot-Signature": sign(self._webhook_secret, timestamp, body),
-                "X-Chatwoot-Delivery": delivery or str(uuid4()),
+                "X-Chatwoot-Delivery": str(uuid4()),
             }
         return await self._client.post(self.webhook_url, content=body, headers=headers)
 

@@ -43,7 +43,7 @@ class FakeDify:
     """The service API of one chat application, whose answer repeats what was asked.
 
     Parameters:
-        api_key: What the bearer has to bring.
+        api_key: The bearer token that callers need.
     """
 
     def __init__(self, api_key: str) -> None:
@@ -70,7 +70,7 @@ class FakeDify:
         return [conversation for conversation in self.conversations.values() if conversation.user == user]
 
     def forget(self, conversation_id: str) -> None:
-        """Know a conversation no longer, as when its application was published anew."""
+        """Forget a conversation, as when its application is published again."""
         self.forgotten.append(self.conversations.pop(conversation_id))
 
     async def _chat(self, request: Request) -> Response:

@@ -18,9 +18,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def served(app: ASGIApp, port: int = 0) -> AsyncIterator[str]:
-    """Serve ``app`` on localhost for the time of the block; yields its URL."""
-    with socket.create_server(("127.0.0.1", port)) as listener:
+async def served(app: ASGIApp) -> AsyncIterator[str]:
+    """Serve ``app`` on localhost for the duration of the block; yields its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         try:
