@@ -44,10 +44,8 @@ def restore(request: Context) -> Callable[[], None] | None:
     stack = ExitStack()
     if (request_id := request.get(_REQUEST_ID)) is not None:
         stack.enter_context(carried_request_id(request_id))
-    if propagate is not None and otel is not None:
-        carrier = {name: value for name in names if (value := request.get(name)) is not None}
-        if carrier:
-            stack.callback(otel.detach, otel.attach(propagate.extract(carrier)))
+    if carrier := {name: value for name in names if (value := request.get(name)) is not None}:
+        stack.callback(otel.detach, otel.attach(propagate.extract(carrier)))
     return stack.close
 
 
