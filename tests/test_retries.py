@@ -19,7 +19,7 @@ from tests.models import Counter, Item
 from tests.observing import Observer
 from tests.serving import serve
 
-CLIENTS, INCREMENTS = 20, 5
+CLIENTS, INCREMENTS = 20, 20
 ASKS_TO_RETRY = "DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"
 
 
@@ -54,7 +54,7 @@ def counting_app(retries: int) -> FastAPI:
 @pytest.mark.parametrize("path", ["/increment", "/increment-def"])
 @pytest.mark.parametrize("handled", [False, True], ids=["unhandled", "with a handler"])
 async def test_contended_increments_all_succeed(counter: Observer, path: str, handled: bool) -> None:
-    """20 clients increment one row 5 times each at SERIALIZABLE: with one retry all get 200, and the sum is exact."""
+    """20 clients increment one row 20 times each at SERIALIZABLE: with one retry all get 200, and the sum is exact."""
     app = counting_app(retries=1)
     if handled:
 

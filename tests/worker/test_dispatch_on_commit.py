@@ -25,11 +25,11 @@ from tests.serving import free_socket, serve
 from tests.worker.application import create_app
 from tests.worker.running import Worker, task, urls
 
-REQUESTS = 100
+REQUESTS = 500
 
 
 async def test_no_task_misses_its_row(prefork: Worker, empty_tables: Observer) -> None:
-    """Of 100 requests, each task finds the row that its request inserted."""
+    """Of 500 requests, each task finds the row that its request inserted."""
     read = prefork.task("read_item")
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware)

@@ -13,11 +13,11 @@ from celery_ext import ResultNotSerializable, StatementFailed
 from tests.observing import Observer
 from tests.worker.running import Worker
 
-TASKS = 300
+TASKS = 2000
 
 
 async def test_results_rows_and_callbacks_agree(prefork: Worker, empty_tables: Observer) -> None:
-    """Of 300 tasks exactly those that succeed have rows and ran their ``link``."""
+    """Of 2,000 tasks exactly those that succeed have rows and ran their ``link``."""
     task, link = prefork.task("add_item"), prefork.task("record")
     outcomes = {f"{n:04}": {3: "raise", 7: "duplicate"}.get(n % 10, "succeed") for n in range(TASKS)}
     results: dict[str, AsyncResult[Any]] = {
