@@ -58,7 +58,7 @@ class CallbackQueue:
             return  # a savepoint was released; the transaction around it still decides
         root = session.get_transaction()
         kept = [entry for entry in self._pending if root in self_and_parents(entry.transaction)]
-        self._pending = [entry for entry in self._pending if entry not in kept]
+        self._pending = [entry for entry in self._pending if root not in self_and_parents(entry.transaction)]
         self._due.extend(entry.callback for entry in kept)
 
     def _after_rollback(self, _: Session, ended: SessionTransaction) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from functools import partial
 from typing import Annotated
 
@@ -146,6 +147,23 @@ async def test_own_commit_makes_its_callbacks_due(observer: Observer) -> None:
         await work()
     assert ran == ["committed"]
     assert await observer.names() == ["a"]
+
+
+async def test_thousands_of_callbacks(observer: Observer) -> None:
+    """Each costs as much as the first."""
+    ran: list[int] = []
+
+    def work() -> float:
+        with db.sync_transaction() as session:
+            session.add(Item("a"))
+            session.flush()
+            for number in range(5000):
+                db.on_commit(partial(ran.append, number))
+            start = time.perf_counter()
+        return time.perf_counter() - start
+
+    assert await asyncio.to_thread(work) < 2
+    assert ran == list(range(5000))
 
 
 async def test_own_rollback_drops_its_callbacks(observer: Observer) -> None:
