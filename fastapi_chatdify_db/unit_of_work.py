@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import ContextVar
@@ -246,3 +247,7 @@ def log_failed_callback(callback: AfterCommit, error: BaseException) -> None:
     while isinstance(named, partial):
         named = named.func  # its arguments may be private
     logger.error("on_commit callback %s failed", getattr(named, "__qualname__", type(named)), exc_info=error)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=lambda: _current.set(None))  # the unit, with its connection, is the parent's

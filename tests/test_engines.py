@@ -340,3 +340,30 @@ assert backends(database)[1] == before[1]
 """,
         DATABASE_URL=database_url,
     )
+
+
+def test_fork_inside_a_unit(database_url: str) -> None:
+    """The unit is the parent's: its child, which would write into the parent's transaction, has to open another."""
+    in_a_new_process(
+        """
+from fastapi_chatdify_db import Database, OutsideUnitOfWork
+from tests.test_engines import PID, fork_and_wait
+
+database = Database()
+
+def child():
+    try:
+        database.sync_session
+    except OutsideUnitOfWork:
+        with database.sync_transaction() as session:
+            assert session.execute(PID).scalar_one() != parents
+    else:
+        raise AssertionError("it has the parent's")
+
+with database.sync_transaction() as session:
+    parents = session.execute(PID).scalar_one()
+    assert fork_and_wait(child) == 0
+    assert database.sync_session.execute(PID).scalar_one() == parents
+""",
+        DATABASE_URL=database_url,
+    )
