@@ -106,8 +106,9 @@ def _commit(unit: UnitOfWork, task: Task) -> None:
 def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     execution = Execution.beginning(task)
     if execution is None:
-        call = _joined(task, body, args, kwargs) if task.db_session else body(*args, **kwargs)
-        return call if in_event_loop() else event_loop.run(call)
+        if in_event_loop():
+            return _joined(task, body, args, kwargs) if task.db_session else body(*args, **kwargs)
+        return event_loop.run(_alone(task, body, args, kwargs) if task.db_session else body(*args, **kwargs))
     if (unit := execution.begin()) is None:
         return event_loop.run(body(*args, **kwargs))
     assert isinstance(unit, AsyncUnitOfWork)
@@ -145,6 +146,11 @@ async def _finished(unit: AsyncUnitOfWork, execution: Execution, body: Callable[
 async def _joined(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(joinable_unit(), AsyncUnitOfWork):
         return await body(*args, **kwargs)
+    return await _alone(task, body, args, kwargs)
+
+
+async def _alone(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In a unit of its own; also in the thread of a request, whose session belongs to the server's loop."""
     unit = AsyncUnitOfWork()
     unit.isolation_level = task.db_isolation_level
     async with unit:

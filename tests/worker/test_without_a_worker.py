@@ -219,6 +219,22 @@ async def test_task_in_a_request(eager: dict[str, Any], empty_tables: Observer) 
     assert await empty_tables.names() == ["kept"]
 
 
+async def test_async_task_in_a_def_endpoint(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """It runs on a loop of its own, and so in a unit of its own: the request's session belongs to the server's loop."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/{name}")
+    def call(name: str) -> None:
+        db.sync_session.add(Item(f"{name} endpoint"))
+        eager["add_item_async"](f"{name} task")
+
+    async with serve(app) as client:
+        for name in ("first", "second"):
+            assert (await client.post(f"/{name}")).status_code == 200
+    assert await empty_tables.names() == ["first endpoint", "first task", "second endpoint", "second task"]
+
+
 async def test_own_call_that_skips_ours_is_reported(empty_tables: Observer, caplog: pytest.LogCaptureFixture) -> None:
     """A class whose ``__call__`` bypasses the commit loses its rows loudly."""
     app: Celery[Any] = Celery("bypass", broker="memory://", backend="cache+memory://")
