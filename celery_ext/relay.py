@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 from celery import Celery
 from celery.app.utils import find_app
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from celery_ext.binding import database_of
 from celery_ext.durable import administration
@@ -52,6 +52,8 @@ def _with_tables(context: typer.Context) -> Iterator[Database]:
         if sqlstate(error.orig) != _UNDEFINED_TABLE:
             raise
         raise _failure("there is no table durable_task here; create the tables") from None
+    except OperationalError as error:
+        raise _failure(f"the database cannot be asked: {error.orig}".partition("\n")[0]) from None
 
 
 def _failure(line: str) -> typer.Exit:
