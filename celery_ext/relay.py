@@ -64,7 +64,9 @@ def _failure(line: str) -> typer.Exit:
 @cli.command()
 def run(
     context: typer.Context,
-    grace: Annotated[float, typer.Option(help="Seconds until a row that was sent is rung again; doubles.")] = GRACE,
+    grace: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until a row that was sent is rung again; doubles.")
+    ] = GRACE,
 ) -> None:
     """Send rows that are due, until SIGTERM or SIGINT; any number of relays may run side by side."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
