@@ -13,6 +13,9 @@ from typing import Final
 _KEPT: Final = 10
 """How many threads are kept while idle; as many as Celery keeps connections to a broker (``broker_pool_limit``)."""
 
+_MOST_OVERDUE: Final = 100
+"""How many threads may be left with what did not end in time, before a broker that hangs takes all of them."""
+
 
 def send_within(seconds: float, send: Callable[[], object]) -> BaseException | None:
     """Call ``send`` in another thread; returns what it raised, or a ``TimeoutError`` when it did not end in time.
@@ -24,6 +27,8 @@ def send_within(seconds: float, send: Callable[[], object]) -> BaseException | N
         seconds: How long to wait. After that, ``send`` goes on by itself.
         send: The call that may hang.
     """
+    if len(_overdue) >= _MOST_OVERDUE:
+        return TimeoutError(f"{_MOST_OVERDUE} messages wait for the broker already")
     try:
         sender = _idle.pop()
     except IndexError:
@@ -32,7 +37,11 @@ def send_within(seconds: float, send: Callable[[], object]) -> BaseException | N
     outcome: Future[BaseException | None] = Future()
     sender.messages.put((send, outcome))
     done, _ = wait([outcome], seconds)
-    return outcome.result() if done else TimeoutError(f"no answer in {seconds:g} s; it may still be sent")
+    if done:
+        return outcome.result()
+    _overdue.add(outcome)
+    outcome.add_done_callback(_overdue.discard)
+    return TimeoutError(f"no answer in {seconds:g} s; it may still be sent")
 
 
 class _Sender(Thread):
@@ -57,6 +66,13 @@ class _Sender(Thread):
 
 
 _idle: Final[deque[_Sender]] = deque()
+_overdue: Final[set[Future[BaseException | None]]] = set()
+
+
+def _forget_parents_threads() -> None:
+    _idle.clear()
+    _overdue.clear()
+
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_idle.clear)  # the threads are the parent's
+    os.register_at_fork(after_in_child=_forget_parents_threads)

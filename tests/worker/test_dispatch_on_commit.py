@@ -23,6 +23,7 @@ from tests.models import Item
 from tests.observing import Observer
 from tests.serving import free_socket, serve
 from tests.worker.application import create_app
+from tests.worker.conftest import Until
 from tests.worker.running import Worker, task, urls
 
 REQUESTS = 500
@@ -155,3 +156,24 @@ async def test_failed_dispatch_is_raised_outside_a_unit_too(broken: Celery[Any])
     """Where there is nothing to commit, the call itself raises."""
     with pytest.raises(DispatchFailed, match="was not sent"):
         task(broken, "read_item").apply_async_on_commit(("x",), on_error="raise")
+
+
+def test_broker_that_hangs(until: Until) -> None:
+    """What goes on waiting for it is bounded; the next messages are refused at once, until it answers or is gone."""
+
+    def senders() -> int:
+        return sum(thread.name == "celery_ext.sender" for thread in threading.enumerate())
+
+    listener = free_socket()
+    app = create_app(f"redis://127.0.0.1:{listener.getsockname()[1]}/0", "cache+memory://", "nowhere")
+    app.conf.update(broker_connection_timeout=0.001, task_publish_retry=False)
+    read = task(app, "read_item")
+    before = senders()
+    for _ in range(150):
+        with pytest.raises(DispatchFailed) as failed:
+            read.apply_async_on_commit(("x",), on_error="raise")
+    assert "100 messages wait for the broker already" in str(failed.value)
+    assert senders() <= before + 100
+    listener.close()
+    until(lambda: senders() <= 10)
+    app.close()
