@@ -10,7 +10,7 @@ from fastapi_chatdify_db.sqlstates import sqlstate
 
 # Names of things in the schema; PostgreSQL's messages and details quote values.
 # psycopg2: https://www.psycopg.org/docs/extensions.html#psycopg2.extensions.Diagnostics
-# asyncpg keeps the same fields on the exception itself.
+# asyncpg keeps the same fields on the exception itself, which is the cause of the one that SQLAlchemy makes of it.
 _NAMED = ("constraint_name", "table_name", "column_name")
 
 
@@ -64,7 +64,7 @@ def portable(error: BaseException) -> BaseException:
 
 def _statement_failed(error: SQLAlchemyError) -> StatementFailed:
     original = error.orig if isinstance(error, StatementError) else None  # e.g. PendingRollbackError quotes one
-    fields = getattr(original, "diag", original)
+    fields = getattr(original, "diag", None) or getattr(original, "__cause__", None)
     details = [f"SQLSTATE {state}"] if (state := sqlstate(original)) else []
     details += [f"{name.removesuffix('_name')} {value}" for name in _NAMED if (value := getattr(fields, name, None))]
     failed = StatementFailed(": ".join(filter(None, [type(error).__name__, ", ".join(details)])))

@@ -131,9 +131,10 @@ async def test_error_that_quotes_another_is_not_shown(prefork: Worker, empty_tab
     assert await empty_tables.names() == []
 
 
-async def test_constraint_is_named(prefork: Worker, empty_tables: Observer) -> None:
+@pytest.mark.parametrize("task", ["add_item", "add_item_async"])
+async def test_constraint_is_named(prefork: Worker, empty_tables: Observer, task: str) -> None:
     """The constraint that failed at COMMIT is in what the caller gets."""
-    result = prefork.task("add_item").delay("x", "duplicate")
+    result = prefork.task(task).delay("x", "duplicate")
     with pytest.raises(StatementFailed, match=r"IntegrityError: SQLSTATE 23505, constraint uq_item_name, table item"):
         await asyncio.to_thread(result.get, timeout=20)
 
