@@ -42,7 +42,8 @@ class Observer:
         """Return when an SQL expression is true."""
         async with asyncio.timeout(PATIENCE):
             while not await self.connection.fetchval(f"SELECT {condition}", *arguments):
-                await self.connection.execute("SELECT pg_sleep(0.01)")
+                # Within a transaction of the observer's own, PostgreSQL would repeat what it first said of activity.
+                await self.connection.execute("SELECT pg_sleep(0.01), pg_stat_clear_snapshot()")
 
     async def until_names(self, expected: list[str]) -> None:
         """Return when the committed items have just these names."""

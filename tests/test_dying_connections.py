@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import Engine, event, func, insert, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware
@@ -256,7 +256,8 @@ async def test_new_connection_that_cannot_be_prepared_is_not_used(observer: Obse
     await run(observer, driver, read_then_ask, lambda engine: keep_tenants_apart(engine, fails=2))
 
 
-async def test_connection_whose_end_is_noticed_before_the_commit(observer: Observer) -> None:
+@pytest.mark.parametrize("end", ["by the server", "by the driver", "by the application"])
+async def test_connection_whose_end_is_noticed_before_the_commit(observer: Observer, end: str) -> None:
     """What was written is lost, which the unit's owner is told, and the place in the pool is free again."""
     database = Database(settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
 
@@ -264,14 +265,20 @@ async def test_connection_whose_end_is_noticed_before_the_commit(observer: Obser
         async with database.transaction() as session:
             session.add(Item("lost"))
             await session.flush()
-            raw = (await (await session.connection()).get_raw_connection()).driver_connection
+            connection = await session.connection()
+            raw = (await connection.get_raw_connection()).driver_connection
             assert raw is not None
             closed = asyncio.Event()
             raw.add_termination_listener(lambda _: closed.set())
-            await observer.terminate_others()
+            if end == "by the server":
+                await observer.terminate_others()
+            elif end == "by the driver":
+                raw.terminate()
+            else:
+                await connection.invalidate()
             await closed.wait()
 
-    with pytest.raises(DBAPIError):
+    with pytest.raises(SQLAlchemyError):
         await write_and_lose_connection()
     assert database.async_engine.pool.status().endswith("Current Checked out connections: 0")
     assert await observer.names() == []

@@ -197,8 +197,19 @@ async def test_savepoint_keeps_the_rest(database: Database, observer: Observer) 
 
 async def test_nothing_lost_is_no_error(database: Database, observer: Observer) -> None:
     """Where nothing but reads came before the failure, and nothing after it, handling it is the end of it."""
+
+    def lose(session: Session) -> None:
+        write_without_parameters(session)
+        with suppress(DBAPIError):
+            session.execute(DUPLICATE)
+        database.rollback_only()
+
     async with database.transaction() as session:
         session.add(Item("not a number"))
+    async with database.transaction() as session:
+        await session.run_sync(lose)
+    with database.sync_transaction() as sync_session:
+        lose(sync_session)
     for failing in (DUPLICATE, NOT_A_NUMBER):
         async with database.transaction() as session:
             await session.get(Counter, 1)

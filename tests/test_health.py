@@ -36,16 +36,17 @@ async def test_live_and_ready(tables: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_unreachable_database_is_not_ready(tables: None) -> None:
-    """503 with a reason that names neither host nor user; the process is live all the same."""
+    """503, be it one of several, with a reason that names neither host nor user; the process is live all the same."""
     with free_socket() as listener:
         port = listener.getsockname()[1]
     gone = Database("gone", settings=DatabaseSettings(database_url=f"postgresql://user:secret@127.0.0.1:{port}/x"))
     app = FastAPI()
-    app.include_router(create_health_router(gone))
+    app.include_router(create_health_router(db, gone))
     async with serve(app) as client:
         assert (await client.get("/health/live")).status_code == 200
         ready = await client.get("/health/ready")
-    assert ready.status_code == 503
+    assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
+    assert ready.json()["databases"]["db"]["status"] == "ok"
     assert ready.json()["databases"]["gone"]["reason"] == "unavailable"
     assert "secret" not in ready.text
     assert "127.0.0.1" not in ready.text

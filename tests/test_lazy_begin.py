@@ -8,12 +8,13 @@ from typing import Any
 import psycopg2
 import pytest
 from psycopg2.extensions import connection as PsycopgConnection  # noqa: N812  # a class, whatever its name
-from sqlalchemy import Connection, func, insert, literal, make_url, select, text, update
+from sqlalchemy import Connection, delete, func, insert, literal, make_url, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db import Database, DatabaseSettings
+from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.models import Counter, Item
+from tests.observing import Observer
 
 Scenario = Callable[[Session, "Other"], None]
 SCENARIOS: list[Scenario] = []
@@ -367,6 +368,30 @@ async def test_callbacks_of_a_unit_that_only_read(database: Database, driver: st
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
 @pytest.mark.parametrize("lazy", [True, False])
+def write_on_the_driver(session: Session) -> None:
+    session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('a')")
+
+
+def write_on_a_detached_connection(session: Session) -> None:
+    session.connection().detach()
+    session.execute(insert(Item).values(name="a"))
+
+
+@pytest.mark.parametrize("write", [write_on_the_driver, write_on_a_detached_connection])
+async def test_what_is_not_known_of_a_connection_may_be_a_write(
+    observer: Observer, write: Callable[[Session], None]
+) -> None:
+    """It is committed too, although no statement that SQLAlchemy ran, or on no connection of the pool's, began it."""
+    async with db.transaction() as session:
+        await session.scalars(select(Item))
+        await session.run_sync(write)
+    assert await observer.names() == ["a"]
+    with db.sync_transaction() as sync_session:
+        sync_session.execute(delete(Item))
+        write(sync_session)
+    assert await observer.names() == ["a"]
+
+
 async def test_unit_that_only_reads_is_idle_in_no_transaction(other: Other, driver: str, lazy: bool) -> None:
     """With DB_LAZY_BEGIN a handler may read, and wait for something slow, without a transaction open meanwhile."""
     database = Database(settings=DatabaseSettings(db_lazy_begin=lazy))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import Connection, event, select, text
@@ -194,10 +196,25 @@ async def test_many_def_endpoints_on_a_small_pool_do_not_block_each_other(observ
     def read_and_return() -> int:
         return int(patient.sync_session.execute(text("SELECT 1")).scalar_one())
 
+    places = to_thread.current_default_thread_limiter().total_tokens
     async with serve(app) as client:
         responses = await asyncio.gather(*(client.get("/") for _ in range(100)))
     assert [response.status_code for response in responses] == [200] * 100
+    assert to_thread.current_default_thread_limiter().total_tokens == places
     await patient.dispose()
+
+
+def test_other_threads_wait_for_a_connection_too(database_url: str) -> None:
+    """Those of a script, or of a worker's pool, have no place to lend."""
+    database = Database(settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
+
+    def read(number: int) -> int:
+        with database.sync_transaction() as session:
+            return int(session.execute(text(f"SELECT {number} FROM pg_sleep(0.01)")).scalar_one())
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(read, range(8))) == list(range(8))
+    database.engines.dispose_sync()
 
 
 @pytest.mark.parametrize("path", ["/slow", "/slow-def"])

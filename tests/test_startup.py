@@ -169,6 +169,41 @@ async def test_database_that_is_still_to_be_created(database_url: str, caplog: p
     assert all("\n" not in line for line in (*lines, str(caught.value)))
 
 
+@pytest.mark.parametrize("code", ["53300", "57P03"])
+async def test_server_that_takes_no_connections_yet(code: str) -> None:
+    """One that starts, or has too many connections, is waited for."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(8)  # whether it speaks TLS
+        writer.write(b"N")
+        await reader.read(1024)
+        reason = f"SFATAL\0VFATAL\0C{code}\0Mnot now\0\0".encode()
+        writer.write(b"E" + (len(reason) + 4).to_bytes(4) + reason)
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1") as server:
+        port = server.sockets[0].getsockname()[1]
+        url = f"postgresql://user@127.0.0.1:{port}/name"
+        busy = Database(settings=DatabaseSettings(database_url=url, db_startup_timeout=0.3))
+        with pytest.raises(DatabaseUnavailable, match="not now"):
+            async with busy.lifespan(None):
+                pass
+
+
+async def test_tables_that_another_process_is_creating(tables: None, observer: Observer) -> None:
+    """They are waited for, whatever DB_STATEMENT_TIMEOUT is."""
+    await db.drop_tables()
+    hurried = Database(settings=DatabaseSettings(db_statement_timeout=0.2))
+    async with observer.connection.transaction():
+        await observer.connection.execute("CREATE TABLE item ()")
+        creating = asyncio.create_task(hurried.create_tables())
+        await observer.until_somebody_waits_for_a_lock()
+        await observer.connection.execute("SELECT pg_sleep(0.4)")
+        await observer.connection.execute("DROP TABLE item")
+    await creating
+    await hurried.dispose()
+
+
 async def test_refusal_is_not_waited_for(
     observer: Observer, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

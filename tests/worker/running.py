@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from celery import Celery
+from celery.app.trace import trace_task
 from kombu import Queue
 from sqlalchemy import make_url
 
@@ -51,6 +52,11 @@ def urls(broker: str) -> tuple[str, str]:
 def task(app: Celery[Any], name: str) -> celery_ext.Task:
     """One of the tests' tasks, of an application."""
     return app.tasks[f"tests.worker.tasks.{name}"]  # type: ignore[return-value]  # task_cls is ours
+
+
+def deliver(task: celery_ext.Task, task_id: str) -> None:
+    """Do with a durable task's message what a worker does, in this process."""
+    trace_task(task, task_id, (), {}, {"id": task_id, "durable": True}, app=task.app)
 
 
 class Worker:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from asgi_correlation_id import CorrelationIdMiddleware
+from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
+from celery import Celery
+from celery.app.trace import trace_task
 from fastapi import FastAPI
+from opentelemetry.trace import get_current_span
 
+import celery_ext
 from fastapi_chatdify_db import DBSessionMiddleware, UnitOfWorkFilter, db
+from fastapi_chatdify_db.request_id import current_request_id
 from tests.observing import Observer
 from tests.serving import serve
 from tests.worker.running import Worker
@@ -17,16 +22,16 @@ REQUEST_ID = "6f1c7c52-3c1d-4f0a-9d55-2f1f1d2e3a4b"
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
-async def test_request_id_reaches_the_task(prefork: Worker, empty_tables: Observer) -> None:
-    """A task sent on commit, or by plain ``delay``, has the id of the request that sent it; the next task has none."""
-    task = prefork.task("seen_context")
+async def test_request_id_reaches_the_task(relayed: Worker, rows: Observer) -> None:
+    """However it was sent, a task has the id of the request that sent it; the next task has none."""
+    task = relayed.task("seen_context")
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware)
     app.add_middleware(CorrelationIdMiddleware)
 
     @app.post("/")
     async def send() -> list[str]:
-        return [task.delay_on_commit(), str(task.delay().id)]
+        return [task.delay_on_commit(), task.delay_durably(), str(task.delay().id)]
 
     async with serve(app) as client:
         response = await client.post("/", headers={"X-Request-ID": REQUEST_ID})
@@ -47,6 +52,20 @@ async def test_trace_reaches_the_task(prefork: Worker, empty_tables: Observer) -
     result = prefork.task("seen_context").delay()
     context.detach(token)
     assert (await asyncio.to_thread(result.get, timeout=20))["trace"] == TRACE.split("-")[1]
+
+
+def test_context_ends_with_the_task(unheard: Celery[celery_ext.Task]) -> None:
+    """asgi-correlation-id's own variable has the id as well, and the next task of the process neither id nor trace."""
+
+    @unheard.task(shared=False)
+    def seen() -> list[object]:
+        return [correlation_id.get(), current_request_id(), get_current_span().get_span_context().trace_id]
+
+    def delivered(**headers: str) -> object:
+        return trace_task(seen, "id", (), {}, headers, app=unheard).retval
+
+    assert delivered(CORRELATION_ID=REQUEST_ID, traceparent=TRACE) == [REQUEST_ID] * 2 + [int(TRACE.split("-")[1], 16)]
+    assert delivered() == [None, None, 0]
 
 
 async def test_log_records_name_their_unit() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from uuid import uuid4
 import pytest
 from celery import Celery
 from fastapi import FastAPI, HTTPException
+from sqlalchemy import event, inspect
 from sqlalchemy.orm import DeclarativeBase
 
 import celery_ext
@@ -27,7 +29,7 @@ from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, d
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
-from tests.worker.running import Worker, brokers, task, worker
+from tests.worker.running import Worker, brokers, deliver, task, worker
 
 NO_ADVISORY_LOCKS = """
     NOT EXISTS (SELECT FROM pg_locks JOIN pg_database ON pg_database.oid = database
@@ -172,8 +174,10 @@ async def test_other_databases_are_refused(tmp_path: Path) -> None:
     def nothing() -> None: ...
 
     await notes.create_tables()
-    with notes.sync_transaction(), pytest.raises(DurableDispatchUnsupported, match="delay_on_commit"):
-        nothing.delay_durably()
+    with notes.sync_transaction() as session:
+        assert inspect(session.connection()).get_table_names() == []
+        with pytest.raises(DurableDispatchUnsupported, match="delay_on_commit"):
+            nothing.delay_durably()
     await notes.dispose()
 
 
@@ -558,6 +562,67 @@ async def test_later_transactions_of_a_key_wait(unheard: Celery[Any], rows: Obse
                 task(unheard, "record").apply_durably((name,), ordering_key="k")
     query = "SELECT ring_at = 'infinity' AS waits FROM durable_task ORDER BY seq"
     assert [row["waits"] for row in await rows.connection.fetch(query)] == [False, True, True, True]
+
+
+async def test_transactions_of_a_key_take_turns(unheard: Celery[Any], rows: Observer) -> None:
+    """Who stores under a key during another one's COMMIT waits for it, with the locks before that one in order."""
+    record, key_lock = task(unheard, "record"), "hashtextextended($1, 20)"
+    stored_first, may_commit = threading.Event(), threading.Event()
+
+    def wait(_: object) -> None:
+        stored_first.set()
+        may_commit.wait(60)
+
+    def first() -> None:
+        with db.sync_transaction() as session:
+            record.apply_durably(("first",), ordering_key="k")
+            event.listen(session, "before_commit", wait)
+
+    def second() -> None:
+        with db.sync_transaction():
+            for key in "kjihgf":
+                record.apply_durably(("second",), ordering_key=key)
+
+    both = [asyncio.create_task(asyncio.to_thread(first))]
+    await asyncio.to_thread(stored_first.wait, 60)
+    both.append(asyncio.create_task(asyncio.to_thread(second)))
+    waits = asyncio.create_task(rows.until_somebody_waits_for_a_lock())
+    try:
+        await asyncio.wait([*both, waits], return_when=asyncio.FIRST_COMPLETED)
+        assert waits.done()
+        free = [await rows.connection.fetchval(f"SELECT pg_try_advisory_lock({key_lock})", key) for key in "fghij"]
+        assert not any(free)
+    finally:
+        may_commit.set()
+    await asyncio.gather(*both)
+    query = "SELECT ring_at = 'infinity' FROM durable_task WHERE ordering_key = 'k' ORDER BY seq"
+    assert [row[0] for row in await rows.connection.fetch(query)] == [False, True]
+
+
+async def test_relays_are_told(unheard: Celery[Any], rows: Observer) -> None:
+    """Whatever leaves something to send says so, and no relay finds it only when it looks again."""
+    told: asyncio.Queue[object] = asyncio.Queue()
+    await rows.connection.add_listener(statements.CHANNEL, lambda *_: told.put_nowait(_))
+
+    async def until_told() -> None:
+        await asyncio.wait_for(told.get(), 10)
+        assert told.empty()
+
+    @unheard.task(bind=True, shared=False, max_retries=1)
+    def retried(self: celery_ext.Task) -> None:
+        raise self.retry(countdown=0)
+
+    async with db.transaction():
+        ids = [retried.apply_durably(ordering_key="k") for _ in range(3)]
+    await until_told()
+    assert await asyncio.to_thread(administration.cancel, db, ids[0])
+    await until_told()  # of the second one
+    deliver(retried, ids[1])
+    await until_told()  # of its next attempt
+    deliver(retried, ids[1])
+    await until_told()  # of the third one, since the second has failed
+    assert await asyncio.to_thread(administration.retry, db, ids[1]) == 1
+    await until_told()
 
 
 async def test_cancelling_does_not_wait_for_the_worker(unheard: Celery[Any], rows: Observer) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from typing import Any
 
 import pytest
 from celery import Celery
-from sqlalchemy import event
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
 
 import celery_ext
-from celery_ext.durable import administration, statements
+from celery_ext.durable import administration, lease, statements
 from celery_ext.durable.relay import relaying
-from fastapi_chatdify_db import db
+from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.observing import Observer
-from tests.worker.running import Worker, brokers, task, worker
+from tests.worker.running import Worker, brokers, deliver, task, worker
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,44 @@ async def test_database_lost_before_the_commit(relayed: Worker, rows: Observer, 
         task_id = relayed.task(name).delay_durably("x")
     await rows.until_status(task_id, "done")
     assert await rows.names() == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [("40001", "pending"), ("08006", "pending"), ("57P03", "pending"), ("57014", "failed"), ("refused", "failed")],
+)
+async def test_whose_failure_it_is(unheard: Celery[celery_ext.Task], rows: Observer, error: str, status: str) -> None:
+    """PostgreSQL's codes tell; a connection of the task's own that is refused is its failure."""
+
+    @unheard.task(shared=False)
+    def fails() -> None:
+        if error == "refused":
+            socket.create_connection(("127.0.0.1", 1))
+        db.sync_session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{error}'; END $$"))
+
+    async with db.transaction():
+        task_id = fails.delay_durably()
+    deliver(fails, task_id)
+    assert await rows.durable_tasks() == [(status, "[[], {}]")]
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"), [({"retry_backoff": 30, "retry_jitter": False}, 30), ({"default_retry_delay": 40}, 40)]
+)
+async def test_db_retry_waits(
+    unheard: Celery[celery_ext.Task], rows: Observer, options: dict[str, Any], seconds: int
+) -> None:
+    """As long as Celery's own options say."""
+
+    @unheard.task(shared=False, db_retry=True, **options)
+    def fails() -> None:
+        db.sync_session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+
+    async with db.transaction():
+        task_id = fails.delay_durably()
+    deliver(fails, task_id)
+    pause = await rows.connection.fetchval("SELECT due_at - clock_timestamp() FROM durable_task WHERE retries = 1")
+    assert round(pause.total_seconds(), -1) == seconds
 
 
 async def test_interrupted_task_runs_again_after_growing_pauses(
@@ -80,6 +121,28 @@ async def test_duplicate_in_the_process_of_the_lease(rows: Observer) -> None:
         await rows.connection.execute("SELECT pg_advisory_unlock(9)")
         await rows.until_status(task_id, "done")
     assert await rows.names() == ["after the duplicates", "x begun", "x ended"]
+
+
+async def test_leases_of_one_process(rows: Observer) -> None:
+    """Each is held until its own end, on one connection, which is replaced when it is lost and closed by the last."""
+    database = Database("leasing", settings=DatabaseSettings(db_application_name="leasing"))
+    free = """SELECT CASE WHEN pg_try_advisory_lock(hashtextextended($1, 21))
+                     THEN pg_advisory_unlock(hashtextextended($1, 21)) ELSE false END"""
+    assert all(lease.hold(database, task_id) for task_id in "aab")
+    assert await rows.connections("leasing") == 1
+    lease.free(database, "a")
+    assert [await rows.connection.fetchval(free, task_id) for task_id in "ab"] == [True, False]
+    await rows.terminate_others()
+    with pytest.raises(DBAPIError):
+        lease.hold(database, "c")
+    assert lease.hold(database, "c")
+    lease.free(database, "b")
+    assert not await rows.connection.fetchval(free, "c")
+    await rows.terminate_others()
+    lease.free(database, "c")
+    assert lease.hold(database, "d")
+    lease.free(database, "d")
+    await rows.until_connections("leasing", 0)
 
 
 async def test_lease_beside_a_pool_of_one(rows: Observer) -> None:
@@ -155,6 +218,8 @@ async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None
         arguments = f'[["a {number}"], {{}}]'
         await rows.connection.execute("UPDATE durable_task SET arguments = $1 WHERE id = $2", arguments, task_id)
     assert administration.retry(db, None) == 3
+    for number, task_id in enumerate(failing):  # messages of before, which a broker may have kept
+        add.apply_async((f"a {number}",), task_id=task_id, headers={"durable": True})
     async with db.transaction():
         other = append.apply_durably(("b", 1), ordering_key="b")
     await rows.until_status(other, "done")

@@ -20,7 +20,7 @@ from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.models import Item
 from tests.observing import Observer
-from tests.worker.running import Worker, brokers, task, urls
+from tests.worker.running import Worker, brokers, deliver, task, urls
 
 
 def savepoint_that_fails(session: Session, store: Callable[[], str]) -> None:
@@ -186,6 +186,15 @@ async def test_failure_before_the_body(relayed: Worker, rows: Observer) -> None:
     assert await rows.connection.fetchval("SELECT error FROM durable_task WHERE id = $1", failing) == (
         "ValueError: not today"
     )
+
+
+async def test_failure_before_the_body_of_what_is_not_due(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """A message that is too early, or one too many, ends nothing."""
+    never_starts = task(unheard, "never_starts")
+    async with db.transaction():
+        task_id = never_starts.apply_durably(countdown=3600)
+    deliver(never_starts, task_id)
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
 
 
 async def test_replace_is_refused(relayed: Worker, rows: Observer) -> None:

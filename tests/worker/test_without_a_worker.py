@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.app.trace import trace_task
 from celery.result import allow_join_result
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -19,10 +20,11 @@ from sqlalchemy import text
 import celery_ext
 from celery_ext import ResultNotSerializable, StatementFailed
 from celery_ext.dispatch import lineage
-from fastapi_chatdify_db import DBSessionMiddleware, db
+from fastapi_chatdify_db import DBSessionMiddleware, OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
+from tests.test_engines import in_a_new_process
 from tests.worker.application import create_app
 
 
@@ -189,6 +191,15 @@ def test_decorator_that_runs_a_coroutine(empty_tables: Observer) -> None:
 async def test_called_functions(eager: dict[str, Any], empty_tables: Observer) -> None:
     """Called as a function, a task joins the unit around it and elsewhere opens one, with SQLAlchemy's errors."""
     add, add_async = eager["add_item"], eager["add_item_async"]
+    app: Celery[celery_ext.Task] = eager["record"].app
+
+    @app.task(shared=False, db_session=False)
+    async def without_session_async() -> None:
+        with pytest.raises(OutsideUnitOfWork):
+            db.session.add(Item("lost"))
+
+    await without_session_async()
+    assert eager["without_session"]() == "OutsideUnitOfWork"
     assert add("alone") == "alone"
     await add_async("alone async")
     with pytest.raises(Exception, match="uq_item_name"):
@@ -200,6 +211,110 @@ async def test_called_functions(eager: dict[str, Any], empty_tables: Observer) -
         await add_async("joined async")
         db.rollback_only()
     assert await empty_tables.names() == ["alone", "alone async"]
+
+
+async def test_nested_calls_commit_nothing(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """What runs inside a task, be it the same one again or another application's, leaves the commit to it."""
+    app: Celery[celery_ext.Task] = eager["record"].app
+
+    @Celery("plain", set_as_current=False).task(shared=False)
+    def plain() -> None: ...
+
+    class Prepared(celery_ext.Task):
+        def before_start(self, *_: object) -> None:
+            eager["add_item"]("before")
+
+    @app.task(base=Prepared, bind=True, shared=False)
+    def fails_at_its_end(self: celery_ext.Task, depth: int) -> None:
+        db.sync_session.add(Item(f"{depth}"))
+        if depth:
+            self(depth - 1)
+            plain.apply().get()
+            raise ValueError("the end")
+
+    with pytest.raises(ValueError, match="the end"):
+        fails_at_its_end.apply((1,)).get()
+    assert await empty_tables.names() == []
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+async def test_own_commit_of_a_task_that_fails(eager: dict[str, Any], empty_tables: Observer, kind: str) -> None:
+    """What it has committed by itself stays, and what was to run on that commit runs."""
+    app: Celery[celery_ext.Task] = eager["record"].app
+    ran: list[str] = []
+
+    def fails() -> None:
+        db.sync_session.add(Item("kept"))
+        db.on_commit(lambda: ran.append(kind))
+        db.sync_session.commit()
+        db.sync_session.add(Item("lost"))
+        raise ValueError
+
+    async def fails_async() -> None:
+        fails()
+
+    task = app.task(shared=False)(fails if kind == "def" else fails_async)
+    assert task.apply().state == "FAILURE"
+    assert (ran, await empty_tables.names()) == ([kind], ["kept"])
+
+
+@pytest.mark.parametrize(("db_retry", "code", "runs"), [(True, "40001", 3), (True, "22012", 1), (False, "40P01", 1)])
+def test_db_retry(eager: dict[str, Any], empty_tables: Observer, db_retry: bool, code: str, runs: int) -> None:
+    """It is opt-in, and for what PostgreSQL asks to retry."""
+    app: Celery[celery_ext.Task] = eager["record"].app
+    ran: list[str] = []
+
+    @app.task(shared=False, db_retry=db_retry, max_retries=2)
+    def fails() -> None:
+        ran.append(code)
+        db.sync_session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{code}'; END $$"))
+
+    with pytest.raises(StatementFailed, match=code):
+        fails.apply().get()
+    assert ran == [code] * runs
+
+
+@pytest.mark.parametrize(("backend", "ignore_result"), [(None, False), ("cache+memory://", True)])
+async def test_result_that_nobody_stores(empty_tables: Observer, backend: str | None, ignore_result: bool) -> None:
+    """A task without a result backend, or with ``ignore_result=True``, may write and return what it likes."""
+    app = Celery("ignoring", backend=backend, set_as_current=False)
+    celery_ext.init_app(app)
+    app.finalize()
+
+    @app.task(shared=False, ignore_result=ignore_result)
+    def returns_anything() -> object:
+        db.sync_session.add(Item("x"))
+        db.sync_session.flush()
+        return object()
+
+    trace_task(returns_anything, "id", (), {}, {"id": "id"}, app=app)  # as a worker does
+    assert await empty_tables.names() == ["x"]
+    app.close()
+
+
+def test_fork_after_use() -> None:
+    """A forked child has an event loop, and a thread that sends, of its own: its parent's do not run in it."""
+    in_a_new_process(
+        """
+import signal
+from celery_ext import event_loop
+from celery_ext.sender import send_within
+from tests.test_engines import fork_and_wait
+
+async def nothing(): pass
+
+def both():
+    assert send_within(2, bool) is None
+    event_loop.run(nothing())
+
+def child():
+    signal.alarm(5)
+    both()
+
+both()
+assert fork_and_wait(child) == 0
+"""
+    )
 
 
 async def test_task_in_a_request(eager: dict[str, Any], empty_tables: Observer) -> None:
