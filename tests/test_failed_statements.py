@@ -222,6 +222,20 @@ async def test_nothing_lost_is_no_error(database: Database, observer: Observer) 
     assert await observer.in_transaction() == 0
 
 
+async def test_error_shows_no_parameter(database: Database) -> None:
+    """What users typed is in no traceback, unless all statements are logged."""
+
+    def fail(session: Session) -> None:
+        with pytest.raises(DBAPIError, match="division by zero") as caught, session.begin_nested():
+            session.execute(text("SELECT CAST(:typed AS text), 1 / 0"), {"typed": "hunter2"})
+        assert "hunter2" not in str(caught.value)
+
+    async with database.transaction() as session:
+        await session.run_sync(fail)
+    with database.sync_transaction() as sync_session:
+        fail(sync_session)
+
+
 def write_many(session: Session) -> None:
     session.execute(insert(Item), [{"name": "a"}, {"name": "b"}])
 
