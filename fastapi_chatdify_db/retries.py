@@ -35,6 +35,8 @@ class Retries:
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
         request = _RecordedRequest(receive)
+        state = scope.get("state", {})  # what request.state has; whoever is around us may look into it afterwards
+        state_before = dict(state)
         path = self._paths.setdefault((scope["method"], scope["path"]), _Path())
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(TryAgain),
@@ -51,7 +53,9 @@ class Retries:
                         self._commit_on,
                         may_retry=number <= self._limit,
                     )
-                    # The application writes into its scope; another run starts from a clean one.
+                    # The application writes into both; another run starts from clean ones.
+                    state.clear()
+                    state.update(state_before)
                     await exchange.run(self._app, dict(scope))
 
 

@@ -261,6 +261,24 @@ async def test_body_is_received_again_in_full(counter: Observer) -> None:
     assert len(bodies) == 1
 
 
+async def test_scope_is_new_for_each_run(counter: Observer) -> None:
+    """What the first run has written into it, or into ``request.state``, the second one does not find."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=1)
+    found: list[object] = []
+
+    @app.post("/")
+    async def write(request: Request) -> None:
+        found.append((request.scope.get("mark"), getattr(request.state, "mark", None)))
+        request.scope["mark"] = request.state.mark = "written"
+        if len(found) == 1:
+            await db.session.execute(text(ASKS_TO_RETRY))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 200
+    assert found == [(None, None)] * 2
+
+
 async def test_stream_is_not_run_again(counter: Observer) -> None:
     """The client has a part of it already; it gets an incomplete body."""
     app = FastAPI()
