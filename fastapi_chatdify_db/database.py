@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Engine, MetaData
@@ -15,7 +16,7 @@ from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.base import Base
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.exceptions import InvalidSettings, NotInSyncUnit, OutsideUnitOfWork
+from fastapi_chatdify_db.exceptions import NotInSyncUnit, OutsideUnitOfWork
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_error
 
@@ -46,7 +47,7 @@ class Database:
     ) -> None:
         self.name = name
         self.base = base
-        self._settings = settings
+        self._given_settings = settings
         self.creates_tables = create_tables
         self.metadatas: list[MetaData] = [base.metadata]
         """Whose tables are created; extensions add their own. ``info["dialect"]`` limits one to a dialect."""
@@ -59,25 +60,14 @@ class Database:
     def __repr__(self) -> str:
         return f"<Database {self.name}>"
 
-    @property
+    @cached_property
     def settings(self) -> DatabaseSettings:
-        """The settings in force; they may be assigned as long as no engine was made from them.
+        """The settings in force.
 
         Raises:
-            InvalidSettings: An environment variable cannot be used; the message names it. Or an assignment is late.
+            InvalidSettings: An environment variable cannot be used; the message names it.
         """
-        if self._settings is None:
-            self._settings = DatabaseSettings()
-        return self._settings
-
-    @settings.setter
-    def settings(self, settings: DatabaseSettings) -> None:
-        if self.engines.made:
-            raise InvalidSettings(
-                f"{self.name}.settings came after {self.name} was first used; assign them where the application is "
-                "made, or write Database(settings=...) for another database"
-            )
-        self._settings = settings
+        return self._given_settings or DatabaseSettings()
 
     @property
     def async_engine(self) -> AsyncEngine:

@@ -117,11 +117,6 @@ class Engines:
         self._on_error = on_error
         _all.add(self)
 
-    @property
-    def made(self) -> bool:
-        """Whether one of the engines was asked for already."""
-        return not self.__dict__.keys().isdisjoint(("async_engine", "sync_engine"))
-
     @cached_property
     def async_engine(self) -> PerLoopAsyncEngine:
         """The asyncpg (or aiosqlite) engine."""

@@ -203,12 +203,3 @@ def test_settings_in_code_come_before_the_environment(monkeypatch: pytest.Monkey
     database = Database()
     database.settings = DatabaseSettings(database_url="postgresql://code/name")
     assert database.sync_engine.url.host == "code"
-
-
-def test_settings_that_come_too_late_are_refused() -> None:
-    """Engines keep the settings that they were made from; to ignore others would be to use the wrong database."""
-    database = Database("main", settings=DatabaseSettings(database_url="postgresql://first/name"))
-    assert database.sync_engine.url.host == "first"
-    with pytest.raises(InvalidSettings, match=r"main\.settings came after main was first used"):
-        database.settings = DatabaseSettings(database_url="postgresql://second/name")
-    assert database.settings.url().host == "first"
