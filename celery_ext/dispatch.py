@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
+from weakref import WeakKeyDictionary
 
 from celery.utils import uuid
+from kombu.exceptions import OperationalError
 
 from celery_ext.errors import DispatchFailed
 from celery_ext.execution import Execution
 from celery_ext.sender import send_within
-from fastapi_chatdify_db.unit_of_work import innermost_unit
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, innermost_unit
 
 if TYPE_CHECKING:
     from celery_ext.task import Task
@@ -24,6 +28,9 @@ OnError = Literal["log", "raise"]
 
 _TIME_LIMIT: Final = 4.0
 """Seconds: Celery's default for ``broker_connection_timeout``, which a worker of the pool gevent has unset."""
+
+_gave_up: Final[WeakKeyDictionary[UnitOfWork, float]] = WeakKeyDictionary()
+"""When the broker last failed a unit, in seconds of the monotonic clock: its other tasks would wait as long, each."""
 
 
 def send_on_commit(
@@ -38,8 +45,8 @@ def send_on_commit(
     check_arguments(task, args, kwargs)
     options = {"task_id": uuid(), **inherited(task), **options}
     send = partial(copy_context().run, partial(task.apply_async, tuple(args), dict(kwargs), **options))
-    publish = partial(_publish, task, str(options["task_id"]), send, on_error)
     unit = innermost_unit()
+    publish = partial(_publish, task, str(options["task_id"]), send, on_error, unit)
     if unit is None:
         publish()
     else:
@@ -77,14 +84,24 @@ def inherited(task: Task) -> dict[str, Any]:
     return options
 
 
-def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError) -> None:
+def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError, unit: UnitOfWork | None) -> None:
     if task.app.conf.task_always_eager:
         send()
         return
-    error = send_within(float(task.app.conf.broker_connection_timeout or _TIME_LIMIT), send)
+    error = _send(task, send, unit)
     if error is None:
         return
     message = f"task {task.name}[{task_id}] was not sent: {type(error).__name__}: {error}"
     if on_error == "raise":
         raise DispatchFailed(message) from error
     logger.error(message)
+
+
+def _send(task: Task, send: partial[Any], unit: UnitOfWork | None) -> BaseException | None:
+    limit = float(task.app.conf.broker_connection_timeout or _TIME_LIMIT)
+    if unit is not None and time.monotonic() < _gave_up.get(unit, -math.inf) + limit:
+        return TimeoutError("nor was the one before")
+    error = send_within(limit, send)
+    if unit is not None and isinstance(error, OperationalError | TimeoutError):
+        _gave_up[unit] = time.monotonic()
+    return error

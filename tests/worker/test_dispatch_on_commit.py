@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import threading
 import time
@@ -150,6 +151,21 @@ async def test_broker_that_is_down(
             assert (await client.post("/raise", timeout=10)).status_code == 503
     assert await empty_tables.names() == ["log", "raise"]
     assert "secret" not in caplog.text
+
+
+async def test_broker_that_is_down_fails_a_unit_once(broken: Celery[Any], caplog: pytest.LogCaptureFixture) -> None:
+    """A unit that sends many tasks does not wait for the broker with each of them, and the log names them all."""
+    tried: list[object] = []
+
+    def note(headers: dict[str, object], **_: object) -> None:
+        tried.append(headers["id"])
+
+    before_task_publish.connect(note)
+    async with db.transaction():
+        ids = [task(broken, "read_item").delay_on_commit("x") for _ in range(3)]
+    before_task_publish.disconnect(note)
+    assert tried == ids[:1]
+    assert re.findall(r"read_item\[(\S+)\] was not sent", caplog.text) == ids
 
 
 async def test_failed_dispatch_is_raised_outside_a_unit_too(broken: Celery[Any]) -> None:
