@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from threading import Event, Thread
@@ -26,9 +27,10 @@ class Chaos:
         books: Of the database whose sessions are terminated.
         seed: Of the dice.
         only: The one fault to inject; None for all of them.
+        seconds: Time after which no more are injected: a slow machine restarts processes more slowly than they die.
     """
 
-    def __init__(self, fleet: Fleet, broker: Broker, books: Books, seed: int, only: str | None) -> None:
+    def __init__(self, fleet: Fleet, broker: Broker, books: Books, seed: int, only: str | None, seconds: float) -> None:
         self.injected: Counter[str] = Counter()
         self._fleet = fleet
         self._books = books
@@ -43,6 +45,7 @@ class Chaos:
         }
         if only is not None:
             self._faults = {only: self._faults[only]}
+        self._seconds = seconds
         self._over = Event()
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="chaos")
@@ -58,8 +61,9 @@ class Chaos:
             raise self._error
 
     def _run(self) -> None:
+        deadline = time.monotonic() + self._seconds
         try:
-            while True:
+            while time.monotonic() < deadline:
                 for name in self._dice.sample(list(self._faults), len(self._faults)):
                     if self._over.wait(self._dice.expovariate(1 / _BETWEEN)):
                         return
