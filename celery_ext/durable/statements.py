@@ -112,14 +112,21 @@ RING_NEXT_OF_KEY: Final = text(
     """
 )
 
-# Heads of keys that nobody rang: their predecessor ended under a snapshot that did not show them, or long ago.
+# Heads of keys that nobody rang: their predecessor ended under a snapshot that did not show them, or long ago. They are
+# found first, once, whatever the planner believes of a table that has just grown.
 RING_FORGOTTEN: Final = text(
     """
-    UPDATE durable_task AS head SET ring_at = due_at
-    WHERE status = 'pending' AND ring_at = 'infinity' AND id IN (
-        SELECT DISTINCT ON (ordering_key) id FROM durable_task
-        WHERE status = 'pending' AND ordering_key IS NOT NULL ORDER BY ordering_key, seq
-    ) AND NOT EXISTS (
+    WITH head AS MATERIALIZED (
+        SELECT id, ordering_key FROM (
+            SELECT DISTINCT ON (ordering_key) id, ordering_key, ring_at FROM durable_task
+            WHERE status = 'pending' AND ordering_key IS NOT NULL ORDER BY ordering_key, seq
+        ) AS first
+        WHERE ring_at = 'infinity'
+    )
+    UPDATE durable_task AS task SET ring_at = due_at
+    FROM head
+    WHERE task.id = head.id AND task.status = 'pending' AND task.ring_at = 'infinity'
+    AND NOT EXISTS (
         SELECT FROM durable_task AS begun
         WHERE begun.ordering_key = head.ordering_key AND begun.status = 'pending' AND begun.ring_at < 'infinity'
     )
