@@ -13,6 +13,8 @@ from typing import Final
 import httpx
 
 ACCOUNTS: Final = 50
+LONGEST: Final = 60.0
+"""Seconds after which a slow machine is asked for no more, and nothing more is killed, unless it is told to go on."""
 _AT_ONCE: Final = 2
 """Requests of each kind in flight: about as fast as the workers, or else rows wait long, and are rung ever later."""
 _STEPS_IN_A_REQUEST: Final = 25
@@ -61,11 +63,12 @@ class Client:
         self._dice = random.Random(seed)
 
     async def post(self, load: Load) -> None:
-        """Ask for everything, and return when all of it was acknowledged.
+        """Ask for everything, as far as the time goes, and return when all that was asked for is acknowledged.
 
         Raises:
             TimeoutError: Something never was.
         """
+        self._deadline = time.monotonic() + max(load.seconds, LONGEST)
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(limits=limits, timeout=10) as self._http, asyncio.TaskGroup() as group:
             transfers = self._new_transfers(load)
@@ -75,9 +78,10 @@ class Client:
                 group.create_task(self._post_steps(keys, load.steps))
 
     def _new_transfers(self, load: Load) -> Iterator[dict[str, object]]:
-        deadline = time.monotonic() + load.seconds
+        enough = time.monotonic() + load.seconds
         for number in count():
-            if number >= load.transfers and time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= self._deadline or (number >= load.transfers and now >= enough):
                 return
             source, target = self._dice.sample(range(ACCOUNTS), 2)
             yield {
@@ -95,7 +99,7 @@ class Client:
     async def _post_steps(self, keys: Iterator[str], steps: int) -> None:
         for key in keys:
             numbers = iter(range(steps))
-            while some := list(islice(numbers, _STEPS_IN_A_REQUEST)):
+            while time.monotonic() < self._deadline and (some := list(islice(numbers, _STEPS_IN_A_REQUEST))):
                 await self._post("/steps", {"key": key, "numbers": some})
                 self.steps[key] = some[-1] + 1
 

@@ -6,16 +6,12 @@ import asyncio
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 from tests.chaos.books import Books
 from tests.chaos.brokers import own_broker
-from tests.chaos.client import Client, Load
+from tests.chaos.client import LONGEST, Client, Load
 from tests.chaos.faults import Chaos
 from tests.chaos.processes import fleet
-
-_LONGEST_STORM: Final = 60.0
-"""Seconds of faults, unless the client is told to go on for longer."""
 
 
 def play(
@@ -53,7 +49,7 @@ def play(
         with fleet(settings, logs) as processes:
             books.open_accounts()
             client = Client(processes.ports, seed)
-            with Chaos(processes, broker, books, seed, only, max(load.seconds, _LONGEST_STORM)) as chaos:
+            with Chaos(processes, broker, books, seed, only, max(load.seconds, LONGEST)) as chaos:
                 asyncio.run(client.post(load))
                 posted = time.monotonic()
                 books.until_pending(int(load.tasks * in_calm))
