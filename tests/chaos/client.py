@@ -13,7 +13,7 @@ from typing import Final
 import httpx
 
 ACCOUNTS: Final = 50
-LONGEST: Final = 60.0
+LONGEST: Final = 40.0
 """Seconds after which a slow machine is asked for no more, and nothing more is killed, unless it is told to go on."""
 _AT_ONCE: Final = 2
 """Requests of each kind in flight: about as fast as the workers, or else rows wait long, and are rung ever later."""
