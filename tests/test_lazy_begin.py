@@ -366,8 +366,6 @@ async def test_callbacks_of_a_unit_that_only_read(database: Database, driver: st
     assert ran == ["committed"]
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
-@pytest.mark.parametrize("lazy", [True, False])
 def write_on_the_driver(session: Session) -> None:
     session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('a')")
 
@@ -392,6 +390,8 @@ async def test_what_is_not_known_of_a_connection_may_be_a_write(
     assert await observer.names() == ["a"]
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+@pytest.mark.parametrize("lazy", [True, False])
 async def test_unit_that_only_reads_is_idle_in_no_transaction(other: Other, driver: str, lazy: bool) -> None:
     """With DB_LAZY_BEGIN a handler may read, and wait for something slow, without a transaction open meanwhile."""
     database = Database(settings=DatabaseSettings(db_lazy_begin=lazy))
