@@ -57,9 +57,12 @@ class CallbackQueue:
         if session.in_nested_transaction():
             return  # a savepoint was released; the transaction around it still decides
         root = session.get_transaction()
-        kept = [entry for entry in self._pending if root in self_and_parents(entry.transaction)]
-        self._pending = [entry for entry in self._pending if root not in self_and_parents(entry.transaction)]
-        self._due.extend(entry.callback for entry in kept)
+        pending, self._pending = self._pending, []
+        for entry in pending:
+            if root in self_and_parents(entry.transaction):
+                self._due.append(entry.callback)
+            else:
+                self._pending.append(entry)
 
     def _after_rollback(self, _: Session, ended: SessionTransaction) -> None:
         self._pending = [entry for entry in self._pending if ended not in self_and_parents(entry.transaction)]
