@@ -126,10 +126,7 @@ class Engines:
             from fastapi_chatdify_db.watched_asyncpg import WatchedConnection  # no driver before it is used
 
             target.connect_args["connection_class"] = WatchedConnection
-        options = _engine_options(settings, target)
-        if "pool_size" in options:
-            options["poolclass"] = AsyncAdaptedQueuePool  # SQLite's dialect takes another for mode=memory
-        engine = create_async_engine(target.url, **options)
+        engine = create_async_engine(target.url, **_engine_options(settings, target, AsyncAdaptedQueuePool))
         self._listen(engine.sync_engine)
         return self._first("async_engine", PerLoopAsyncEngine(engine))
 
@@ -138,10 +135,7 @@ class Engines:
         """The psycopg2 (or sqlite3) engine."""
         settings = self._settings()
         target = sync_target(settings)
-        options = _engine_options(settings, target)
-        if "pool_size" in options:
-            options["poolclass"] = ThreadLendingPool
-        engine = create_engine(target.url, **options)
+        engine = create_engine(target.url, **_engine_options(settings, target, ThreadLendingPool))
         self._listen(engine)
         return self._first("sync_engine", engine)
 
@@ -205,7 +199,7 @@ class Engines:
 _SESSION_OPTIONS: Final[dict[str, Any]] = {"expire_on_commit": False, "close_resets_only": False}
 
 
-def _engine_options(settings: DatabaseSettings, target: DriverTarget) -> dict[str, Any]:
+def _engine_options(settings: DatabaseSettings, target: DriverTarget, poolclass: type[Pool]) -> dict[str, Any]:
     options: dict[str, Any] = {
         "connect_args": target.connect_args,
         "echo": settings.db_echo,
@@ -215,6 +209,7 @@ def _engine_options(settings: DatabaseSettings, target: DriverTarget) -> dict[st
     if target.url.get_backend_name() == "sqlite" and target.url.database in (None, "", ":memory:"):
         return options  # SQLAlchemy keeps a database in memory on a pool of one connection, which takes no options
     return options | {
+        "poolclass": poolclass,  # SQLite's dialect would take another for mode=memory
         "pool_size": settings.db_pool_size,
         "max_overflow": settings.db_max_overflow,
         "pool_timeout": settings.db_pool_timeout,
