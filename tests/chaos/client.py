@@ -13,8 +13,8 @@ from typing import Final
 import httpx
 
 ACCOUNTS: Final = 50
-LONGEST: Final = 40.0
-"""Seconds after which a slow machine is asked for no more, and nothing more is killed, unless it is told to go on."""
+_LONGEST: Final = 40.0
+"""Seconds, unless the client is told to go on for longer."""
 _AT_ONCE: Final = 2
 """Requests of each kind in flight: about as fast as the workers, or else rows wait long, and are rung ever later."""
 _STEPS_IN_A_REQUEST: Final = 25
@@ -37,6 +37,11 @@ class Load:
     keys: int
     steps: int
     seconds: float = 0
+
+    @property
+    def longest(self) -> float:
+        """Seconds after which a slow machine is asked for no more, and nothing more is killed."""
+        return max(self.seconds, _LONGEST)
 
     @property
     def tasks(self) -> int:
@@ -68,7 +73,7 @@ class Client:
         Raises:
             TimeoutError: Something never was.
         """
-        self._deadline = time.monotonic() + max(load.seconds, LONGEST)
+        self._deadline = time.monotonic() + load.longest
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(limits=limits, timeout=10) as self._http, asyncio.TaskGroup() as group:
             transfers = self._new_transfers(load)

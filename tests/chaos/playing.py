@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.chaos.books import Books
 from tests.chaos.brokers import own_broker
-from tests.chaos.client import LONGEST, Client, Load
+from tests.chaos.client import Client, Load
 from tests.chaos.faults import Chaos
 from tests.chaos.processes import fleet
 
@@ -49,7 +49,7 @@ def play(
         with fleet(settings, logs) as processes:
             books.open_accounts()
             client = Client(processes.ports, seed)
-            with Chaos(processes, broker, books, seed, only, max(load.seconds, LONGEST)) as chaos:
+            with Chaos(processes, broker, books, seed, only, load.longest) as chaos:
                 asyncio.run(client.post(load))
                 posted = time.monotonic()
                 books.until_pending(int(load.tasks * in_calm))
