@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from tempfile import NamedTemporaryFile
 
@@ -33,21 +34,25 @@ def count(contender: Contender, path: str, url: URL) -> float:
     Raises:
         RuntimeError: Something else than answers of status 200 came back.
     """
+    command = [contender.python(), str(HERE / "in_process.py"), contender.module, path]
     with ThreadPoolExecutor(2) as both:
-        few, many = both.map(lambda requests: run(contender, path, requests, url), (FEW, MANY))
+        few, many = both.map(lambda requests: run([*command, str(requests)], url), (FEW, MANY))
     return (many - few) / (MANY - FEW)
 
 
-def run(contender: Contender, path: str, requests: int, url: URL) -> int:
-    """Instructions of a process that answers so many requests."""
-    script = [contender.python(), str(HERE / "in_process.py"), contender.module, path, str(requests)]
+def run(command: Sequence[str], url: URL) -> int:
+    """Instructions of a command that asks a contender.
+
+    Raises:
+        RuntimeError: It failed.
+    """
     variables = os.environ | environment(url) | {"PYTHONHASHSEED": "0", "DB_POOL_TIMEOUT": "300"}
     done = subprocess.run(
-        [*CACHEGRIND, *script], cwd=HERE / "contenders", env=variables, capture_output=True, text=True, check=False
+        [*CACHEGRIND, *command], cwd=HERE / "contenders", env=variables, capture_output=True, text=True, check=False
     )
     counted = COUNTED.search(done.stderr)
     if done.returncode or counted is None:
-        raise RuntimeError(f"{contender.name} under valgrind: {done.stderr}")
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
     return int(counted[1].replace(",", ""))
 
 
