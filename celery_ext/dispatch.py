@@ -86,7 +86,7 @@ def inherited(task: Task) -> dict[str, Any]:
 
 def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError, unit: UnitOfWork | None) -> None:
     if task.app.conf.task_always_eager:
-        send()
+        _run_in_place(task, task_id, send, unit)
         return
     error = _send(task, send, unit)
     if error is None:
@@ -95,6 +95,15 @@ def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError, un
     if on_error == "raise":
         raise DispatchFailed(message) from error
     logger.error(message)
+
+
+def _run_in_place(task: Task, task_id: str, send: partial[Any], unit: UnitOfWork | None) -> None:
+    try:
+        send()
+    except Exception as error:  # the task's own, with task_eager_propagates
+        if unit is None:
+            raise
+        raise DispatchFailed(f"task {task.name}[{task_id}] failed in place: {type(error).__name__}: {error}") from error
 
 
 def _send(task: Task, send: partial[Any], unit: UnitOfWork | None) -> BaseException | None:

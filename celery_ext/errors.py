@@ -39,7 +39,10 @@ class AsyncTaskCancelled(ChatdifyDBError):
 
 
 class DispatchFailed(AfterCommitError):
-    """A task could not be sent after the commit, and its caller asked to be told: ``on_error="raise"``."""
+    """A task could not be sent after the commit, and its caller asked to be told: ``on_error="raise"``.
+
+    With ``task_always_eager`` and ``task_eager_propagates``: it was run in place of being sent, and failed.
+    """
 
 
 class StatementFailed(ChatdifyDBError):

@@ -15,7 +15,7 @@ from celery.app.trace import trace_task
 from celery.result import allow_join_result
 from fastapi import FastAPI
 from pydantic import BaseModel
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 import celery_ext
 from celery_ext import ResultNotSerializable, StatementFailed
@@ -126,12 +126,48 @@ def test_eager_task_that_is_replaced(eager: dict[str, Any], empty_tables: Observ
     assert first.delay("x").get() == "x"
 
 
-async def test_eager_dispatch_waits_for_the_commit(eager: dict[str, Any], empty_tables: Observer) -> None:
-    """In tests with ``task_always_eager`` a task on commit sees the row as well."""
+SENDERS = [celery_ext.Task.delay_on_commit, celery_ext.Task.delay_durably]
+
+
+@pytest.mark.parametrize("send", SENDERS)
+async def test_eager_dispatch_waits_for_the_commit(
+    eager: dict[str, Any], rows: Observer, send: Callable[..., str]
+) -> None:
+    """In tests with ``task_always_eager`` a task that was sent sees the row as well."""
+    app: Celery[celery_ext.Task] = eager["record"].app
+    found = []
+
+    @app.task(shared=False)
+    def look(name: str) -> None:
+        found.append(db.sync_session.scalar(select(Item.name).where(Item.name == name)))
+
     async with db.transaction() as session:
         session.add(Item("row"))
-        task_id = eager["read_item"].delay_on_commit("row")
-    assert isinstance(task_id, str)
+        send(look, "row")
+    assert found == ["row"]
+
+
+@pytest.mark.parametrize("send", SENDERS)
+async def test_eager_failure_is_told(eager: dict[str, Any], rows: Observer, send: Callable[..., str]) -> None:
+    """With ``task_eager_propagates``, by whoever ended the unit: a test fails whose task has failed."""
+    app: Celery[celery_ext.Task] = eager["record"].app
+    app.conf.task_eager_propagates = True
+
+    @app.task(shared=False)
+    def fail() -> None:
+        raise LookupError("nothing there")
+
+    async def work() -> None:
+        async with db.transaction() as session:
+            session.add(Item("row"))
+            send(fail)
+
+    with pytest.raises(celery_ext.DispatchFailed, match="LookupError: nothing there") as told:
+        await work()
+    assert isinstance(told.value.__cause__, LookupError)
+    assert await rows.names() == ["row"]
+    with pytest.raises(LookupError):
+        fail.delay_on_commit()
 
 
 async def test_arguments_are_checked_at_the_call(eager: dict[str, Any], empty_tables: Observer) -> None:
