@@ -122,7 +122,8 @@ def cancel(context: typer.Context, task_id: Annotated[str, typer.Argument(metava
 
 @cli.command()
 def prune(
-    context: typer.Context, days: Annotated[int, typer.Option(min=0, help="Keep what ended within so many days.")] = 30
+    context: typer.Context,
+    days: Annotated[int, typer.Option(min=0, max=36_500, help="Keep what ended within so many days.")] = 30,
 ) -> None:
     """Delete done and cancelled rows, in batches."""
     with _with_tables(context) as database:

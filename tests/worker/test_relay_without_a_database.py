@@ -75,8 +75,11 @@ def test_application_that_cannot_be_imported(tmp_path: Path, name: str, error: s
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [("prune", "--days", "-1"), ("failed", "--limit", "-1"), ("run", "--grace", "0")])
-def test_numbers_that_are_too_small(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [("prune", "--days", "-1"), ("prune", "--days", "36501"), ("failed", "--limit", "-1"), ("run", "--grace", "0")],
+)
+def test_numbers_out_of_range(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """They would be the future, an error of the database, or a message a second for each row until it is done."""
     (tmp_path / "worker.py").write_text("import celery\n\napp = celery.Celery()\n")
     said = command(tmp_path, "-A", "worker", *arguments, url="postgresql://127.0.0.1:1/name")
