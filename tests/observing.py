@@ -54,6 +54,17 @@ class Observer:
         """Return when a durable task has this status."""
         await self.until("(SELECT status FROM durable_task WHERE id = $1) = $2", task_id, status)
 
+    async def until_no_pending_tasks(self) -> None:
+        """Return when every durable task has ended."""
+        await self.until("NOT EXISTS (SELECT FROM durable_task WHERE status = 'pending')")
+
+    async def until_no_advisory_locks(self) -> None:
+        """Return when nobody holds an advisory lock in this database."""
+        await self.until(
+            """NOT EXISTS (SELECT FROM pg_locks JOIN pg_database ON pg_database.oid = database
+                           WHERE locktype = 'advisory' AND datname = current_database())"""
+        )
+
     async def until_connections(self, application_name: str, number: int) -> None:
         """Return when the server has that many connections of that name."""
         await self.until(f"{_CONNECTIONS} = $2", application_name, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -92,6 +93,10 @@ class Worker:
     def task(self, name: str) -> celery_ext.Task:
         """One of the tests' tasks, to be sent to this worker."""
         return task(self.app, name)
+
+    async def result(self, task_id: str) -> object:
+        """What a task returned, or the exception that it failed with."""
+        return await asyncio.to_thread(self.app.AsyncResult(task_id).get, timeout=20, propagate=False)
 
     def close(self) -> None:
         """Read the log to its end; the process has ended."""

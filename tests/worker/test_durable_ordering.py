@@ -1,0 +1,98 @@
+"""Tasks of one ordering key run one at a time, in the order in which their transactions committed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+from celery import Celery
+from sqlalchemy import event
+
+from fastapi_chatdify_db import db
+from tests.observing import Observer
+from tests.worker.running import Worker, task
+
+
+async def test_ordering_key(relayed: Worker, rows: Observer) -> None:
+    """Tasks of one key run in order, one at a time, beside those of others; one that failed lets the next begin."""
+    append = relayed.task("append")
+    for number in range(10):
+        async with db.transaction():
+            for key in ("a", "b", "c"):
+                append.apply_durably((key, number), ordering_key=key)
+    async with db.transaction():
+        relayed.task("add_item").apply_durably(("lost", "raise"), ordering_key="a")
+        last = append.apply_durably(("a", 10), ordering_key="a")
+    await rows.until_status(last, "done")
+    await rows.until_no_pending_tasks()
+    names = [row["name"] for row in await rows.connection.fetch("SELECT name FROM item ORDER BY id")]
+    for key, count in (("a", 11), ("b", 10), ("c", 10)):
+        assert [name for name in names if name.startswith(key)] == [f"{key} {number}" for number in range(count)]
+
+
+async def test_two_heads_of_one_key(relayed: Worker, rows: Observer) -> None:
+    """Where a transaction did not see its predecessor, the later task still waits for the earlier one."""
+    append = relayed.task("append")
+    async with db.transaction():
+        first = append.apply_durably(("a", 0), ordering_key="a", countdown=1)
+        second = append.apply_durably(("a", 1), ordering_key="a")
+    await rows.connection.execute("UPDATE durable_task SET ring_at = now() WHERE id = $1", second)
+    await rows.until_status(second, "done")
+    await rows.until_status(first, "done")
+    assert [row["name"] for row in await rows.connection.fetch("SELECT name FROM item ORDER BY id")] == ["a 0", "a 1"]
+
+
+async def test_later_transactions_of_a_key_wait(unheard: Celery[Any], rows: Observer) -> None:
+    """Only the first row of a key is for a relay to send, whichever transaction the others are of."""
+    for name in ("a", "b"):
+        async with db.transaction():
+            for _ in range(2):
+                task(unheard, "record").apply_durably((name,), ordering_key="k")
+    query = "SELECT ring_at = 'infinity' AS waits FROM durable_task ORDER BY seq"
+    assert [row["waits"] for row in await rows.connection.fetch(query)] == [False, True, True, True]
+
+
+async def test_transactions_of_a_key_take_turns(unheard: Celery[Any], rows: Observer) -> None:
+    """Who stores under a key during another one's COMMIT waits for it, with the locks before that one in order."""
+    record, key_lock = task(unheard, "record"), "hashtextextended($1, 20)"
+    stored_first, may_commit = threading.Event(), threading.Event()
+
+    def wait(_: object) -> None:
+        stored_first.set()
+        may_commit.wait(60)
+
+    def first() -> None:
+        with db.sync_transaction() as session:
+            record.apply_durably(("first",), ordering_key="k")
+            event.listen(session, "before_commit", wait)
+
+    def second() -> None:
+        with db.sync_transaction():
+            for key in "kjihgf":
+                record.apply_durably(("second",), ordering_key=key)
+
+    both = [asyncio.create_task(asyncio.to_thread(first))]
+    await asyncio.to_thread(stored_first.wait, 60)
+    both.append(asyncio.create_task(asyncio.to_thread(second)))
+    waits = asyncio.create_task(rows.until_somebody_waits_for_a_lock())
+    try:
+        await asyncio.wait([*both, waits], return_when=asyncio.FIRST_COMPLETED)
+        assert waits.done()
+        free = [await rows.connection.fetchval(f"SELECT pg_try_advisory_lock({key_lock})", key) for key in "fghij"]
+        assert not any(free)
+    finally:
+        may_commit.set()
+    await asyncio.gather(*both)
+    query = "SELECT ring_at = 'infinity' FROM durable_task WHERE ordering_key = 'k' ORDER BY seq"
+    assert [row[0] for row in await rows.connection.fetch(query)] == [False, True]
+
+
+async def test_key_whose_next_was_forgotten(relayed: Worker, rows: Observer) -> None:
+    """The relay finds what nobody rang when the one before it had ended."""
+    add = relayed.task("add_item")
+    async with db.transaction():
+        first = add.apply_durably(("first",), ordering_key="k", countdown=3600)
+        second = add.apply_durably(("second",), ordering_key="k")
+    await rows.connection.execute("UPDATE durable_task SET status = 'done' WHERE id = $1", first)
+    await rows.until_status(second, "done")

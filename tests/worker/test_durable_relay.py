@@ -1,0 +1,186 @@
+"""The relay, by itself or beside an application, and its command line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+from celery import Celery
+from fastapi import FastAPI
+from kombu import Queue
+
+import celery_ext
+from celery_ext.durable import administration, statements
+from celery_ext.durable.relay import relaying
+from fastapi_chatdify_db import db, health_router
+from tests.observing import PATIENCE, Observer
+from tests.serving import serve
+from tests.worker.application import create_app
+from tests.worker.running import Worker, brokers, deliver, task, urls
+
+
+@asynccontextmanager
+async def forwarding(door: socket.socket, port: int | None) -> AsyncIterator[None]:
+    """Pass on what comes in at a socket to a port of this machine, and what comes back."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, onward = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, onward), pump(back, writer))
+
+    async with await asyncio.start_server(serve, sock=door):
+        yield
+
+
+async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> None:
+    """``init_app(..., relay=True)`` relays in the lifespan; the health check shows what is left."""
+    services = list(db.services)
+    celery_ext.init_app(prefork.app, relay=True)
+    app = FastAPI()
+    db.init_app(app)
+    app.include_router(health_router)
+
+    @app.post("/")
+    async def send() -> str:
+        prefork.task("add_item").apply_durably(("later",), countdown=3600)
+        return prefork.task("add_item").delay_durably("x")
+
+    try:
+        async with serve(app) as client:
+            assert await prefork.result((await client.post("/")).json()) == "x"
+            ready = (await client.get("/health/ready")).json()
+            assert ready["databases"]["db"]["figures"]["durable_tasks"]["pending"] == 1
+    finally:
+        db.services[:] = services
+
+
+async def test_relays_are_told(unheard: Celery[Any], rows: Observer) -> None:
+    """Whatever leaves something to send says so, and no relay finds it only when it looks again."""
+    told: asyncio.Queue[object] = asyncio.Queue()
+    await rows.connection.add_listener(statements.CHANNEL, lambda *_: told.put_nowait(_))
+
+    async def until_told() -> None:
+        await asyncio.wait_for(told.get(), 10)
+        assert told.empty()
+
+    @unheard.task(bind=True, shared=False, max_retries=1)
+    def retried(self: celery_ext.Task) -> None:
+        raise self.retry(countdown=0)
+
+    async with db.transaction():
+        ids = [retried.apply_durably(ordering_key="k") for _ in range(3)]
+    await until_told()
+    assert await asyncio.to_thread(administration.cancel, db, ids[0])
+    await until_told()  # of the second one
+    deliver(retried, ids[1])
+    await until_told()  # of its next attempt
+    deliver(retried, ids[1])
+    await until_told()  # of the third one, since the second has failed
+    assert await asyncio.to_thread(administration.retry, db, ids[1]) == 1
+    await until_told()
+
+
+async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """What a relay claimed for a broker that is down is due at once, not after the time of grace."""
+    there = urlsplit(prefork.environment["TEST_BROKER"])
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        elsewhere = there._replace(netloc=there.netloc.replace(f":{there.port}", f":{door.getsockname()[1]}"))
+        app = create_app(elsewhere.geturl(), prefork.environment["TEST_BACKEND"], prefork.environment["TEST_QUEUE"])
+        app.finalize()
+        with relaying(app, db, grace=3600):
+            async with db.transaction():
+                task_id = task(app, "add_item").delay_durably("x")
+            async with asyncio.timeout(PATIENCE):
+                while "relay pauses" not in caplog.text:
+                    await asyncio.sleep(0.01)
+            async with forwarding(door, there.port):
+                await rows.until_status(task_id, "done")
+        app.close()
+
+
+@pytest.mark.skipif("rabbitmq" not in brokers(), reason="needs RabbitMQ")
+async def test_message_that_the_broker_does_not_keep(rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """RabbitMQ says so only afterwards (https://www.rabbitmq.com/docs/maxlength): the row is still to be sent."""
+    name = f"chatdify-test-{uuid4().hex}"
+    app = create_app(urls("rabbitmq")[0], "cache+memory://", name)
+    app.finalize()
+    full = Queue(name, queue_arguments={"x-max-length": 0, "x-overflow": "reject-publish"})
+    app.conf.task_queues = [full]
+    with app.connection_for_write() as broker:
+        async with asyncio.timeout(PATIENCE):
+            with relaying(app, db, grace=3600):
+                async with db.transaction():
+                    task(app, "add_item").delay_durably("x")
+                while "did not take every message" not in caplog.text:
+                    await asyncio.sleep(0.01)
+                await rows.until("(SELECT rings = 0 AND ring_at <= now() FROM durable_task)")
+        full.bind(broker.default_channel).delete()
+    app.close()
+
+
+async def test_command_line(prefork: Worker, rows: Observer) -> None:
+    """The relay as a process sends what is there, ends at SIGTERM, and its other commands look after the rows."""
+    command = [sys.executable, "-m", "celery_ext.relay", "-A", "tests.worker.application"]
+    environment = os.environ | prefork.environment
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+    async with db.transaction():
+        done = prefork.task("add_item").delay_durably("x")
+        failing = prefork.task("add_item").delay_durably("y", "raise")
+        cancelled = prefork.task("add_item").apply_durably(("z",), countdown=3600)
+    relay = await asyncio.create_subprocess_exec(*command, "run", env=environment, stderr=subprocess.PIPE)
+    await rows.until_status(done, "done")
+    await rows.until_status(failing, "failed")
+    relay.terminate()
+    _, log = await relay.communicate()
+    assert relay.returncode == 0
+    assert b"relayed sent=2" in log
+    status = await asyncio.to_thread(run, "status")
+    assert status.stdout.split()[:2] == ["pending", "1"]
+    assert failing in (await asyncio.to_thread(run, "failed")).stdout
+    assert (await asyncio.to_thread(run, "cancel", cancelled)).returncode == 0
+    assert (await asyncio.to_thread(run, "cancel", done)).returncode == 1
+    assert (await asyncio.to_thread(run, "retry", failing)).stdout == "1 to be run again\n"
+    assert (await asyncio.to_thread(run, "retry")).returncode == 2
+    assert (await asyncio.to_thread(run, "prune", "--days", "0")).stdout == "2 deleted\n"
+    assert [status for status, _ in await rows.durable_tasks()] == ["pending"]
+
+
+async def test_cancelling_does_not_wait_for_the_worker(unheard: Celery[Any], rows: Observer) -> None:
+    """Of a row that is locked, which its worker does, it is said at once that it cannot be cancelled."""
+    async with db.transaction():
+        task_id = task(unheard, "record").delay_durably("x")
+    async with rows.connection.transaction():
+        await rows.connection.execute("SELECT FROM durable_task FOR UPDATE")
+        assert not await asyncio.wait_for(asyncio.to_thread(administration.cancel, db, task_id), 10)
+    assert administration.cancel(db, task_id)
+
+
+async def test_prune_keeps_what_is_young_or_failed(unheard: Celery[Any], rows: Observer) -> None:
+    """Deleted is what was done, or cancelled, before those days."""
+    async with db.transaction():
+        for name in ("done", "cancelled", "failed", "pending", "young"):
+            task(unheard, "record").delay_durably(name)
+    await rows.connection.execute(
+        """UPDATE durable_task SET
+           status = CASE arguments::json -> 0 ->> 0 WHEN 'young' THEN 'done' ELSE arguments::json -> 0 ->> 0 END,
+           finished_at = now() - CASE arguments::json -> 0 ->> 0 WHEN 'young' THEN 6 ELSE 8 END * interval '1 day'"""
+    )
+    assert administration.prune(db, 7) == 2
+    assert [status for status, _ in await rows.durable_tasks()] == ["failed", "pending", "done"]
