@@ -132,6 +132,22 @@ async def test_message_that_the_broker_does_not_keep(rows: Observer, caplog: pyt
     app.close()
 
 
+async def test_locked_row_holds_nothing_up(prefork: Worker, rows: Observer) -> None:
+    """A relay passes over the rows that workers are at, or other relays."""
+    add = prefork.task("add_item")
+    async with db.transaction():
+        locked, free = add.delay_durably("locked"), add.delay_durably("free")
+    work = rows.connection.transaction()
+    await work.start()
+    await rows.connection.execute("SELECT FROM durable_task WHERE id = $1 FOR UPDATE", locked)
+    with relaying(prefork.app, db):
+        try:
+            await rows.until_status(free, "done")
+        finally:
+            await work.rollback()
+        await rows.until_status(locked, "done")
+
+
 async def test_command_line(prefork: Worker, rows: Observer) -> None:
     """The relay as a process sends what is there, ends at SIGTERM, and its other commands look after the rows."""
     command = [sys.executable, "-m", "celery_ext.relay", "-A", "tests.worker.application"]
