@@ -1,4 +1,4 @@
-"""A durable task that is interrupted, held up or retried by hand: run to its end, once, and in its turn."""
+"""A durable task that is interrupted or held up is run to its end, once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
 import celery_ext
-from celery_ext.durable import administration, lease, statements
+from celery_ext.durable import lease, statements
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.observing import Observer
@@ -191,43 +191,6 @@ async def test_lost_connection_to_the_broker_does_not_wait_for_tasks(relayed: Wo
         await session.execute(statements.RING_SOON, {"id": task_id})
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
     await rows.until_status(task_id, "done")
-
-
-async def test_tasks_that_store_under_each_others_keys(relayed: Worker, rows: Observer) -> None:
-    """Such a task locks its own key and those that it stores under in one order, and so waits in no circle."""
-    lock = "hashtextextended($1, 20)"
-    await rows.connection.execute(f"SELECT pg_advisory_lock({lock})", "a")
-    async with db.transaction():
-        first = relayed.task("start_under_key").apply_durably(("x", "a"), ordering_key="b")
-    await rows.until_somebody_waits_for_a_lock()
-    assert await rows.connection.fetchval(f"SELECT pg_try_advisory_lock({lock})", "b")
-    await rows.connection.execute("SELECT pg_advisory_unlock_all()")
-    await rows.until_status(first, "done")
-
-
-async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None:
-    """Failed tasks of a busy key wait until what runs has ended, and then go first, in their order."""
-    await rows.connection.execute("SELECT pg_advisory_lock(9)")
-    add, append, wait = (relayed.task(name) for name in ("add_item", "append", "wait_for_lock"))
-    async with db.transaction():
-        failing = [add.apply_durably((f"failed {n}", "raise"), ordering_key="a") for n in range(3)]
-        wait.apply_durably((9,), ordering_key="a")
-        last = append.apply_durably(("a", 4), ordering_key="a")
-    await rows.until_somebody_waits_for_a_lock()
-    for number, task_id in enumerate(failing):
-        arguments = f'[["a {number}"], {{}}]'
-        await rows.connection.execute("UPDATE durable_task SET arguments = $1 WHERE id = $2", arguments, task_id)
-    assert administration.retry(db, None) == 3
-    for number, task_id in enumerate(failing):  # messages of before, which a broker may have kept
-        add.apply_async((f"a {number}",), task_id=task_id, headers={"durable": True})
-    async with db.transaction():
-        other = append.apply_durably(("b", 1), ordering_key="b")
-    await rows.until_status(other, "done")
-    assert await rows.names() == ["b 1"]
-    await rows.connection.execute("SELECT pg_advisory_unlock(9)")
-    await rows.until_status(last, "done")
-    in_order = await rows.connection.fetch("SELECT name FROM item ORDER BY id")
-    assert [row["name"] for row in in_order] == ["b 1", "a 0", "a 1", "a 2", "a 4"]
 
 
 async def test_retry_that_does_not_give_up(relayed: Worker, rows: Observer) -> None:
