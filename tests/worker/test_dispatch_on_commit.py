@@ -103,7 +103,7 @@ async def test_a_task_sends_another(prefork: Worker, empty_tables: Observer) -> 
     """In a task it is sent when the body's commit is done, with the task as its parent."""
     result = prefork.task("insert_and_send").delay("x")
     child = await asyncio.to_thread(result.get, timeout=20)
-    assert await asyncio.to_thread(prefork.task("read_item").AsyncResult(child).get, timeout=20) is True
+    assert await prefork.result(child) is True
 
 
 @pytest.fixture(params=["refused", "mute"])

@@ -52,7 +52,7 @@ async def test_tasks_send_others(pooled: Worker, empty_tables: Observer) -> None
     """What a task sends on its commit finds the committed row, message after message."""
     for name in "abc":
         child = await asyncio.to_thread(pooled.task("insert_and_send").delay(name).get, timeout=20)
-        assert await asyncio.to_thread(pooled.task("read_item").AsyncResult(child).get, timeout=20) is True
+        assert await pooled.result(child) is True
 
 
 async def test_durable_tasks(pooled: Worker, rows: Observer) -> None:
