@@ -30,7 +30,8 @@ from tests.worker.running import Worker, brokers, deliver, task, urls
 
 @asynccontextmanager
 async def forwarding(door: socket.socket, port: int | None) -> AsyncIterator[None]:
-    """Pass on what comes in at a socket to a port of this machine, and what comes back."""
+    """Pass on what comes in at a socket to a port of this machine, and what comes back; then end every connection."""
+    ends: list[asyncio.StreamWriter] = []
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
@@ -39,10 +40,23 @@ async def forwarding(door: socket.socket, port: int | None) -> AsyncIterator[Non
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         back, onward = await asyncio.open_connection("127.0.0.1", port)
+        ends.extend((writer, onward))
         await asyncio.gather(pump(reader, onward), pump(back, writer))
 
     async with await asyncio.start_server(serve, sock=door):
-        yield
+        try:
+            yield
+        finally:  # or a relay that is stopped would wait for an answer, and keep this loop from passing it on
+            for end in ends:
+                end.close()
+                await end.wait_closed()
+
+
+async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    """Return when the relay of this process has logged it."""
+    async with asyncio.timeout(PATIENCE):
+        while text not in caplog.text:
+            await asyncio.sleep(0.01)
 
 
 async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> None:
@@ -104,9 +118,7 @@ async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: p
         with relaying(app, db, grace=3600):
             async with db.transaction():
                 task_id = task(app, "add_item").delay_durably("x")
-            async with asyncio.timeout(PATIENCE):
-                while "relay pauses" not in caplog.text:
-                    await asyncio.sleep(0.01)
+            await until_logged(caplog, "relay pauses")
             async with forwarding(door, there.port):
                 await rows.until_status(task_id, "done")
         app.close()
@@ -121,13 +133,11 @@ async def test_message_that_the_broker_does_not_keep(rows: Observer, caplog: pyt
     full = Queue(name, queue_arguments={"x-max-length": 0, "x-overflow": "reject-publish"})
     app.conf.task_queues = [full]
     with app.connection_for_write() as broker:
-        async with asyncio.timeout(PATIENCE):
-            with relaying(app, db, grace=3600):
-                async with db.transaction():
-                    task(app, "add_item").delay_durably("x")
-                while "did not take every message" not in caplog.text:
-                    await asyncio.sleep(0.01)
-                await rows.until("(SELECT rings = 0 AND ring_at <= now() FROM durable_task)")
+        with relaying(app, db, grace=3600):
+            async with db.transaction():
+                task(app, "add_item").delay_durably("x")
+            await until_logged(caplog, "did not take every message")
+            await rows.until("(SELECT rings = 0 AND ring_at <= now() FROM durable_task)")
         full.bind(broker.default_channel).delete()
     app.close()
 
