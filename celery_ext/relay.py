@@ -65,7 +65,7 @@ def _failure(line: str) -> typer.Exit:
 def run(
     context: typer.Context,
     grace: Annotated[
-        float, typer.Option(min=0.1, help="Seconds until a row that was sent is rung again; doubles.")
+        float, typer.Option(min=0.1, max=86_400, help="Seconds until a row that was sent is rung again; doubles.")
     ] = GRACE,
 ) -> None:
     """Send rows that are due, until SIGTERM or SIGINT; any number of relays may run side by side."""

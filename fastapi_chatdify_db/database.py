@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Engine, MetaData
@@ -16,7 +15,7 @@ from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.base import Base
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.exceptions import NotInSyncUnit, OutsideUnitOfWork
+from fastapi_chatdify_db.exceptions import InvalidSettings, NotInSyncUnit, OutsideUnitOfWork
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_error
 
@@ -47,7 +46,7 @@ class Database:
     ) -> None:
         self.name = name
         self.base = base
-        self._given_settings = settings
+        self._settings = settings
         self.creates_tables = create_tables
         self.metadatas: list[MetaData] = [base.metadata]
         """Whose tables are created; extensions add their own. ``info["dialect"]`` limits one to a dialect."""
@@ -60,14 +59,26 @@ class Database:
     def __repr__(self) -> str:
         return f"<Database {self.name}>"
 
-    @cached_property
+    @property
     def settings(self) -> DatabaseSettings:
-        """The settings in force.
+        """The settings in force; may be assigned before the first use of an engine.
 
         Raises:
-            InvalidSettings: An environment variable cannot be used; the message names it.
+            InvalidSettings: An environment variable cannot be used; the message names it. Or other settings are
+                assigned although an engine was made from these.
         """
-        return self._given_settings or DatabaseSettings()
+        if self._settings is None:
+            self._settings = DatabaseSettings()
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: DatabaseSettings) -> None:
+        if self.engines.are_made and settings != self._settings:
+            raise InvalidSettings(
+                f"{self.name}.settings is assigned too late: an engine has been made from other settings. Assign it "
+                f"where the application is made, or make another database: Database('reports', settings=...)"
+            )
+        self._settings = settings
 
     @property
     def async_engine(self) -> AsyncEngine:

@@ -139,6 +139,11 @@ class Engines:
         self._listen(engine)
         return self._first("sync_engine", engine)
 
+    @property
+    def are_made(self) -> bool:
+        """Whether there is an engine already, so that other settings would come too late."""
+        return not self.__dict__.keys().isdisjoint(("async_engine", "sync_engine"))
+
     def new_async_session(self, isolation_level: str | None) -> AsyncSession:
         """An ``AsyncSession``; nothing is connected before its first statement."""
         bind: AsyncEngine = self.async_engine

@@ -77,7 +77,14 @@ def test_application_that_cannot_be_imported(tmp_path: Path, name: str, error: s
 
 @pytest.mark.parametrize(
     "arguments",
-    [("prune", "--days", "-1"), ("prune", "--days", "36501"), ("failed", "--limit", "-1"), ("run", "--grace", "0")],
+    [
+        ("prune", "--days", "-1"),
+        ("prune", "--days", "36501"),
+        ("failed", "--limit", "-1"),
+        ("run", "--grace", "0"),
+        ("run", "--grace", "86401"),
+        ("run", "--grace", "nan"),
+    ],
 )
 def test_numbers_out_of_range(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """They would be the future, an error of the database, or a message a second for each row until it is done."""
