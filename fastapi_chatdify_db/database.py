@@ -73,7 +73,7 @@ class Database:
 
     @settings.setter
     def settings(self, settings: DatabaseSettings) -> None:
-        if self.engines.are_made and settings != self._settings:
+        if self.engines.are_made and not settings.make_same_engines_as(self.settings):
             raise InvalidSettings(
                 f"{self.name}.settings is assigned too late: an engine has been made from other settings. Assign it "
                 f"where the application is made, or make another database: Database('reports', settings=...)"

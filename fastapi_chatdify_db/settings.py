@@ -82,6 +82,11 @@ class DatabaseSettings(BaseSettings):
             problems = [f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors(include_input=False)]
         raise InvalidSettings("; ".join(problems))
 
+    def make_same_engines_as(self, other: DatabaseSettings) -> bool:
+        """Whether both say the same of the database; they may differ in what an application's subclass adds."""
+        fields = set(DatabaseSettings.model_fields)
+        return self.model_dump(include=fields) == other.model_dump(include=fields)
+
     def url(self) -> URL:
         """The URL as it was given, or as the ``postgres_*`` fields make it.
 
