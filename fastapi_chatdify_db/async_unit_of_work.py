@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from fastapi_chatdify_db.after_commit import AfterCommit
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
-from fastapi_chatdify_db.session_end import asks_at_end, end_reads, has_committed, in_use
+from fastapi_chatdify_db.session_end import asks_at_end, end_reads
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, log_failed_callback, logger, roll_back_or_discard
 
 T = TypeVar("T")
@@ -54,16 +54,6 @@ class AsyncUnitOfWork(UnitOfWork):
         """Run ``callback``, a plain or a coroutine function, once what the unit did so far is committed."""
         known = engines in self._async_sessions or engines in self._sync_sessions
         self._add_callback(callback, self.session_of_writes(engines) if known else None)
-
-    @property
-    def in_use(self) -> bool:
-        """Whether another task or thread is in the middle of an operation of one of the sessions."""
-        return any(map(in_use, self._sessions))
-
-    @property
-    def has_committed(self) -> bool:
-        """Whether part of the unit is committed already, whatever becomes of the rest."""
-        return any(map(has_committed, self._sessions))
 
     @property
     def at_rest(self) -> bool:

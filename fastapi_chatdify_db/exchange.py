@@ -9,13 +9,15 @@ from typing import Any, Final
 
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, in_event_loop
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.session_end import asks_at_end
+from fastapi_chatdify_db.unit_of_work import innermost_unit, units_inside
 
 logger: Final = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ CommitOn = Callable[[int], bool]
 _NORMAL_CLOSURES: Final = (1000, 1001)  # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 
 _START: Final = "http.response.start"
+_WITHOUT_BODY: Final = (204, 304)  # https://www.rfc-editor.org/rfc/rfc9110#section-6.4.1
 _ENDS: Final = ("http.response.body", "http.response.pathsend")
 
 
@@ -85,13 +88,13 @@ class HTTPExchange(AsyncUnitOfWork):
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
-            if not self.untouched:
+            if not self.untouched or innermost_unit() is not self:
                 if not self._body_is_under_way(message):
                     return self._settle_and_send(message)
                 self._keeps = self._commit_on(message["status"])
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
-            if not self.at_rest:
+            if not self.at_rest or innermost_unit() is not self or self._has_producer:
                 return self._settle_and_send(message)
             self._complete = True
         return self._send(message)
@@ -99,9 +102,18 @@ class HTTPExchange(AsyncUnitOfWork):
     async def _settle_and_send(self, message: Message) -> None:
         starts = message["type"] == _START
         commit = self._commit_on(message["status"]) if starts else self._keeps
+        if not starts and self._has_producer:
+            # A producer that failed ends the stream one turn of the loop before its task group cancels this task.
+            await asyncio.sleep(0)
         try:
             if not commit and self._wants_retry():
                 raise TryAgain
+            # Of dependencies that yield within a db.transaction(): they would end it after the response.
+            for unit in units_inside(self):
+                if isinstance(unit, AsyncUnitOfWork):
+                    await unit.finish_async(commit=commit)
+                else:
+                    unit.finish(commit=commit)
             await self.finish_async(commit=commit)
         except Exception as error:
             self._failure = error
@@ -118,11 +130,19 @@ class HTTPExchange(AsyncUnitOfWork):
 
     def _body_is_under_way(self, start: Message) -> bool:
         """Whether another task produces a stream already (FastAPI's server-sent events), whose end then commits."""
+        if start["status"] in _WITHOUT_BODY:
+            return False
         if any(name.lower() == b"content-length" for name, _ in start.get("headers", ())):
             return False
         # FastAPI's producer may begin a statement at any moment, also during our COMMIT.
-        produced_beside = getattr(self._scope.get("route"), "is_sse_stream", False)
-        return self.in_use or (produced_beside and self._asks_at_end())
+        return self.in_use or (self._has_producer and self._asks_at_end())
+
+    @property
+    def _has_producer(self) -> bool:
+        """Whether FastAPI's task group produces the body: server-sent events."""
+        # Of an included router, the route itself does not have what include_router() was given.
+        effective = self._scope.get("fastapi", {}).get("effective_route_context")
+        return getattr(effective or self._scope.get("route"), "is_sse_stream", False)
 
     def _asks_at_end(self) -> bool:
         return any(asks_at_end(session) for session in self._sessions if session.in_transaction())
@@ -171,17 +191,30 @@ class WebSocketExchange(AsyncUnitOfWork):
     for the session or read from the client. Messages that other tasks push leave the session alone.
     """
 
+    _accepted = False
+
     def __init__(self, receive: Receive, send: Send, commit_on: CommitOn) -> None:
         self._receive = receive
         self._send = send
         self._commit_on = commit_on
         self._handler = self._reader = asyncio.current_task()
         self._workers: set[asyncio.Task[Any] | None] = set()
+        """Who asked for something since the last commit; None is a thread, of which task is unknown."""
 
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database; the task that asks for it is at work until the next commit."""
-        self._workers.add(asyncio.current_task())
+        self._workers.add(_task_or_none())
         return super().async_session(engines)
+
+    def sync_session(self, engines: Engines) -> Session:
+        """The same for threads."""
+        self._workers.add(_task_or_none())
+        return super().sync_session(engines)
+
+    def roll_back_only(self) -> None:
+        """Roll back what the task that asks for it is at work on."""
+        self._workers.add(_task_or_none())
+        super().roll_back_only()
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         """Run the application until its handler ends; what it raises rolls back and goes on to the caller."""
@@ -190,7 +223,8 @@ class WebSocketExchange(AsyncUnitOfWork):
 
     async def _receive_settled(self) -> Message:
         self._reader = asyncio.current_task()
-        if not self.in_use:  # else by a task whose messages another one reads; it settles when it answers
+        # A task whose messages another one reads settles when it answers.
+        if not (self.in_use or (self.rollback_only and self._another_works())):
             await self._settle(commit=True)
         return await self._receive()
 
@@ -202,7 +236,12 @@ class WebSocketExchange(AsyncUnitOfWork):
     def _is_answering(self) -> bool:
         # Before Python 3.12, asyncio.wait_for() makes a task for each message that it reads.
         task = asyncio.current_task()
-        return task is self._reader or task in (self._workers or {self._handler})
+        if task is self._reader or task in (self._workers or {self._handler}):
+            return True
+        return None in self._workers and not self.in_use
+
+    def _another_works(self) -> bool:
+        return any(task not in (None, self._reader) and not task.done() for task in self._workers)
 
     async def _settle(self, *, commit: bool) -> None:
         await self.finish_async(commit=commit)
@@ -210,8 +249,14 @@ class WebSocketExchange(AsyncUnitOfWork):
         self._workers.clear()
 
     def _is_yes(self, message: Message) -> bool:
-        if message["type"] == "websocket.close":
-            return message.get("code", 1000) in _NORMAL_CLOSURES
+        if message["type"] == "websocket.accept":
+            self._accepted = True
+        if message["type"] == "websocket.close":  # before it was accepted, the client gets a 403
+            return self._accepted and message.get("code", 1000) in _NORMAL_CLOSURES
         if message["type"] == "websocket.http.response.start":
             return self._commit_on(message["status"])
         return True
+
+
+def _task_or_none() -> asyncio.Task[Any] | None:
+    return asyncio.current_task() if in_event_loop() else None

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit, OutsideUnitOfWork
-from fastapi_chatdify_db.session_end import cut_off
+from fastapi_chatdify_db.session_end import cut_off, has_committed, in_use
 from fastapi_chatdify_db.sqlstates import asks_to_retry
 
 logger: Final = logging.getLogger(__name__)
@@ -35,15 +35,28 @@ _ids: Final = count(1)
 def current_unit(engines: Engines) -> UnitOfWork | None:
     """The open unit of work that the sessions of ``engines`` belong to here, or None."""
     unit = _current.get()
-    while unit is not None and unit.only not in (None, engines):
+    while unit is not None and (unit.closed or unit.only not in (None, engines)):
         unit = unit.outer
-    return None if unit is None or unit.closed else unit
+    return unit
 
 
 def innermost_unit() -> UnitOfWork | None:
     """The open unit of work around the running code, whichever database it is for, or None."""
     unit = _current.get()
-    return None if unit is None or unit.closed else unit
+    while unit is not None and unit.closed:  # by a generator that is finalized elsewhere
+        unit = unit.outer
+    return unit
+
+
+def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
+    """The open units between the running code and ``outer``, the innermost first."""
+    found: list[UnitOfWork] = []
+    unit = _current.get()
+    while unit is not None and unit is not outer:
+        if not unit.closed:
+            found.append(unit)
+        unit = unit.outer
+    return [] if unit is None else found
 
 
 def note_error(context: ExceptionContext) -> None:
@@ -75,6 +88,7 @@ class UnitOfWork:
     closed = False
     rollback_only = False
     asked_to_retry = False
+    _has_committed_inside = False
     _callbacks: CallbackQueue | None = None
     _sync_sessions: Mapping[Engines, Session] = {}
     _sessions: tuple[Session, ...] = ()
@@ -112,13 +126,25 @@ class UnitOfWork:
         self.untouched = False
         self.rollback_only = True
 
+    @property
+    def in_use(self) -> bool:
+        """Whether another task or thread is in the middle of an operation of one of the sessions."""
+        return any(map(in_use, self._sessions))
+
+    @property
+    def has_committed(self) -> bool:
+        """Whether part of the unit, or a unit within it, is committed already, whatever becomes of the rest."""
+        return self._has_committed_inside or any(map(has_committed, self._sessions))
+
     def open(self) -> None:
         """Make this the current unit of the running task or thread."""
-        self.outer = _current.get()
+        self.outer = innermost_unit()
         _current.set(self)
 
     def close(self) -> None:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
+        if self.outer is not None:
+            self.outer._has_committed_inside |= self.has_committed
         self.closed = True
         for session in self._sessions:
             try:

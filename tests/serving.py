@@ -43,9 +43,9 @@ async def serve(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @asynccontextmanager
-async def connected(app: ASGIApp) -> AsyncIterator[ClientConnection]:
-    """Serve the app, and connect to its websocket at ``/``."""
+async def connected(app: ASGIApp, path: str = "/") -> AsyncIterator[ClientConnection]:
+    """Serve the app, and connect to its websocket at ``path``."""
     async with serve(app) as client:
-        url = client.base_url.copy_with(scheme="ws", path="/")
+        url = client.base_url.copy_with(scheme="ws", path=path)
         async with websockets.connect(str(url)) as connection:
             yield connection

@@ -105,6 +105,29 @@ async def test_deadlock_is_retried(counter: Observer) -> None:
     assert await counter.connection.fetchval("SELECT sum(value) FROM counter") == 4
 
 
+async def test_request_that_committed_a_block_is_not_run_again(observer: Observer) -> None:
+    """It would write the block's rows a second time."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=2)
+
+    @app.post("/async")
+    async def audit() -> None:
+        async with db.transaction() as outer, db.transaction() as session:
+            session.add(Item("audited"))
+            await outer.execute(text("SELECT 1"))
+        await db.session.execute(text(ASKS_TO_RETRY))
+
+    @app.post("/def")
+    def audit_in_a_thread() -> None:
+        with db.sync_transaction() as session:
+            session.add(Item("audited in a thread"))
+        db.sync_session.execute(text(ASKS_TO_RETRY))
+
+    async with serve(app) as client:
+        assert [(await client.post(path)).status_code for path in ("/async", "/def")] == [500, 500]
+    assert await observer.names() == ["audited", "audited in a thread"]
+
+
 @pytest.mark.parametrize(
     ("statement", "expected"),
     [(ASKS_TO_RETRY, 3), ("SELECT 1 / 0", 1)],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Annotated
 
 import pytest
 import websockets
-from fastapi import FastAPI, Response, WebSocket
+from fastapi import Depends, FastAPI, Response, WebSocket, WebSocketDisconnect
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
+from starlette.concurrency import run_in_threadpool
 
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
@@ -222,4 +225,109 @@ async def test_denied_handshake_leaves_no_row(app: FastAPI, observer: Observer) 
     with pytest.raises(websockets.InvalidStatus):
         async with connected(app):
             pass
+    assert await observer.names() == []
+
+
+async def test_refused_handshake_leaves_no_row(app: FastAPI, observer: Observer) -> None:
+    """Closing before the handshake is accepted is an HTTP 403, whatever the code."""
+
+    async def handler(socket: WebSocket) -> None:
+        db.session.add(Item("refused"))
+        await db.session.flush()
+        await socket.close()
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    with pytest.raises(websockets.InvalidStatus, match="403"):
+        async with connected(app):
+            pass
+    assert await observer.names() == []
+
+
+def add(name: str) -> None:
+    db.session.add(Item(name))
+
+
+async def test_session_of_a_dependency_in_a_thread(app: FastAPI, observer: Observer) -> None:
+    """A ``def`` dependency asks for ``db.session`` in a thread, where there is no task."""
+
+    async def handler(socket: WebSocket, added: Annotated[None, Depends(add)]) -> None:
+        await socket.accept()
+        await socket.send_text("stored")
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/{name}", handler)
+    async with connected(app, "/a") as socket:
+        assert await socket.recv() == "stored"
+        assert await observer.names() == ["a"]
+
+
+def work_in_threads(app: FastAPI, work: Callable[[str], None]) -> None:
+    """Let one task receive, and another one work in threads and answer."""
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        names: asyncio.Queue[str] = asyncio.Queue()
+
+        async def answer() -> None:
+            while True:
+                await run_in_threadpool(work, await names.get())
+                try:
+                    await socket.send_text("stored")
+                except IntegrityError:
+                    await socket.send_text("taken")
+
+        answering = asyncio.create_task(answer())
+        try:
+            async for name in socket.iter_text():
+                names.put_nowait(name)
+        finally:
+            answering.cancel()
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+
+
+async def test_task_that_works_in_threads_is_answering(app: FastAPI, observer: Observer) -> None:
+    """Whose a thread's work is nobody knows: whoever sends next commits it first."""
+
+    def work(name: str) -> None:
+        db.sync_session.add(Item(name))
+        db.sync_session.flush()
+
+    work_in_threads(app, work)
+    async with connected(app) as socket:
+        for name, answer in [("a", "stored"), ("a", "taken"), ("b", "stored")]:
+            await socket.send(name)
+            assert await socket.recv() == answer
+    assert await observer.names() == ["a", "b"]
+
+
+async def test_dry_run_beside_a_reader(app: FastAPI, observer: Observer) -> None:
+    """What one task rolls back is not committed because another one receives the next message meanwhile."""
+    received = asyncio.Event()
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+
+        async def dry_run() -> None:
+            db.rollback_only()
+            await received.wait()
+            db.session.add(Item("dry run"))
+            await db.session.flush()
+            await socket.send_text("done")
+
+        running = asyncio.create_task(dry_run())
+        await asyncio.sleep(0)
+        with suppress(WebSocketDisconnect):
+            await socket.receive_text()
+            received.set()
+            await socket.receive_text()
+        await running
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    async with connected(app) as socket:
+        await socket.send("go on")
+        assert await socket.recv() == "done"
     assert await observer.names() == []

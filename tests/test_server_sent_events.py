@@ -1,0 +1,93 @@
+"""Server-sent events, whose generator FastAPI runs in a task beside the response."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.sse import EventSourceResponse
+from sqlalchemy import text
+
+from fastapi_chatdify_db import DBSessionMiddleware, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+async def write() -> None:
+    db.session.add(Item("a"))
+    await db.session.flush()
+
+
+async def fail_at_once() -> AsyncIterable[str]:
+    yield "begin"
+    await write()
+    raise ZeroDivisionError
+
+
+async def fail_later() -> AsyncIterable[str]:
+    yield "begin"
+    await write()
+    await asyncio.sleep(0.01)
+    raise ZeroDivisionError
+
+
+def fail_in_a_thread() -> Iterable[str]:
+    yield "begin"
+    db.sync_session.add(Item("a"))
+    db.sync_session.flush()
+    raise ZeroDivisionError
+
+
+async def fail_in_a_block() -> AsyncIterable[str]:
+    async with db.transaction() as session:
+        session.add(Item("a"))
+        yield "begin"
+        raise ZeroDivisionError
+
+
+async def fail_before_anything() -> AsyncIterable[str]:
+    async with db.transaction() as session:
+        session.add(Item("a"))
+        raise ZeroDivisionError
+    yield
+
+
+async def query_again_and_again() -> AsyncIterable[str]:
+    for _ in range(50):
+        await db.session.execute(text("SELECT 1"))
+    yield "end"
+
+
+@pytest.fixture
+async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    for endpoint in (fail_at_once, fail_later, fail_in_a_thread, fail_in_a_block, fail_before_anything):
+        app.add_api_route(f"/{endpoint.__name__}", endpoint, response_class=EventSourceResponse)
+    router = APIRouter()
+    router.add_api_route("/included", query_again_and_again, dependencies=[Depends(write)])
+    app.include_router(router, default_response_class=EventSourceResponse)
+    async with serve(app) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "path", ["/fail_at_once", "/fail_later", "/fail_in_a_thread", "/fail_in_a_block", "/fail_before_anything"]
+)
+async def test_events_that_fail_keep_nothing(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
+    """The client gets an incomplete body, and what was written is rolled back."""
+    with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+        await client.get(path)
+    assert await observer.in_transaction() == 0
+    assert await observer.names() == []
+
+
+async def test_router_whose_default_is_events(client: httpx.AsyncClient, observer: Observer) -> None:
+    """Its endpoints produce beside the response too, and are not committed in the middle of a statement."""
+    response = await client.get("/included")
+    assert (response.status_code, response.text) == (200, 'data: "end"\n\n')
+    assert await observer.names() == ["a"]

@@ -1,0 +1,119 @@
+"""Blocks of ``db.transaction()`` that are still open when the response begins."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Annotated
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.responses import StreamingResponse
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from fastapi_chatdify_db import DBSessionMiddleware, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+async def transaction() -> AsyncIterator[AsyncSession]:
+    async with db.transaction() as session:
+        yield session
+
+
+async def sync_transaction() -> AsyncIterator[Session]:
+    with db.sync_transaction() as session:
+        yield session
+
+
+async def numbers() -> AsyncGenerator[int]:
+    async with db.transaction() as session:
+        for number in range(3):
+            session.add(Item(f"number {number}"))
+            yield number
+
+
+@pytest.fixture
+async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/given")
+    async def given(session: Annotated[AsyncSession, Depends(transaction)], name: str, status: int = 200) -> None:
+        session.add(Item(name))
+        if status != 200:
+            raise HTTPException(status)
+
+    @app.post("/current", dependencies=[Depends(transaction)])
+    async def current(name: str) -> None:
+        db.session.add(Item(name))
+
+    @app.post("/sync")
+    async def sync(session: Annotated[Session, Depends(sync_transaction)], name: str) -> None:
+        session.add(Item(name))
+
+    @app.post("/stream", dependencies=[Depends(transaction)])
+    async def stream(name: str) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"begin"
+            db.session.add(Item(name))
+
+        return StreamingResponse(body())
+
+    @app.post("/left")
+    async def left(name: str) -> None:
+        async for _ in numbers():
+            break
+        db.session.add(Item(name))
+
+    @app.post("/closed")
+    async def closed(name: str) -> None:
+        first, second = numbers(), numbers()
+        async with aclosing(second):
+            async with aclosing(first):  # in another order than they were opened
+                await anext(first)
+                await anext(second)
+            db.session.add(Item("second's"))
+        db.session.add(Item(name))
+
+    async with serve(app) as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/given", "/current", "/sync"])
+async def test_commits_before_the_response(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
+    """A dependency that yields within a block ends after the response; its COMMIT does not, nor its failure."""
+    statuses = [(await client.post(path, params={"name": name})).status_code for name in ("a", "a", "b")]
+    assert statuses == [200, 500, 200]
+    assert await observer.names() == ["a", "b"]
+    assert await observer.in_transaction() == 0
+
+
+async def test_error_keeps_nothing(client: httpx.AsyncClient, observer: Observer) -> None:
+    """By the same rule as the request itself."""
+    assert (await client.post("/given", params={"name": "a", "status": 404})).status_code == 404
+    assert await observer.names() == []
+
+
+async def test_stream_commits_at_its_end(client: httpx.AsyncClient, observer: Observer) -> None:
+    """What is written with the body is committed before the last chunk, or the body is incomplete."""
+    assert (await client.post("/stream", params={"name": "a"})).text == "begin"
+    with pytest.raises(httpx.RemoteProtocolError):
+        await client.post("/stream", params={"name": "a"})
+    assert await observer.names() == ["a"]
+
+
+async def test_generator_that_was_left(client: httpx.AsyncClient, observer: Observer) -> None:
+    """``break`` leaves its block open for a while, and what is written after it is not lost without an error."""
+    response = await client.post("/left", params={"name": "a"})
+    assert (response.status_code == 200) == ("a" in await observer.names())
+    assert await observer.in_transaction() == 0
+
+
+async def test_generators_that_end_in_any_order(client: httpx.AsyncClient, observer: Observer) -> None:
+    """The code after them is in the unit that is still open."""
+    assert (await client.post("/closed", params={"name": "a"})).status_code == 200
+    assert await observer.names() == ["a"]
