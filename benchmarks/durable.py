@@ -29,7 +29,8 @@ DELAY = "plain delay after the commit"
 RELAYED = 20_000  # rows
 WARMED, STARTED = 20, 300  # tasks
 ADD = """INSERT INTO durable_task (id, name, arguments, options, due_at, ring_at, status, finished_at)
-         SELECT '{kind}-' || n, 'dispatching.start', '[[' || n || '], {{}}]', '{{"headers": {{"durable": true}}}}',
+         SELECT '{kind}-' || n, 'dispatching.start', '[[' || n || '], {{}}]',
+                '{{"headers": {{"durable": "{kind}-' || n || '"}}}}',
                 now(), now(), '{status}', CASE WHEN '{status}' = 'done' THEN now() END
          FROM generate_series(1, {count}) AS n"""
 

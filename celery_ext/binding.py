@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -34,6 +35,7 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
             task's unit serves every database.
         relay: Whether a web application relays durable tasks itself, within the database's lifespan.
     """
+    is_new = app not in _databases
     _databases[app] = db
     if metadata not in db.metadatas:
         db.metadatas.append(metadata)
@@ -41,6 +43,8 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
     if relay:
         db.services.append(lambda: relaying(app, db))
     _adopt(app.Task, db)
+    if is_new:
+        _adopt_bases(app)
     app.on_after_finalize.connect(_adopt_all, weak=False)
     if app.finalized:  # type: ignore[attr-defined]  # missing in the stubs
         _adopt_all(app)
@@ -58,6 +62,22 @@ def database_of(app: Celery[Any]) -> Database:
         raise NotInitialized(f"{app!r} has no database; call celery_ext.init_app(app) where it is made") from None
 
 
+def _adopt_bases(app: Any) -> None:
+    """Adopt whatever a task is made of before it is made, as late as that may be: Celery has no signal for it."""
+    task_from_function, register_task = app._task_from_fun, app.register_task
+
+    def _task_from_fun(fun: Any, name: str | None = None, base: Any = None, **options: Any) -> Any:
+        if base is not None:
+            _adopt(base, _databases[app])
+        return task_from_function(fun, name, base, **options)
+
+    def register(task: Any, **options: Any) -> Any:
+        _adopt(task if inspect.isclass(task) else type(task), _databases[app])
+        return register_task(task, **options)
+
+    app._task_from_fun, app.register_task = _task_from_fun, register
+
+
 def _adopt_all(sender: Celery[Any], **_: object) -> None:
     for task in sender.tasks.values():
         _adopt(type(task), _databases[sender])
@@ -65,9 +85,10 @@ def _adopt_all(sender: Celery[Any], **_: object) -> None:
 
 def _adopt(task_class: Any, database: Database) -> None:
     """Put our class between Celery's and those that derive from it, user-defined bases included."""
-    for each in task_class.__mro__:
-        if each is not Task and celery.Task in each.__bases__:
-            each.__bases__ = tuple(Task if base is celery.Task else base for base in each.__bases__)
+    if not issubclass(task_class, Task):
+        for each in task_class.__mro__:
+            if celery.Task in each.__bases__:
+                each.__bases__ = tuple(Task if base is celery.Task else base for base in each.__bases__)
     task_class.database = database
 
 

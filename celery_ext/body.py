@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from functools import partial, wraps
 from threading import Lock
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import SoftTimeLimitExceeded
@@ -14,6 +15,7 @@ from celery.utils.time import get_exponential_backoff_interval
 from sqlalchemy.exc import DBAPIError
 
 from celery_ext import event_loop
+from celery_ext.errors import CoroutineReturned
 from celery_ext.execution import Execution, joinable_unit
 from celery_ext.result import check_result
 from celery_ext.soft_limit import soft_limit_held_back
@@ -73,6 +75,11 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             if delivery is not None:
                 delivery.begin(unit.sync_session(task.database.engines))
             result = body(*args, **kwargs)
+            if type(result) is CoroutineType:
+                result.close()
+                raise CoroutineReturned(
+                    f"{task.name} returned a coroutine, which nobody awaits; make what decorates it an async def too"
+                )
             if not unit.untouched:
                 check_result(task, execution.request, result)
             if delivery is not None:

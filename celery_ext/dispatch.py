@@ -13,8 +13,9 @@ from weakref import WeakKeyDictionary
 
 from celery.utils import uuid
 from kombu.exceptions import OperationalError
+from kombu.serialization import dumps
 
-from celery_ext.errors import DispatchFailed
+from celery_ext.errors import ArgumentsNotSerializable, DispatchFailed
 from celery_ext.execution import Execution
 from celery_ext.sender import send_within
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, innermost_unit
@@ -40,10 +41,12 @@ def send_on_commit(
 
     Raises:
         TypeError: The task does not take these arguments.
+        ArgumentsNotSerializable: Its serializer does not carry them.
         DispatchFailed: It could not be sent at once, and ``on_error`` is ``"raise"``.
     """
     check_arguments(task, args, kwargs)
-    options = {"task_id": uuid(), **inherited(task), **options}
+    options = {**inherited(task), **options, "task_id": options.get("task_id") or uuid()}
+    _check_serializable(task, args, kwargs, options)
     send = partial(copy_context().run, partial(task.apply_async, tuple(args), dict(kwargs), **options))
     unit = innermost_unit()
     publish = partial(_publish, task, str(options["task_id"]), send, on_error, unit)
@@ -63,6 +66,20 @@ def check_arguments(task: Task, args: Sequence[object], kwargs: Mapping[str, obj
     check = getattr(task, "__header__", None)  # a task that is written as a class has none
     if task.typing and check is not None:
         check(*args, **kwargs)
+
+
+def _check_serializable(
+    task: Task, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]
+) -> None:
+    app = task.app
+    if app.conf.task_always_eager or task._dump_pydantic_arguments is not None:  # type: ignore[attr-defined]  # missing in the stubs
+        return
+    try:
+        dumps((tuple(args), dict(kwargs)), options.get("serializer") or task.serializer or app.conf.task_serializer)
+    except Exception as error:  # whatever a serializer raises
+        raise ArgumentsNotSerializable(
+            f"the arguments of {task.name} cannot be sent ({error}); send ids, not objects"
+        ) from error
 
 
 def lineage() -> dict[str, Any]:

@@ -19,11 +19,15 @@ class AsyncTaskNotSupported(ChatdifyDBError):
 
 
 class ArgumentsNotSerializable(ChatdifyDBError, TypeError):
-    """A durable task's arguments cannot be stored."""
+    """The arguments of a task that is sent later cannot be stored, or not be sent."""
 
 
 class ResultNotSerializable(ChatdifyDBError, TypeError):
     """A task that wrote returned what its result backend cannot store; its unit was rolled back."""
+
+
+class CoroutineReturned(ChatdifyDBError, TypeError):
+    """A task is an ``async def`` behind a decorator that is not: its body would never run."""
 
 
 class NotInitialized(ChatdifyDBError):
@@ -31,7 +35,7 @@ class NotInitialized(ChatdifyDBError):
 
 
 class DurableDispatchUnsupported(ChatdifyDBError):
-    """The task's database is not PostgreSQL, the task has no session, or it calls ``self.replace()``."""
+    """The database is not PostgreSQL, the task has no session, calls ``self.replace()`` or runs its body twice."""
 
 
 class AsyncTaskCancelled(ChatdifyDBError):

@@ -10,6 +10,7 @@ import celery
 
 from celery_ext import context
 from celery_ext.durable.delivery import Delivery
+from celery_ext.errors import DurableDispatchUnsupported
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, innermost_unit
 
@@ -51,9 +52,19 @@ class Execution:
 
     @classmethod
     def beginning(cls, task: celery.Task[..., Any]) -> Execution | None:
-        """The execution whose body ``task`` is about to run; None if the task is called as a function."""
+        """The execution whose body ``task`` is about to run; None if the task is called as a function.
+
+        Raises:
+            DurableDispatchUnsupported: A durable task's body is run again; its row has the outcome of the first run.
+        """
         execution = _current.get()
-        return execution if execution is not None and execution.task is task and not execution._begun else None
+        if execution is None or execution.task is not task:
+            return None
+        if execution._body_over and execution.delivery is not None:
+            raise DurableDispatchUnsupported(
+                f"{task.name} is durable, and its body has ended; to try again, write autoretry_for=... or self.retry()"
+            )
+        return None if execution._begun else execution
 
     def begin(self) -> UnitOfWork | None:
         """The unit of the body, which is about to start and will end it; None for a task without."""

@@ -88,7 +88,8 @@ def status(context: typer.Context) -> None:
 
 @cli.command()
 def failed(
-    context: typer.Context, limit: Annotated[int, typer.Option(min=0, help="Show no more than so many.")] = 50
+    context: typer.Context,
+    limit: Annotated[int, typer.Option(min=0, max=1_000_000, help="Show no more than so many.")] = 50,
 ) -> None:
     """The tasks that failed for good, the newest first."""
     with _with_tables(context) as database:

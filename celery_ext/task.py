@@ -22,6 +22,7 @@ from celery_ext.errors import DurableDispatchUnsupported, portable
 from celery_ext.execution import Execution
 from fastapi_chatdify_db.database import Database
 from fastapi_chatdify_db.database import db as default_database
+from fastapi_chatdify_db.exceptions import AfterCommitError
 
 if TYPE_CHECKING:
     _CeleryTask = celery.Task[..., Any]
@@ -52,6 +53,8 @@ class Task(_CeleryTask):
     db_retry: ClassVar[bool] = False
     """Whether a serialization failure or deadlock retries the task, under its own retry policy."""
 
+    dont_autoretry_for: ClassVar[tuple[type[Exception], ...]] = (AfterCommitError,)
+    """What the task's commit does not undo, so that another run would do it twice."""
     runs_in_unit = False
     """Whether ``put_in_unit`` has been here."""
 
@@ -93,12 +96,16 @@ class Task(_CeleryTask):
 
         Returns:
             The id that the task will have.
+
+        Raises:
+            TypeError: The task does not take these arguments.
+            ArgumentsNotSerializable: The task's serializer does not carry them.
         """
         return send_on_commit(self, args, kwargs, "log", {})
 
     def apply_async_on_commit(
         self,
-        args: Sequence[object] = (),
+        args: Sequence[object] | None = None,
         kwargs: Mapping[str, object] | None = None,
         *,
         on_error: OnError = "log",
@@ -117,9 +124,10 @@ class Task(_CeleryTask):
             The id that the task will have.
 
         Raises:
+            ArgumentsNotSerializable: The task's serializer does not carry the arguments.
             DispatchFailed: With ``on_error="raise"``, where the unit ends; outside any unit, here.
         """
-        return send_on_commit(self, args, kwargs or {}, on_error, options)
+        return send_on_commit(self, args or (), kwargs or {}, on_error, options)
 
     def delay_durably(self, *args: object, **kwargs: object) -> str:
         """Store the task as a row of the transaction around the call, for a relay to send; nothing loses it.
@@ -137,7 +145,7 @@ class Task(_CeleryTask):
 
     def apply_durably(
         self,
-        args: Sequence[object] = (),
+        args: Sequence[object] | None = None,
         kwargs: Mapping[str, object] | None = None,
         *,
         countdown: float | None = None,
@@ -170,7 +178,7 @@ class Task(_CeleryTask):
         """
         return store(
             self,
-            args,
+            args or (),
             kwargs or {},
             countdown=countdown,
             eta=eta,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Final
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -56,6 +56,17 @@ async def store_message(dialogue_id: int, event: MessageCreated) -> int | None:
         attempts=0,
     )
     return (await db.session.execute(statement.on_conflict_do_nothing().returning(Message.id))).scalar()
+
+
+async def note_workflow_status(conversation_id: int, status: str) -> None:
+    """Remember that the workflow which is answering a message of the conversation has set its status."""
+    asked = (
+        select(Message.id)
+        .join(Message.dialogue)
+        .where(Dialogue.chatwoot_conversation_id == str(conversation_id))
+        .where(Message.state == MessageState.RECEIVED, Message.attempts > 0)
+    )
+    await db.session.execute(update(Message).where(Message.id.in_(asked)).values(workflow_status=status))
 
 
 async def delete_dialogue(conversation: WebhookConversation) -> bool:

@@ -5,14 +5,26 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, field_validator
+import httpx
+from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from fastapi_chatdify_db import DatabaseSettings, InvalidSettings
 
+
+def _url(value: str) -> str:
+    try:
+        url = httpx.URL(value.strip())
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError("write e.g. https://app.chatwoot.com/api/v1")
+    return str(url)
+
+
 Secret = Annotated[str | None, Field(repr=False)]
 Count = Annotated[int, Field(ge=0)]
-URL = Annotated[str, Field(pattern="^https?://")]
+URL = Annotated[str, AfterValidator(_url)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 _SECRETS: Final = ("chatdify_api_token", "chatwoot_webhook_secret", "chatwoot_api_key", "dify_api_key")
 Status = Literal["open", "pending", "resolved", "snoozed"]

@@ -6,14 +6,16 @@ looks first whether it has been done.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Final
 
 from sqlalchemy import func, select
 
 from example_app.clients import get_chatwoot, get_dify
 from example_app.clients.dify import Answer, Question, StillAnswering
-from example_app.clients.http import NotFound
+from example_app.clients.http import NotFound, Rejected
 from example_app.db.models import Message, MessageState
+from example_app.logs import logger
 from example_app.settings import get_settings
 from fastapi_chatdify_db import db
 
@@ -79,19 +81,23 @@ async def _earlier_answer(question: Question, message: Message) -> Answer | None
 async def respond(message: Message) -> MessageState:
     """Post Dify's answer into the Chatwoot conversation, unless that has become a human's meanwhile."""
     if message.answer and message.answer.strip():
-        chatwoot = await get_chatwoot()
-        conversation = await chatwoot.conversation(message.dialogue.chatwoot_conversation_id)
-        if conversation.status not in get_settings().allowed_conversation_statuses:
+        if await _is_a_humans(message):
+            logger.info("message %d: its answer is withheld, a human has the conversation", message.id)
             return MessageState.HANDED_OVER
         await _post_once(message, message.answer, "answer")
     return MessageState.POSTED
 
 
 async def hand_over(message: Message) -> MessageState:
-    """Open the conversation for a human, and say so to the customer and to the agents."""
+    """Open the conversation for a human, and say so to the customer and to the agents, unless a human has it."""
     settings = get_settings()
     chatwoot = await get_chatwoot()
     try:
+        # From the second attempt on it may be open because of the first.
+        if message.attempts == 1:
+            with suppress(Rejected):  # a key that may not read goes on as if nobody had it
+                if await _is_a_humans(message):
+                    return MessageState.HANDED_OVER
         await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
         if message.conversation_status == "pending" and settings.bot_error_message_internal:
             await _post_once(message, settings.bot_error_message_internal, "note", private=True)
@@ -102,6 +108,13 @@ async def hand_over(message: Message) -> MessageState:
     message.dialogue.status = "open"
     message.dialogue.handed_over_at = func.now()
     return MessageState.HANDED_OVER
+
+
+async def _is_a_humans(message: Message) -> bool:
+    """Whether the conversation has a status that the bot leaves alone, and that Dify's workflow did not set."""
+    chatwoot = await get_chatwoot()
+    conversation = await chatwoot.conversation(message.dialogue.chatwoot_conversation_id)
+    return conversation.status not in (*get_settings().allowed_conversation_statuses, message.workflow_status)
 
 
 async def _post_once(message: Message, content: str, what: str, *, private: bool = False) -> None:

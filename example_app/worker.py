@@ -31,6 +31,8 @@ def _configuration() -> dict[str, Any]:
     return {
         "broker_url": settings.broker_url,
         "result_backend": settings.result_backend,
+        # Nobody reads a result. To wait for one, Celery would need its backend whenever a task is sent.
+        "task_ignore_result": True,
         "broker_transport_options": _transport_options(settings),
         "task_default_queue": settings.celery_task_default_queue,
         "broker_connection_retry_on_startup": True,

@@ -115,10 +115,11 @@ class AsyncUnitOfWork(UnitOfWork):
                     await async_session.flush()
                 for sync_session in sync_sessions:
                     await _in_thread(sync_session.flush)
-            for async_session in async_sessions:
-                await async_session.commit()
+            # The async ones last: if the process dies in between, a durable task, whose mark is in there, runs again.
             for sync_session in sync_sessions:
                 await _in_thread(sync_session.commit)
+            for async_session in async_sessions:
+                await async_session.commit()
         except BaseException:
             await self._rollback_async()
             raise

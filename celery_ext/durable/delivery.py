@@ -56,7 +56,7 @@ class Delivery:
     @classmethod
     def of(cls, task: Task, task_id: str, request: Context) -> Delivery | None:
         """The delivery that a task's request belongs to; None for a task that is not durable."""
-        return cls(task, task_id, request) if vars(request).get(HEADER) else None
+        return cls(task, task_id, request) if vars(request).get(HEADER) == task_id else None
 
     def begin(self, session: Session) -> None:
         """Lock the row, as the first statement of the body's transaction.

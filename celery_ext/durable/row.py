@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from celery_ext.task import Task
 
 HEADER: Final = "durable"
-"""The message header that tells a worker to look for the row."""
+"""The message header that tells a worker to look for the row: its id. Tasks that pass on their headers pass it on."""
 _LONGEST: Final = 3.2e9
 """Seconds: a hundred years, which PostgreSQL can add to its clock."""
 _SECONDS: Final[dict[type, str]] = {int: "seconds", float: "seconds"}
@@ -78,11 +78,12 @@ def new_row(
         raise ArgumentsNotSerializable(
             f"{task.name} cannot be stored under {ordering_key!r}; write a string: ordering_key=str(...)"
         )
-    headers = {**_mapping(options.get("headers")), HEADER: True}
+    # The same key is the same id, so whoever uses it again need not ask the database for the first one's.
+    task_id = uuid() if idempotency_key is None else str(uuid5(NAMESPACE_OID, f"{task.name}\0{idempotency_key}"))
+    headers = {**_mapping(options.get("headers")), HEADER: task_id}
     inject(headers)
     return Row(
-        # The same key is the same id, so whoever uses it again need not ask the database for the first one's.
-        id=uuid() if idempotency_key is None else str(uuid5(NAMESPACE_OID, f"{task.name}\0{idempotency_key}")),
+        id=task_id,
         name=task.name,
         arguments=serialize(task.name, [list(args), dict(kwargs)]),
         options=serialize(task.name, {**options, "headers": headers}),

@@ -131,4 +131,5 @@ async def toggle_status(chatwoot: Chatwoot, conversation_id: ConversationID, new
     """Set a conversation's status."""
     before = await chatwoot.conversation(conversation_id)
     result = await chatwoot.set_status(conversation_id, new.status)
+    await dialogues.note_workflow_status(conversation_id, new.status)
     return StatusResult(conversation_id=conversation_id, previous_status=before.status, result=result)

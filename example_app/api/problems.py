@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
 
-from example_app.clients.http import Busy, NotFound, OutsideError
+from example_app.clients.http import Busy, NotFound, OutsideError, Unanswered
 from example_app.logs import logger
 
 
@@ -78,11 +78,13 @@ def _outside_error(_: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, OutsideError)
     logger.warning("%s", error)
     if isinstance(error, NotFound):
-        return _problem(404, "Chatwoot has no such conversation.")
+        return _problem(404, "Chatwoot does not have it.")
     if isinstance(error, Busy) or error.retry_after:
         return _problem(
             503, "Chatwoot is busy, try again.", headers={"Retry-After": str(round(error.retry_after) or 1)}
         )
+    if isinstance(error, Unanswered):
+        return _problem(502, "Whether Chatwoot did it is not known; look before you repeat it.")
     return _problem(502, "Chatwoot did not do it.")
 
 

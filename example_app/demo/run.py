@@ -50,7 +50,7 @@ def main() -> None:
     port: int = parser.parse_args().port
     try:
         socket.create_server(("127.0.0.1", port)).close()
-    except OSError:
+    except (OSError, OverflowError):
         parser.exit(1, f"Port {port} is taken or not yours; a free one: .venv/bin/python -m example_app --port 0\n")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     for number in _ENDINGS:

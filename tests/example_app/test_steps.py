@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import httpx
 import pytest
 from celery.exceptions import Ignore, Retry
 
 from example_app import dialogues, steps
 from example_app.clients import get_chatwoot
+from example_app.clients.dify import Answer, Dify, Question
 from example_app.clients.http import Busy, OutsideError, Rejected, Unanswered
 from example_app.dialogues import delete_dialogue, store_message, upsert_dialogue
 from example_app.dispatch import DELETE, HAND_OVER, RESPOND, dispatch_deletion
@@ -290,6 +292,53 @@ async def test_answer_comes_too_late(outside: Outside, configure: Configure) -> 
     outside.chatwoot.conversation(7).status = "open"
     assert await run(respond, message) == "handed_over"
     assert outside.chatwoot.conversation(7).answers() == []
+
+
+@pytest.mark.parametrize("status", ["open", "resolved"])
+async def test_failure_comes_too_late(outside: Outside, configure: Configure, status: str) -> None:
+    """Nor does the bot tell of its failure there, or open again what an agent has resolved."""
+    configure(ALLOWED_CONVERSATION_STATUSES="pending")
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 400))
+    assert await run(ask, message) == "failed"
+    outside.chatwoot.conversation(7).status = status
+    assert await run(hand_over, message) == "handed_over"
+    assert (outside.chatwoot.conversation(7).status, outside.chatwoot.conversation(7).messages) == (status, [])
+
+
+async def test_hand_over_by_a_key_that_may_not_read(outside: Outside, configure: Configure) -> None:
+    """The conversation is handed over all the same."""
+    configure(ALLOWED_CONVERSATION_STATUSES="pending")
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 400))
+    assert await run(ask, message) == "failed"
+    outside.chatwoot.faults.add(Fault("GET", "/conversations/7", 401))
+    assert await run(hand_over, message) == "handed_over"
+    assert outside.chatwoot.conversation(7).status == "open"
+
+
+@pytest.mark.parametrize(("status", "allowed"), [("open", "pending"), ("resolved", "open,pending")])
+async def test_workflow_that_sets_the_status(
+    outside: Outside, client: httpx.AsyncClient, configure: Configure, status: str, allowed: str
+) -> None:
+    """What Dify's workflow answers when it has itself opened or closed the conversation is posted; nothing after it."""
+    configure(ALLOWED_CONVERSATION_STATUSES=allowed)
+    closing, waiting = await receive(outside, "Thanks, that is all", "one more")
+
+    answer_at_once = Dify.ask
+
+    async def set_status_and_answer(dify: Dify, question: Question) -> Answer:
+        response = await client.post("/api/v1/toggle-status/7", json={"status": status})
+        assert response.status_code == 200
+        return await answer_at_once(dify, question)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dify, "ask", set_status_and_answer)
+        assert await run(ask, closing) == "answered"
+    assert await run(respond, closing) == "posted"
+    assert outside.chatwoot.conversation(7).answers() == ["You said: Thanks, that is all"]
+    assert [await run(ask, waiting), await run(respond, waiting)] == ["answered", "handed_over"]
+    assert outside.chatwoot.conversation(7).status == status
 
 
 async def test_accounts_do_not_share_a_memory(outside: Outside, configure: Configure) -> None:

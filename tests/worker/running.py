@@ -57,7 +57,7 @@ def task(app: Celery[Any], name: str) -> celery_ext.Task:
 
 def deliver(task: celery_ext.Task, task_id: str) -> None:
     """Do with a durable task's message what a worker does, in this process."""
-    trace_task(task, task_id, (), {}, {"id": task_id, "durable": True}, app=task.app)
+    trace_task(task, task_id, (), {}, {"id": task_id, "durable": task_id}, app=task.app)
 
 
 class Worker:

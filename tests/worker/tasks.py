@@ -9,17 +9,18 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import wraps
 from typing import Any
 
 import celery
 from celery import shared_task
 from celery.exceptions import Ignore, Reject
 from opentelemetry.trace import get_current_span
-from sqlalchemy import func, select, text
+from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from celery_ext import Task
+from celery_ext import DispatchFailed, Task
 from fastapi_chatdify_db import Database, DatabaseSettings, UnitOfWorkFilter, db, get_sync_session
 from fastapi_chatdify_db.request_id import current_request_id
 from tests.models import Counter, Item
@@ -514,3 +515,73 @@ def count_run(name: str) -> None:
     """Insert, and count in a sequence, which no rollback takes back."""
     insert(name)
     db.sync_session.execute(text("SELECT nextval('kills')"))
+
+
+@shared_task(bind=True, base=Task)
+def pass_on_headers(self: Task, name: str) -> None:
+    """Send another task with the headers of this one."""
+    add_item.apply_async((f"passed on {name}",), headers=self.request.headers)
+
+
+@shared_task
+async def die_between_commits_once(name: str) -> None:
+    """Write with both sessions; the first time, the process dies at the COMMIT of the second one."""
+    db.session.add(Item(name))
+    run = await db.session.scalar(text("SELECT nextval('kills')"))
+    await asyncio.to_thread(insert, f"{name} sync {run}")
+    if run == 1:
+        event.listen(db.session.sync_session, "before_commit", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+class TriesAgain(Task):
+    """Runs its body again when it failed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ZeroDivisionError:
+            return super().__call__(*args, **kwargs)
+
+
+@shared_task(base=TriesAgain, bind=True)
+def tries_again(self: Task, name: str) -> None:
+    """Fail the first time."""
+    insert(name)
+    if not self.__dict__.setdefault("tried", []):
+        self.__dict__["tried"].append(name)
+        raise ZeroDivisionError
+
+
+def with_a_plain_wrapper(function: Any) -> Any:
+    """A decorator that was written for ``def``."""
+
+    @wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return function(*args)
+
+    return wrapper
+
+
+@shared_task(ignore_result=True)
+@with_a_plain_wrapper
+async def decorated(name: str) -> None:
+    """Insert, if it is ever awaited."""
+    db.session.add(Item(name))
+
+
+def _fail_to_send() -> None:
+    raise DispatchFailed("not sent")
+
+
+@shared_task(autoretry_for=(Exception,), default_retry_delay=0)
+def fails_to_send(name: str) -> None:
+    """Insert, and then not send what was to be sent on commit."""
+    insert(name)
+    db.on_commit(_fail_to_send)
+
+
+@shared_task(autoretry_for=(Exception,), default_retry_delay=0)
+async def fails_to_send_async(name: str) -> None:
+    """The same in a coroutine."""
+    db.session.add(Item(name))
+    db.on_commit(_fail_to_send)

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request
 
 import celery_ext
-from celery_ext import DispatchFailed
+from celery_ext import ArgumentsNotSerializable, DispatchFailed
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import Observer
@@ -196,3 +196,35 @@ def test_broker_that_hangs() -> None:
         assert time.monotonic() < patience
         time.sleep(0.01)
     app.close()
+
+
+@pytest.mark.parametrize("send", ["delay_on_commit", "apply_async_on_commit"])
+async def test_arguments_that_cannot_be_sent(unheard: Celery[celery_ext.Task], rows: Observer, send: str) -> None:
+    """They are an error at the call, so that the unit is rolled back: after the commit nobody could be told."""
+    add = task(unheard, "add_item")
+    item = Item("x")
+    arguments = (item,) if send == "delay_on_commit" else ([item],)
+
+    async def insert_and_send() -> None:
+        async with db.transaction() as session:
+            session.add(item)
+            getattr(add, send)(*arguments)
+
+    with pytest.raises(ArgumentsNotSerializable, match="send ids, not objects"):
+        await insert_and_send()
+    assert await rows.names() == []
+
+
+async def test_serializer_of_the_task(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """What it carries is sent, although JSON does not carry it."""
+    add = task(unheard, "add_item")
+    async with db.transaction():
+        assert add.apply_async_on_commit(None, {"name": {"x"}}, serializer="pickle", task_id=None)
+
+
+@pytest.mark.parametrize("kind", ["fails_to_send", "fails_to_send_async"])
+async def test_failure_to_send_does_not_run_the_task_again(prefork: Worker, empty_tables: Observer, kind: str) -> None:
+    """``autoretry_for`` leaves alone what the commit does not undo."""
+    sent = prefork.task(kind).delay("x")
+    assert "DispatchFailed" in repr(await prefork.result(sent.id))
+    assert await empty_tables.names() == ["x"]

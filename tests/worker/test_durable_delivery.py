@@ -23,7 +23,7 @@ async def test_duplicate_messages_are_dropped(relayed: Worker, rows: Observer) -
     async with db.transaction():
         task_id = add.delay_durably("x")
     for _ in range(20):
-        add.apply_async(("x",), task_id=task_id, headers={"durable": True})
+        add.apply_async(("x",), task_id=task_id, headers={"durable": task_id})
     await rows.until_status(task_id, "done")
     last = add.delay("last")
     await asyncio.to_thread(last.get, timeout=20)
@@ -40,7 +40,7 @@ async def test_duplicate_does_not_begin(relayed: Worker, rows: Observer) -> None
     await rows.until_status(done, "done")
     for _ in range(5):
         for task_id in (done, later):
-            count_run.apply_async(("again",), task_id=task_id, headers={"durable": True})
+            count_run.apply_async(("again",), task_id=task_id, headers={"durable": task_id})
     for number in range(5):  # one for each process, and more
         await asyncio.to_thread(relayed.task("add_item").delay(f"{number}").get, timeout=20)
     assert await rows.connection.fetchval("SELECT last_value FROM kills") == 1
@@ -52,7 +52,7 @@ async def test_message_that_the_broker_lost(relayed: Worker, rows: Observer) -> 
     async with db.transaction():
         task_id = relayed.task("add_item").apply_durably(("x",), queue="nobody-listens")
     await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
-    await rows.connection.execute('UPDATE durable_task SET options = \'{"headers": {"durable": true}}\'')
+    await rows.connection.execute("""UPDATE durable_task SET options = '{"headers": {"durable": "' || id || '"}}'""")
     assert await relayed.result(task_id) == "x"
     await rows.until_status(task_id, "done")
 
@@ -74,7 +74,7 @@ async def test_row_lock_is_the_lease(relayed: Worker, rows: Observer) -> None:
         task_id = waiting.delay_durably(11)
     await rows.until_somebody_waits_for_a_lock()
     for _ in range(5):
-        waiting.apply_async((11,), task_id=task_id, headers={"durable": True})
+        waiting.apply_async((11,), task_id=task_id, headers={"durable": task_id})
     await asyncio.to_thread(relayed.task("add_item").delay("after the duplicates").get, timeout=20)
     query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 11"
     assert await rows.connection.fetchval(query) == 1
@@ -92,7 +92,7 @@ async def test_lease_outlives_the_transaction(relayed: Worker, rows: Observer) -
     assert await rows.names() == ["x begun"]
     assert await rows.in_transaction() == 0
     for _ in range(5):
-        released.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
+        released.apply_async(("x", 9), task_id=task_id, headers={"durable": task_id})
     await asyncio.to_thread(relayed.task("add_item").delay("other").get, timeout=20)
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
     await rows.until_status(task_id, "done")
@@ -135,7 +135,7 @@ async def test_late_message_has_the_retries_of_the_row(prefork: Worker, rows: Ob
     async with db.transaction():
         task_id = retried.delay_durably("x")
     await rows.connection.execute("UPDATE durable_task SET retries = 1")
-    retried.apply_async(("x",), task_id=task_id, headers={"durable": True})
+    retried.apply_async(("x",), task_id=task_id, headers={"durable": task_id})
     assert await prefork.result(task_id) == 1
 
 
@@ -197,3 +197,44 @@ async def test_a_durable_task_starts_others(relayed: Worker, rows: Observer) -> 
     await rows.until_status(bad, "failed")
     await rows.until_no_pending_tasks()
     assert await rows.names() == ["good 0", "good 1", "good 2"]
+
+
+async def test_passing_on_the_headers(relayed: Worker, rows: Observer) -> None:
+    """A task that sends another one with its own headers, as tenants and traces are passed on, sends that one too."""
+    async with db.transaction():
+        task_id = relayed.task("pass_on_headers").delay_durably("x")
+    await rows.until_status(task_id, "done")
+    await rows.until_names(["passed on x"])
+
+
+@pytest.mark.usefixtures("kills")
+async def test_sessions_of_both_kinds(relayed: Worker, rows: Observer) -> None:
+    """What a coroutine wrote with the other session is not lost when its process dies between their two COMMITs."""
+    async with db.transaction():
+        task_id = relayed.task("die_between_commits_once").delay_durably("x")
+    await rows.until_status(task_id, "done")
+    assert await rows.names() == ["x", "x sync 1", "x sync 2"]
+
+
+async def test_body_that_is_run_twice(relayed: Worker, rows: Observer) -> None:
+    """A ``__call__`` that tries again by itself does not do it without the row: that has failed."""
+    async with db.transaction():
+        task_id = relayed.task("tries_again").delay_durably("x")
+    await rows.until_status(task_id, "failed")
+    assert "has ended" in str(await relayed.result(task_id))
+    assert await rows.names() == []
+
+
+@pytest.mark.parametrize("durably", [True, False])
+async def test_coroutine_behind_a_decorator(relayed: Worker, rows: Observer, durably: bool) -> None:
+    """It would never run, and so is no success, although its result is ignored."""
+    decorated = relayed.task("decorated")
+    if durably:
+        async with db.transaction():
+            task_id = decorated.delay_durably("x")
+        await rows.until_status(task_id, "failed")
+        assert "CoroutineReturned" in str(await rows.connection.fetchval("SELECT error FROM durable_task"))
+    else:
+        decorated.delay("x")
+        await asyncio.to_thread(relayed.until_logged, "CoroutineReturned")
+    assert await rows.names() == []

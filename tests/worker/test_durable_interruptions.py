@@ -102,7 +102,7 @@ async def test_duplicate_of_a_coroutine_is_dropped_quietly(relayed: Worker, rows
         task_id = task.delay_durably("x", 9)
     await rows.until_status(task_id, "done")
     for _ in range(200):  # enough for the garbage collector, which tells of coroutines that nobody awaited
-        task.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
+        task.apply_async(("x", 9), task_id=task_id, headers={"durable": task_id})
     await asyncio.to_thread(relayed.task("add_item").delay("last").get, timeout=20)
     assert "never awaited" not in relayed.log
 
@@ -116,7 +116,7 @@ async def test_duplicate_in_the_process_of_the_lease(rows: Observer) -> None:
             task_id = released.delay_durably("x", 9)
         await rows.until_somebody_waits_for_a_lock()
         for _ in range(5):
-            released.apply_async(("x", 9), task_id=task_id, headers={"durable": True})
+            released.apply_async(("x", 9), task_id=task_id, headers={"durable": task_id})
         await asyncio.to_thread(running.task("add_item").delay("after the duplicates").get, timeout=20)
         await rows.connection.execute("SELECT pg_advisory_unlock(9)")
         await rows.until_status(task_id, "done")

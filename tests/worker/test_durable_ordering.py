@@ -125,7 +125,7 @@ async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None
         await rows.connection.execute("UPDATE durable_task SET arguments = $1 WHERE id = $2", arguments, task_id)
     assert administration.retry(db, None) == 3
     for number, task_id in enumerate(failing):  # messages of before, which a broker may have kept
-        add.apply_async((f"a {number}",), task_id=task_id, headers={"durable": True})
+        add.apply_async((f"a {number}",), task_id=task_id, headers={"durable": task_id})
     async with db.transaction():
         other = append.apply_durably(("b", 1), ordering_key="b")
     await rows.until_status(other, "done")

@@ -115,7 +115,7 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True, comment="not to start after"),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("error", sa.Text(), nullable=True, comment="of the last attempt; names no values"),
+        sa.Column("error", sa.Text(), nullable=True, comment="of the last attempt"),
         sa.PrimaryKeyConstraint("id"),
     )
     for name, columns, rows in _DURABLE_TASK_INDEXES:
