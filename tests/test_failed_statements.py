@@ -13,8 +13,8 @@ import asyncpg
 import psycopg2
 import pytest
 from fastapi import FastAPI, WebSocket
-from sqlalchemy import Integer, cast, insert, make_url, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import Integer, cast, event, insert, make_url, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, TransactionAborted, db
@@ -176,6 +176,28 @@ async def test_block_raises(database: Database, observer: Observer) -> None:
     for own in (work, commits):
         with pytest.raises(TransactionAborted), database.sync_transaction() as sync_session:
             own(sync_session)
+    assert await observer.names() == []
+
+
+async def test_flush_that_fails_before_its_first_statement(database: Database, observer: Observer) -> None:
+    """The server knows nothing of it, but the row is as lost as after a failed statement."""
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async def ignore_a_failed_flush() -> None:
+        async with database.transaction() as session:
+            await session.scalars(select(Item))
+            session.add(Item("lost"))
+            with suppress(ZeroDivisionError):
+                await session.flush()
+
+    event.listen(Item, "before_insert", fail)
+    try:
+        with pytest.raises(PendingRollbackError):
+            await ignore_a_failed_flush()
+    finally:
+        event.remove(Item, "before_insert", fail)
     assert await observer.names() == []
 
 

@@ -118,6 +118,26 @@ async def test_a_session_that_only_read_tells_its_hooks_of_the_commit(tables: No
     assert told == ["after_commit"]
 
 
+async def test_hook_that_writes_at_the_commit(observer: Observer) -> None:
+    """What a handler of the session's ``before_commit`` writes is committed, although the unit itself only read."""
+    async with db.transaction() as session:
+        await session.scalars(select(Item))
+        event.listen(session.sync_session, "before_commit", lambda sync_session: sync_session.add(Item("audited")))
+    assert await observer.names() == ["audited"]
+
+
+async def test_transaction_of_the_drivers_own_ends_with_the_connection(observer: Observer) -> None:
+    """Nobody who gets a connection from the pool goes on in a transaction that SQLAlchemy does not know of."""
+    async with db.async_engine.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        await driver.execute("BEGIN; INSERT INTO item (name) VALUES ('half')")
+    async with db.transaction() as session:
+        session.add(Item("whole"))
+    assert await observer.in_transaction() == 0
+    assert await observer.names() == ["whole"]
+
+
 async def test_a_session_goes_on_after_it_only_read(tables: None) -> None:
     """What was read stays as it is, and a savepoint that nobody used is forgotten."""
     async with db.transaction() as session:

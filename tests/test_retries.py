@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_chatdify_db import AfterCommitError, DBSessionMiddleware, db
 from tests.models import Counter, Item
@@ -284,22 +285,34 @@ async def test_body_is_received_again_in_full(counter: Observer) -> None:
     assert len(bodies) == 1
 
 
+class Tenant:
+    """Middleware that tells what is inside of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["tenant"] = "a"
+        await self.app(scope, receive, send)
+
+
 async def test_scope_is_new_for_each_run(counter: Observer) -> None:
     """What the first run has written into it, or into ``request.state``, the second one does not find."""
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware, retries=1)
+    app.add_middleware(Tenant)
     found: list[object] = []
 
     @app.post("/")
     async def write(request: Request) -> None:
-        found.append((request.scope.get("mark"), getattr(request.state, "mark", None)))
-        request.scope["mark"] = request.state.mark = "written"
+        found.append((request.scope.get("mark"), getattr(request.state, "mark", None), request.state.tenant))
+        request.scope["mark"] = request.state.mark = request.state.tenant = "written"
         if len(found) == 1:
             await db.session.execute(text(ASKS_TO_RETRY))
 
     async with serve(app) as client:
         assert (await client.post("/")).status_code == 200
-    assert found == [(None, None)] * 2
+    assert found == [(None, None, "a")] * 2
 
 
 async def test_stream_is_not_run_again(counter: Observer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from sqlalchemy.orm import DeclarativeBase
 import celery_ext
 from celery_ext import ArgumentsNotSerializable, DurableDispatchUnsupported
 from celery_ext.binding import database_of
+from celery_ext.durable import statements
 from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
@@ -100,6 +102,23 @@ async def test_savepoint_around_a_released_one(unheard: Celery[Any], rows: Obser
             task(unheard, "record").delay_durably("x")
         await outer.rollback()
     assert await rows.durable_tasks() == []
+
+
+async def test_relays_are_told_of_each_commit(unheard: Celery[Any], rows: Observer) -> None:
+    """Once, however many tasks it stored, and never of a rollback: nobody has to poll."""
+    told: asyncio.Queue[None] = asyncio.Queue()
+    await rows.connection.add_listener(statements.CHANNEL, lambda *_: told.put_nowait(None))
+    record = task(unheard, "record")
+    for outcome in ("commit", "roll back"):
+        async with db.transaction():
+            record.delay_durably("x")
+            record.delay_durably("y")
+            if outcome == "roll back":
+                db.rollback_only()
+    await asyncio.wait_for(told.get(), 30)
+    await rows.connection.execute("SELECT 1")  # what the server had to tell comes before the answer
+    assert told.empty()
+    await rows.connection.reset()
 
 
 async def test_nothing_is_left_of_a_rollback(unheard: Celery[Any], rows: Observer) -> None:
