@@ -10,7 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -129,6 +129,26 @@ async def test_request_that_committed_a_block_is_not_run_again(observer: Observe
     assert await observer.names() == ["audited", "audited in a thread"]
 
 
+async def test_savepoint_is_no_commit(observer: Observer) -> None:
+    """What was written in it is rolled back with the request, which is run again."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=1)
+    runs = 0
+
+    @app.post("/")
+    async def write() -> None:
+        nonlocal runs
+        runs += 1
+        async with db.session.begin_nested():
+            db.session.add(Item(f"run {runs}"))
+        if runs == 1:
+            await db.session.execute(text(ASKS_TO_RETRY))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 200
+    assert await observer.names() == ["run 2"]
+
+
 @pytest.mark.parametrize(
     ("statement", "expected"),
     [(ASKS_TO_RETRY, 3), ("SELECT 1 / 0", 1)],
@@ -153,7 +173,7 @@ async def test_request_that_never_succeeds_is_an_error_after_its_retries(
     assert runs == expected
 
 
-@pytest.mark.parametrize("path", ["/release", "/callback", "/own", "/own-def"])
+@pytest.mark.parametrize("path", ["/release", "/callback", "/own", "/own-def", "/own-then-read", "/own-detached"])
 async def test_what_is_committed_is_not_done_again(counter: Observer, path: str) -> None:
     """Once a part of the request's work stays, its failure is an error and not another run."""
     app = FastAPI()
@@ -173,6 +193,23 @@ async def test_what_is_committed_is_not_done_again(counter: Observer, path: str)
         db.session.add(Item(f"run {len(runs)}"))
         await db.session.commit()
         await db.session.execute(text(ASKS_TO_RETRY))
+
+    @app.post("/own-then-read")
+    async def own_then_read() -> None:
+        runs.append("own, then a read")
+        db.session.add(Item(f"run {len(runs)}"))
+        await db.session.commit()
+        await db.session.scalars(select(Item))
+        await db.session.commit()
+        await db.session.execute(text(ASKS_TO_RETRY))
+
+    @app.post("/own-detached")
+    def own_detached() -> None:
+        runs.append("own, detached")
+        db.sync_session.connection().detach()
+        db.sync_session.add(Item(f"run {len(runs)}"))
+        db.sync_session.commit()
+        db.sync_session.execute(text(ASKS_TO_RETRY))
 
     @app.post("/own-def")
     def own_def() -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from fastapi import FastAPI, HTTPException
-from sqlalchemy import UniqueConstraint, func, select
+from sqlalchemy import UniqueConstraint, func, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
@@ -102,3 +102,14 @@ async def test_transaction_block_is_for_its_own_database(reports: Database, obse
     async with reports.transaction():
         with pytest.raises(OutsideUnitOfWork, match=r"db\.session .* db\.transaction"):
             db.session  # noqa: B018
+
+
+async def test_one_session_on_two_engines(observer: Observer) -> None:
+    """A read of another database, by the same session, is not taken for all that it did."""
+    other = Database("other")
+    async with db.transaction() as session:
+        await session.execute(text("INSERT INTO item (name) VALUES ('a')"))
+        await session.scalars(select(Item), bind_arguments={"bind": other.async_engine.sync_engine})
+    assert await observer.in_transaction() == 0
+    assert await observer.names() == ["a"]
+    await other.dispose()

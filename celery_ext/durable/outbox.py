@@ -21,7 +21,7 @@ def add(session: Session, row: Row) -> None:
     """Store ``row`` in the session's transaction, at its COMMIT; a rollback, of a savepoint too, forgets it."""
     assert isinstance(session, FollowedSession)
     committing = None if session.committing is None else session.committing()
-    if committing is not None and innermost(session) is committing and not session._flushing:
+    if committing is not None and session.get_transaction() is committing and not session._flushing:
         _insert(session, [row])  # called by a before_commit handler; the outbox's own has run, or will not
         return
     outbox = session.info.get(Outbox)

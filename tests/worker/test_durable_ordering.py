@@ -9,7 +9,7 @@ from typing import Any
 from celery import Celery
 from sqlalchemy import event
 
-from celery_ext.durable import administration
+from celery_ext.durable import administration, statements
 from fastapi_chatdify_db import db
 from tests.observing import Observer
 from tests.worker.running import Worker, task
@@ -134,3 +134,19 @@ async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None
     await rows.until_status(last, "done")
     in_order = await rows.connection.fetch("SELECT name FROM item ORDER BY id")
     assert [row["name"] for row in in_order] == ["b 1", "a 0", "a 1", "a 2", "a 4"]
+
+
+async def test_cancelling_one_that_waits(unheard: Celery[Any], rows: Observer) -> None:
+    """It is not the end of the one that runs: a failed task that is retried by hand still waits for that."""
+    add = task(unheard, "add_item")
+    async with db.transaction():
+        failed, running, waiting = [add.apply_durably((name,), ordering_key="a") for name in "abc"]
+    await rows.connection.execute(
+        "UPDATE durable_task SET status = 'failed', finished_at = now() WHERE id = $1", failed
+    )
+    with db.sync_transaction() as session:
+        session.execute(statements.RING_NEXT_OF_KEY, {"key": "a"})
+    assert administration.retry(db, failed) == 1
+    assert administration.cancel(db, waiting)
+    due = "SELECT id FROM durable_task WHERE status = 'pending' AND ring_at < 'infinity'"
+    assert [row["id"] for row in await rows.connection.fetch(due)] == [running]

@@ -63,6 +63,31 @@ def later_handler_of_the_commit(session: Session, store: Callable[[], str]) -> N
     handler_of_the_commit(session, store)
 
 
+def savepoint_of_a_handler_of_the_commit(session: Session, store: Callable[[], str]) -> None:
+    def store_in_a_savepoint(_: Session) -> None:
+        if not session.in_nested_transaction():  # its release is a commit too
+            with session.begin_nested():
+                store()
+
+    session.add(Item("b"))
+    event.listen(session, "before_commit", store_in_a_savepoint)
+
+
+def savepoint_of_a_later_handler_of_the_commit(session: Session, store: Callable[[], str]) -> None:
+    savepoint = session.begin_nested()
+    store()
+    savepoint.rollback()
+    savepoint_of_a_handler_of_the_commit(session, store)
+
+
+def released_transaction_that_somebody_keeps(session: Session, store: Callable[[], str]) -> None:
+    session.execute(text("INSERT INTO item (name) VALUES ('b')"))
+    kept = session.get_transaction()
+    session.commit()
+    store()
+    assert kept is not session.get_transaction()
+
+
 def another_transaction_reset(session: Session, store: Callable[[], str]) -> None:
     store()
     session.reset()
@@ -78,6 +103,9 @@ def another_transaction_reset(session: Session, store: Callable[[], str]) -> Non
         handler_of_another_flush,
         handler_of_the_commit,
         later_handler_of_the_commit,
+        savepoint_of_a_handler_of_the_commit,
+        savepoint_of_a_later_handler_of_the_commit,
+        released_transaction_that_somebody_keeps,
         another_transaction_reset,
     ],
 )
@@ -88,6 +116,18 @@ async def test_stored_with_the_transaction_of_the_call(
     with db.sync_transaction() as session:
         work(session, lambda: task(unheard, "record").delay_durably("x"))
     assert await rows.durable_tasks() == [("pending", '[["x"], {}]')]
+
+
+async def test_handler_of_a_savepoints_flush(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """What it stores takes nothing away from what was stored before the savepoint."""
+    record = task(unheard, "record")
+    event.listen(Item, "after_insert", lambda *_: record.delay_durably("inner"), once=True)
+    with db.sync_transaction() as session:
+        record.delay_durably("outer")
+        with session.begin_nested():
+            session.add(Item("x"))
+            session.flush()
+    assert sorted(arguments for _, arguments in await rows.durable_tasks()) == ['[["inner"], {}]', '[["outer"], {}]']
 
 
 async def test_call_after_the_commit_is_refused(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
