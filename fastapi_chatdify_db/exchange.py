@@ -231,6 +231,7 @@ class WebSocketExchange(AsyncUnitOfWork):
     async def _send_settled(self, message: Message) -> None:
         if self._is_answering():
             await self._settle(commit=self._is_yes(message))
+        self._accepted |= message["type"] == "websocket.accept"
         await self._send(message)
 
     def _is_answering(self) -> bool:
@@ -249,8 +250,6 @@ class WebSocketExchange(AsyncUnitOfWork):
         self._workers.clear()
 
     def _is_yes(self, message: Message) -> bool:
-        if message["type"] == "websocket.accept":
-            self._accepted = True
         if message["type"] == "websocket.close":  # before it was accepted, the client gets a 403
             return self._accepted and message.get("code", 1000) in _NORMAL_CLOSURES
         if message["type"] == "websocket.http.response.start":

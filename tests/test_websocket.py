@@ -244,6 +244,22 @@ async def test_refused_handshake_leaves_no_row(app: FastAPI, observer: Observer)
     assert await observer.names() == []
 
 
+async def test_normal_closure_commits(app: FastAPI, observer: Observer) -> None:
+    """Whichever task has accepted the handshake."""
+
+    async def handler(socket: WebSocket) -> None:
+        await asyncio.create_task(socket.accept())
+        db.session.add(Item("a"))
+        await socket.close()
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    async with connected(app) as socket:
+        with pytest.raises(websockets.ConnectionClosedOK):
+            await socket.recv()
+    assert await observer.names() == ["a"]
+
+
 def add(name: str) -> None:
     db.session.add(Item(name))
 
