@@ -45,16 +45,17 @@ def send_on_commit(
         DispatchFailed: It could not be sent at once, and ``on_error`` is ``"raise"``.
     """
     check_arguments(task, args, kwargs)
-    options = {**inherited(task), **options, "task_id": options.get("task_id") or uuid()}
+    task_id = str(options.get("task_id") or uuid())
+    options = {**inherited(task), **options, "task_id": task_id}
     _check_serializable(task, args, kwargs, options)
     send = partial(copy_context().run, partial(task.apply_async, tuple(args), dict(kwargs), **options))
     unit = innermost_unit()
-    publish = partial(_publish, task, str(options["task_id"]), send, on_error, unit)
+    publish = partial(_publish, task, task_id, send, on_error, unit)
     if unit is None:
         publish()
     else:
         unit.on_commit(unit.only or task.database.engines, publish)
-    return str(options["task_id"])
+    return task_id
 
 
 def check_arguments(task: Task, args: Sequence[object], kwargs: Mapping[str, object]) -> None:

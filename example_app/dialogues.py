@@ -60,13 +60,9 @@ async def store_message(dialogue_id: int, event: MessageCreated) -> int | None:
 
 async def note_workflow_status(conversation_id: int, status: str) -> None:
     """Remember that the workflow which is answering a message of the conversation has set its status."""
-    asked = (
-        select(Message.id)
-        .join(Message.dialogue)
-        .where(Dialogue.chatwoot_conversation_id == str(conversation_id))
-        .where(Message.state == MessageState.RECEIVED, Message.attempts > 0)
-    )
-    await db.session.execute(update(Message).where(Message.id.in_(asked)).values(workflow_status=status))
+    in_conversation = Message.dialogue.has(Dialogue.chatwoot_conversation_id == str(conversation_id))
+    asked = update(Message).where(in_conversation, Message.state == MessageState.RECEIVED, Message.attempts > 0)
+    await db.session.execute(asked.values(workflow_status=status))
 
 
 async def delete_dialogue(conversation: WebhookConversation) -> bool:

@@ -93,11 +93,10 @@ async def hand_over(message: Message) -> MessageState:
     settings = get_settings()
     chatwoot = await get_chatwoot()
     try:
-        # From the second attempt on it may be open because of the first.
-        if message.attempts == 1:
-            with suppress(Rejected):  # a key that may not read goes on as if nobody had it
-                if await _is_a_humans(message):
-                    return MessageState.HANDED_OVER
+        with suppress(Rejected):  # a key that may not read goes on as if nobody had it
+            # From the second attempt on it may be open because of the first.
+            if message.attempts == 1 and await _is_a_humans(message):
+                return MessageState.HANDED_OVER
         await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
         if message.conversation_status == "pending" and settings.bot_error_message_internal:
             await _post_once(message, settings.bot_error_message_internal, "note", private=True)

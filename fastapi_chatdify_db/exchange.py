@@ -203,17 +203,17 @@ class WebSocketExchange(AsyncUnitOfWork):
 
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database; the task that asks for it is at work until the next commit."""
-        self._workers.add(_task_or_none())
+        self._note_worker()
         return super().async_session(engines)
 
     def sync_session(self, engines: Engines) -> Session:
         """The same for threads."""
-        self._workers.add(_task_or_none())
+        self._note_worker()
         return super().sync_session(engines)
 
     def roll_back_only(self) -> None:
         """Roll back what the task that asks for it is at work on."""
-        self._workers.add(_task_or_none())
+        self._note_worker()
         super().roll_back_only()
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
@@ -241,6 +241,9 @@ class WebSocketExchange(AsyncUnitOfWork):
             return True
         return None in self._workers and not self.in_use
 
+    def _note_worker(self) -> None:
+        self._workers.add(asyncio.current_task() if in_event_loop() else None)
+
     def _another_works(self) -> bool:
         return any(task not in (None, self._reader) and not task.done() for task in self._workers)
 
@@ -255,7 +258,3 @@ class WebSocketExchange(AsyncUnitOfWork):
         if message["type"] == "websocket.http.response.start":
             return self._commit_on(message["status"])
         return True
-
-
-def _task_or_none() -> asyncio.Task[Any] | None:
-    return asyncio.current_task() if in_event_loop() else None

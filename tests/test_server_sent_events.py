@@ -56,6 +56,9 @@ async def fail_before_anything() -> AsyncIterable[str]:
     yield
 
 
+FAILING = (fail_at_once, fail_later, fail_in_a_thread, fail_in_a_block, fail_before_anything)
+
+
 async def query_again_and_again() -> AsyncIterable[str]:
     for _ in range(50):
         await db.session.execute(text("SELECT 1"))
@@ -66,7 +69,7 @@ async def query_again_and_again() -> AsyncIterable[str]:
 async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware)
-    for endpoint in (fail_at_once, fail_later, fail_in_a_thread, fail_in_a_block, fail_before_anything):
+    for endpoint in FAILING:
         app.add_api_route(f"/{endpoint.__name__}", endpoint, response_class=EventSourceResponse)
     router = APIRouter()
     router.add_api_route("/included", query_again_and_again, dependencies=[Depends(write)])
@@ -75,9 +78,7 @@ async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-@pytest.mark.parametrize(
-    "path", ["/fail_at_once", "/fail_later", "/fail_in_a_thread", "/fail_in_a_block", "/fail_before_anything"]
-)
+@pytest.mark.parametrize("path", [f"/{endpoint.__name__}" for endpoint in FAILING])
 async def test_events_that_fail_keep_nothing(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
     """The client gets an incomplete body, and what was written is rolled back."""
     with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):

@@ -179,29 +179,41 @@ async def test_task_that_receives_a_single_message(
     assert await observer.names() == ["a", "b"]
 
 
-async def test_task_that_works_is_answering(app: FastAPI, observer: Observer) -> None:
-    """One task receives, another one works on the session and answers: each answer follows its commit."""
+def receive_and_work(app: FastAPI, work: Callable[[str], Awaitable[None]]) -> None:
+    """Let one task of the websocket receive, and another one work and answer."""
 
     async def handler(socket: WebSocket) -> None:
         await socket.accept()
-        messages: asyncio.Queue[str] = asyncio.Queue()
+        names: asyncio.Queue[str] = asyncio.Queue()
 
-        async def work() -> None:
+        async def answer() -> None:
             while True:
-                db.session.add(Item(await messages.get()))
-                await db.session.flush()
-                await db.session.execute(text("SELECT pg_sleep(0.3)"))
-                await socket.send_text("stored")
+                await work(await names.get())
+                try:
+                    await socket.send_text("stored")
+                except IntegrityError:
+                    await socket.send_text("taken")
 
-        working = asyncio.create_task(work())
+        answering = asyncio.create_task(answer())
         try:
             async for name in socket.iter_text():
-                messages.put_nowait(name)
+                names.put_nowait(name)
         finally:
-            working.cancel()
+            answering.cancel()
 
     app.router.routes.clear()
     app.add_api_websocket_route("/", handler)
+
+
+async def test_task_that_works_is_answering(app: FastAPI, observer: Observer) -> None:
+    """One task receives, another one works on the session and answers: each answer follows its commit."""
+
+    async def work(name: str) -> None:
+        db.session.add(Item(name))
+        await db.session.flush()
+        await db.session.execute(text("SELECT pg_sleep(0.3)"))
+
+    receive_and_work(app, work)
     async with connected(app) as socket:
         for name in "abc":
             await socket.send(name)
@@ -278,40 +290,17 @@ async def test_session_of_a_dependency_in_a_thread(app: FastAPI, observer: Obser
         assert await observer.names() == ["a"]
 
 
-def work_in_threads(app: FastAPI, work: Callable[[str], None]) -> None:
-    """Let one task receive, and another one work in threads and answer."""
-
-    async def handler(socket: WebSocket) -> None:
-        await socket.accept()
-        names: asyncio.Queue[str] = asyncio.Queue()
-
-        async def answer() -> None:
-            while True:
-                await run_in_threadpool(work, await names.get())
-                try:
-                    await socket.send_text("stored")
-                except IntegrityError:
-                    await socket.send_text("taken")
-
-        answering = asyncio.create_task(answer())
-        try:
-            async for name in socket.iter_text():
-                names.put_nowait(name)
-        finally:
-            answering.cancel()
-
-    app.router.routes.clear()
-    app.add_api_websocket_route("/", handler)
-
-
 async def test_task_that_works_in_threads_is_answering(app: FastAPI, observer: Observer) -> None:
     """Whose a thread's work is nobody knows: whoever sends next commits it first."""
 
-    def work(name: str) -> None:
+    def insert(name: str) -> None:
         db.sync_session.add(Item(name))
         db.sync_session.flush()
 
-    work_in_threads(app, work)
+    async def work(name: str) -> None:
+        await run_in_threadpool(insert, name)
+
+    receive_and_work(app, work)
     async with connected(app) as socket:
         for name, answer in [("a", "stored"), ("a", "taken"), ("b", "stored")]:
             await socket.send(name)
