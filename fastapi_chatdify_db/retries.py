@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from copy import deepcopy
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -35,8 +36,7 @@ class Retries:
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
         request = _RecordedRequest(receive)
-        state = scope.get("state", {})  # what request.state has; whoever is around us may look into it afterwards
-        state_before = dict(state)
+        make_as_before = _remember(scope)
         path = self._paths.setdefault((scope["method"], scope["path"]), _Path())
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(TryAgain),
@@ -53,9 +53,8 @@ class Retries:
                         self._commit_on,
                         may_retry=number <= self._limit,
                     )
-                    # The application writes into both; another run starts from clean ones.
-                    state.clear()
-                    state.update(state_before)
+                    if number > 1:
+                        make_as_before()
                     await exchange.run(self._app, dict(scope))
 
 
@@ -91,6 +90,20 @@ class _Path:
                 async with asyncio.timeout(_PATIENCE):
                     await self._free.wait()
             yield
+
+
+def _remember(scope: Scope) -> Callable[[], None]:
+    """Note what a run writes into for whoever is around us to see; returns what undoes that."""
+    state, session = scope.get("state", {}), scope.get("session", {})
+    state_before = dict(state)  # its values, e.g. the lifespan's, are no copies
+    session_before = deepcopy(dict(session))
+
+    def make_as_before() -> None:
+        for written, before in ((state, state_before), (session, deepcopy(session_before))):
+            written.clear()
+            written.update(before)
+
+    return make_as_before
 
 
 def _leaving(unanswered: AsyncExitStack, send: Send) -> Send:

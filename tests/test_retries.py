@@ -322,34 +322,42 @@ async def test_body_is_received_again_in_full(counter: Observer) -> None:
     assert len(bodies) == 1
 
 
-class Tenant:
-    """Middleware that tells what is inside of it."""
+class Visit:
+    """Middleware that tells what is inside of it, and keeps what that leaves behind, as a cookie would."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, kept: list[object]) -> None:
         self.app = app
+        self.kept = kept
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope.setdefault("state", {})["tenant"] = "a"
+        scope["session"] = {"basket": ["apple"]}
         await self.app(scope, receive, send)
+        if scope["type"] == "http":
+            self.kept.append((scope["state"]["tenant"], scope["session"]))
 
 
 async def test_scope_is_new_for_each_run(counter: Observer) -> None:
-    """What the first run has written into it, or into ``request.state``, the second one does not find."""
+    """What a run has written into it, ``request.state`` or ``request.session``, the next one does not find."""
     app = FastAPI()
-    app.add_middleware(DBSessionMiddleware, retries=1)
-    app.add_middleware(Tenant)
+    kept: list[object] = []
+    app.add_middleware(DBSessionMiddleware, retries=2)
+    app.add_middleware(Visit, kept=kept)
     found: list[object] = []
 
     @app.post("/")
     async def write(request: Request) -> None:
         found.append((request.scope.get("mark"), getattr(request.state, "mark", None), request.state.tenant))
         request.scope["mark"] = request.state.mark = request.state.tenant = "written"
-        if len(found) == 1:
+        request.session["basket"].append("pear")
+        request.session["runs"] = request.session.get("runs", 0) + 1
+        if len(found) < 3:
             await db.session.execute(text(ASKS_TO_RETRY))
 
     async with serve(app) as client:
         assert (await client.post("/")).status_code == 200
-    assert found == [(None, None, "a")] * 2
+    assert found == [(None, None, "a")] * 3
+    assert kept == [("written", {"basket": ["apple", "pear"], "runs": 1})]
 
 
 async def test_stream_is_not_run_again(counter: Observer) -> None:
