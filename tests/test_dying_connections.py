@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import Engine, event, func, insert, select, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware
@@ -210,7 +210,7 @@ async def test_unit_that_had_begun_is_told(observer: Observer, driver: str, work
     assert await observer.names() == []
 
 
-def keep_tenants_apart(engine: Engine, fails: int = 0) -> None:
+def keep_tenants_apart(engine: Engine, fails: int = 0, failure: type[Exception] = ZeroDivisionError) -> None:
     """What an application does at a checkout; the given one, from 1 on, fails."""
     checkouts = 0
 
@@ -219,7 +219,7 @@ def keep_tenants_apart(engine: Engine, fails: int = 0) -> None:
         nonlocal checkouts
         checkouts += 1
         if checkouts == fails:
-            raise ZeroDivisionError
+            raise failure
         connection.cursor().execute("SET app.tenant = 'acme'")
         connection.commit()
 
@@ -254,6 +254,13 @@ async def test_new_connection_that_cannot_be_prepared_is_not_used(observer: Obse
         session.rollback()
 
     await run(observer, driver, read_then_ask, lambda engine: keep_tenants_apart(engine, fails=2))
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+async def test_new_connection_that_is_dead_as_well(observer: Observer, driver: str) -> None:
+    """The handler's word for it is the pool's; the unit is told what its statement met."""
+    with pytest.raises(DBAPIError):
+        await run(observer, driver, read_then_read, lambda engine: keep_tenants_apart(engine, 2, DisconnectionError))
 
 
 @pytest.mark.parametrize("end", ["by the server", "by the driver", "by the application"])
@@ -320,4 +327,19 @@ async def test_idle_connection_whose_end_is_noticed(observer: Observer) -> None:
     with database.sync_transaction() as sync_session:
         add_two(sync_session)
     assert await observer.names() == ["a", "b"]
+    await database.dispose()
+
+
+async def test_dead_connection_tells_of_those_as_old(observer: Observer) -> None:
+    """Where one did not survive, the others are replaced at their checkout without being asked."""
+    database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
+
+    def both() -> list[int]:
+        with database.sync_transaction() as one, database.sync_transaction() as other:
+            return [backend_of(session) for session in (one, other)]
+
+    before = both()
+    # The one that was given back first is taken first.
+    await observer.connection.fetch("SELECT pg_terminate_backend($1, 5000)", before[1])
+    assert not set(both()) & set(before)
     await database.dispose()

@@ -257,6 +257,33 @@ loop.close()
     )
 
 
+def test_engine_derived_before_a_fork_shares_the_childs_pool(database_url: str) -> None:
+    """Also if the parent's loop is still there, as an object that nobody runs in the child."""
+    in_a_new_process(
+        """
+import asyncio
+from fastapi_chatdify_db import Database
+from tests.test_engines import PID, fork_and_wait
+
+database = Database()
+derived = database.async_engine.execution_options(isolation_level="SERIALIZABLE")
+loop = asyncio.new_event_loop()
+
+async def both():
+    async with database.transaction() as session:
+        pid = await session.scalar(PID)
+    async with derived.connect() as connection:
+        assert await connection.scalar(PID) == pid
+    await database.dispose()
+
+loop.run_until_complete(both())
+assert fork_and_wait(lambda: asyncio.run(both())) == 0
+loop.close()
+""",
+        DATABASE_URL=database_url,
+    )
+
+
 def test_fork_inside_a_running_loop(database_url: str) -> None:
     """Also the connections of the loop that is running in the parent survive its child."""
     in_a_new_process(

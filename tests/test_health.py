@@ -15,6 +15,7 @@ from fastapi_chatdify_db import (
     health,
     health_router,
 )
+from tests.observing import Observer
 from tests.serving import free_socket, serve
 
 
@@ -35,7 +36,7 @@ async def test_live_and_ready(tables: None, monkeypatch: pytest.MonkeyPatch) -> 
     }
 
 
-async def test_unreachable_database_is_not_ready(tables: None) -> None:
+async def test_unreachable_database_is_not_ready(tables: None, caplog: pytest.LogCaptureFixture) -> None:
     """503, be it one of several, with a reason that names neither host nor user; the process is live all the same."""
     with free_socket() as listener:
         port = listener.getsockname()[1]
@@ -50,15 +51,31 @@ async def test_unreachable_database_is_not_ready(tables: None) -> None:
     assert ready.json()["databases"]["gone"]["reason"] == "unavailable"
     assert "secret" not in ready.text
     assert "127.0.0.1" not in ready.text
+    assert "database gone is not ready" in caplog.text
+    assert "secret" not in caplog.text
 
 
-async def test_silent_database_is_not_ready(tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_database_that_went_away_is_not_ready(observer: Observer) -> None:
+    """A pooled connection that nobody has tested is no answer."""
+    trusting = Database("trusting", settings=DatabaseSettings(db_pool_pre_ping=False))
+    app = FastAPI()
+    app.include_router(create_health_router(trusting))
+    async with serve(app) as client:
+        assert (await client.get("/health/ready")).status_code == 200
+        await observer.terminate_others()
+        assert [(await client.get("/health/ready")).status_code for _ in range(2)] == [503, 200]
+    await trusting.dispose()
+
+
+@pytest.mark.parametrize("max_overflow", [0, -1], ids=["last connection", "no limit"])
+async def test_silent_database_is_not_ready(tables: None, monkeypatch: pytest.MonkeyPatch, max_overflow: int) -> None:
     """A server that accepts and never answers is given up after the time limit."""
     monkeypatch.setattr(health, "TIME_LIMIT", 0.1)
     app = FastAPI()
     with free_socket() as listener:
         url = f"postgresql://user@127.0.0.1:{listener.getsockname()[1]}/x"
-        silent = Database("silent", settings=DatabaseSettings(database_url=url))
+        settings = DatabaseSettings(database_url=url, db_pool_size=1, db_max_overflow=max_overflow)
+        silent = Database("silent", settings=settings)
         app.include_router(create_health_router(silent))
         async with serve(app) as client:
             ready = await client.get("/health/ready")

@@ -247,13 +247,14 @@ async def test_restarted_database_is_not_noticed(observer: Observer, path: str) 
     assert [response.status_code for response in responses] == [200] * 100
 
 
-async def test_without_pre_ping_a_restart_is_noticed(observer: Observer) -> None:
+@pytest.mark.parametrize("path", ["/slow", "/slow-def"])
+async def test_without_pre_ping_a_restart_is_noticed(observer: Observer, path: str) -> None:
     """``DB_POOL_PRE_PING=false`` is what it says: the first request on a dead connection fails."""
     trusting = Database(settings=DatabaseSettings(db_pool_pre_ping=False))
     async with serve(app_on(trusting)) as client:
-        assert (await client.get("/slow")).status_code == 200
+        assert (await client.get(path)).status_code == 200
         await observer.terminate_others()
-        assert [(await client.get("/slow")).status_code for _ in range(2)] == [500, 200]
+        assert [(await client.get(path)).status_code for _ in range(2)] == [500, 200]
     await trusting.dispose()
 
 

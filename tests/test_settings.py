@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
+from typing import Self
 
 import pytest
+from pydantic import ValidationError, model_validator
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
 
@@ -80,6 +82,17 @@ def test_url_from_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_empty_password_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compose file's ``${PASSWORD:-}`` leaves the drivers their other places for one: PGPASSWORD, ``~/.pgpass``."""
+    monkeypatch.setenv("POSTGRES_PASSWORD", "")
+    assert DatabaseSettings().url().password is None
+
+
+def test_last_password_in_the_query_counts() -> None:
+    """As it does for libpq."""
+    assert DatabaseSettings(database_url="postgresql://host/name?password=a&password=b").url().password == "b"
+
+
 def test_database_url_comes_before_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole URL is not mixed with parts."""
     monkeypatch.setenv("DATABASE_URL", "postgres://one/first")
@@ -97,12 +110,16 @@ def test_database_url_comes_before_its_parts(monkeypatch: pytest.MonkeyPatch) ->
         ("DB_STATEMENT_TIMEOUT", "inf"),
         ("DB_STATEMENT_TIMEOUT", "2147484"),  # in milliseconds, more than PostgreSQL takes
         ("DB_POOL_PRE_PING", "perhaps"),
+        ("DB_MAX_OVERFLOW", "-2"),
+        ("DB_POOL_RECYCLE", "-2"),
         ("POSTGRES_PORT", "99999"),
+        ("POSTGRES_PORT", "0"),
         ("DATABASE_URL", "garbage"),
         ("DATABASE_URL", ""),
         ("DATABASE_URL", f"user:{SECRET}"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host:port/name"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host:99999/name"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@host:0/name"),
         ("DATABASE_URL", f"postgresql://user:half@{SECRET}@host/name"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@one:5432,two:5432/name"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@one,two/name"),
@@ -137,6 +154,27 @@ def test_name_that_is_no_setting_is_an_error() -> None:
     """A misspelt one would leave the default in force, and that may be another database."""
     with pytest.raises(InvalidSettings, match=r"^URL: "):
         DatabaseSettings(url=f"postgresql://user:{SECRET}@reports/name")  # type: ignore[call-arg]
+
+
+def test_applications_own_check_shows_no_secret() -> None:
+    """What a validator of a subclass refuses, it refuses without showing the values around it."""
+
+    class Settings(DatabaseSettings):
+        @model_validator(mode="after")
+        def refuse(self) -> Self:
+            raise ValueError("not like this")
+
+    with pytest.raises((ValidationError, InvalidSettings), match="not like this") as caught:
+        Settings(database_url=f"postgresql://user:{SECRET}@host/name", postgres_password=SECRET)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_settings_do_not_change() -> None:
+    """Another value would not reach the engines, so it is an error and not a silence."""
+    settings = DatabaseSettings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.db_pool_size = 1
+    assert settings.db_pool_size == 10
 
 
 def test_several_wrong_values_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import make_url, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -144,6 +144,19 @@ async def test_waiting_ends_with_a_clear_error() -> None:
     assert "\n" not in str(caught.value)
 
 
+async def test_no_waiting_is_one_try(database_url: str) -> None:
+    """With DB_STARTUP_TIMEOUT=0 a database that is there is served from, and one that is not fails at once."""
+    there = Database(settings=DatabaseSettings(db_startup_timeout=0), create_tables=False)
+    async with there.lifespan(None):
+        pass
+    with free_socket() as listener:
+        url = f"postgresql://user@127.0.0.1:{listener.getsockname()[1]}/gone"
+    gone = Database(settings=DatabaseSettings(database_url=url, db_startup_timeout=0))
+    with pytest.raises(DatabaseUnavailable, match="within 0 s"):
+        async with gone.lifespan(None):
+            pass
+
+
 async def test_mute_server_is_not_waited_for_longer() -> None:
     """A port that accepts the connection and then says nothing counts against DB_STARTUP_TIMEOUT too."""
     with free_socket() as listener:
@@ -169,9 +182,9 @@ async def test_database_that_is_still_to_be_created(database_url: str, caplog: p
     assert all("\n" not in line for line in (*lines, str(caught.value)))
 
 
-@pytest.mark.parametrize("code", ["53300", "57P03"])
+@pytest.mark.parametrize("code", ["53300", "57P03", "08P01"])
 async def test_server_that_takes_no_connections_yet(code: str) -> None:
-    """One that starts, or has too many connections, is waited for."""
+    """One that starts, has too many connections, or is a PgBouncer whose own server is away, is waited for."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(8)  # whether it speaks TLS
@@ -190,6 +203,21 @@ async def test_server_that_takes_no_connections_yet(code: str) -> None:
                 pass
 
 
+async def test_connection_that_is_lost_at_once(database_url: str) -> None:
+    """asyncpg's word for it has no code of PostgreSQL's; a server that goes down again is waited for as well."""
+    database = Database(settings=DatabaseSettings(db_pool_pre_ping=False), create_tables=False)
+    made: list[Any] = []
+
+    @event.listens_for(database.async_engine.sync_engine, "connect")
+    def lose_the_first(connection: Any, record: object) -> None:
+        if not made:
+            connection.driver_connection.terminate()
+        made.append(connection)
+
+    async with database.lifespan(None):
+        assert len(made) == 2
+
+
 async def test_tables_that_another_process_is_creating(tables: None, observer: Observer) -> None:
     """They are waited for, whatever DB_STATEMENT_TIMEOUT is."""
     await db.drop_tables()
@@ -202,6 +230,15 @@ async def test_tables_that_another_process_is_creating(tables: None, observer: O
         await observer.connection.execute("DROP TABLE item")
     await creating
     await hurried.dispose()
+
+
+async def test_tables_are_dropped_by_one_at_a_time(own_database: str) -> None:
+    """Whoever comes second finds nothing left, rather than to fail."""
+    own = Database("own", settings=DatabaseSettings(database_url=own_database))
+    for _ in range(3):
+        await own.create_tables()
+        await asyncio.gather(*(own.drop_tables() for _ in range(8)))
+    await own.dispose()
 
 
 async def test_refusal_is_not_waited_for(

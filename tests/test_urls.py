@@ -42,6 +42,8 @@ def test_scheme_does_not_matter(scheme: str) -> None:
         ("postgresql://host/name?sslmode=verify-full", {"sslmode": "verify-full"}),
         ("postgresql+asyncpg://host/name?ssl=true", {"sslmode": "require"}),
         ("postgresql+asyncpg://host/name?ssl=false", {"sslmode": "disable"}),
+        ("postgresql+asyncpg://host/name?ssl=True", {"sslmode": "require"}),
+        ("postgresql://host/name?ssl=false&sslmode=verify-full", {"sslmode": "verify-full"}),
         (
             "postgresql://host/name?sslmode=verify-ca&sslrootcert=/a%20b.pem",
             {"sslmode": "verify-ca", "sslrootcert": "/a b.pem"},
@@ -78,6 +80,14 @@ def test_what_asyncpg_cannot_insist_on_is_refused(demand: str) -> None:
     with pytest.raises(InvalidSettings, match=f"^DATABASE_URL: .*{name}"):
         async_target(given)
     assert sync_target(given).connect_args[name] == value
+
+
+def test_what_drivers_are_told_is_in_no_repr() -> None:
+    """The key to a client's certificate is among their arguments."""
+    given = settings("postgresql://host/name?sslcert=/cert.pem&sslkey=/key.pem&sslpassword=s3cr3t")
+    for target in (async_target(given), sync_target(given)):
+        assert "s3cr3t" in str(target.connect_args)
+        assert "s3cr3t" not in repr(target)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1"])
@@ -147,7 +157,9 @@ async def ask_both(database: Database, statement: str) -> set[Any]:
         ),
         ({"application_name": "theirs"}, {}, "SHOW application_name", "theirs"),
         ({"application_name": "theirs"}, {"db_application_name": "ours"}, "SHOW application_name", "ours"),
+        ({"async_fallback": "true"}, {}, "SELECT 1", 1),
         ({}, {"db_statement_timeout": 1.5}, "SHOW statement_timeout", "1500ms"),
+        ({}, {"db_idle_in_transaction_timeout": 0.0001}, "SHOW idle_in_transaction_session_timeout", "1ms"),
         ({}, {"db_idle_in_transaction_timeout": 2}, "SHOW idle_in_transaction_session_timeout", "2s"),
         ({}, {"db_statement_timeout": 1.5, "db_pgbouncer": True}, "SHOW statement_timeout", "1500ms"),
         (

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 
 from celery import Celery
-from sqlalchemy import text
 
 import celery_ext
-from fastapi_chatdify_db import db
 from tests.worker import tasks as tasks
 
 
@@ -31,5 +29,4 @@ def create_app(broker: str, backend: str, queue: str) -> Celery[celery_ext.Task]
 if "TEST_BROKER" in os.environ:
     app = create_app(os.environ["TEST_BROKER"], os.environ["TEST_BACKEND"], os.environ["TEST_QUEUE"])
     if "TEST_USE_BEFORE_FORK" in os.environ:
-        with db.sync_transaction() as session:
-            session.execute(text("SELECT 1"))
+        tasks.read_item.apply(("x",)).get()

@@ -202,6 +202,12 @@ async def add_item_async(self: Task, name: str, outcome: str = "succeed") -> str
     return self.request.id
 
 
+@shared_task
+async def apply_in_thread(name: str) -> str:
+    """Run another task eagerly without blocking the loop; returns how it ended."""
+    return str((await asyncio.to_thread(add_item.apply, (name,))).state)
+
+
 @shared_task(base=Task, autoretry_for=(IntegrityError,), max_retries=2, default_retry_delay=0, bind=True)
 async def unique_at_second_try_async(self: Task, name: str) -> int:
     """Fail at COMMIT the first time."""

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
+import subprocess
+import sys
 
+import pytest
 from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
 from celery import Celery
 from celery.app.trace import trace_task
+from celery.signals import before_task_publish
 from fastapi import FastAPI
+from opentelemetry import context, propagate
 from opentelemetry.trace import get_current_span
 
 import celery_ext
 from fastapi_chatdify_db import DBSessionMiddleware, UnitOfWorkFilter, db
-from fastapi_chatdify_db.request_id import current_request_id
+from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
 from tests.observing import Observer
 from tests.serving import serve
 from tests.worker.running import Worker
 
 REQUEST_ID = "6f1c7c52-3c1d-4f0a-9d55-2f1f1d2e3a4b"
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+OTHER_TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 async def test_request_id_reaches_the_task(relayed: Worker, rows: Observer) -> None:
@@ -46,8 +53,6 @@ async def test_request_id_reaches_the_task(relayed: Worker, rows: Observer) -> N
 
 async def test_trace_reaches_the_task(prefork: Worker, empty_tables: Observer) -> None:
     """OpenTelemetry's context goes with the message and is the current one while the task runs."""
-    from opentelemetry import context, propagate
-
     token = context.attach(propagate.extract({"traceparent": TRACE}))
     result = prefork.task("seen_context").delay()
     context.detach(token)
@@ -83,3 +88,70 @@ async def test_log_records_name_their_unit() -> None:
             assert unit_id() not in (first, None)
         assert unit_id() == first
     assert unit_id() is None
+
+
+def test_log_lines_name_their_unit() -> None:
+    """The filter of a handler adds to records, of whatever logger, and drops none."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.addFilter(UnitOfWorkFilter())
+    handler.setFormatter(logging.Formatter("%(levelname)s [%(request_id)s/%(unit_id)s] %(message)s"))
+    logger = logging.getLogger("somebody's")
+    logger.addHandler(handler)
+    logger.warning("kept")
+    logger.removeHandler(handler)
+    assert written.getvalue() == "WARNING [None/None] kept\n"
+
+
+@pytest.mark.parametrize("header", [{"CORRELATION_ID": "theirs"}, {"traceparent": TRACE}])
+def test_headers_of_the_callers_own(unheard: Celery[celery_ext.Task], header: dict[str, str]) -> None:
+    """What somebody put into a message, be it another instrumentation, is left as it is."""
+    sent: list[dict[str, object]] = []
+
+    def note(headers: dict[str, object], **_: object) -> None:
+        sent.append(headers)
+
+    before_task_publish.connect(note)
+    token = context.attach(propagate.extract({"traceparent": OTHER_TRACE}))
+    try:
+        with carried_request_id(REQUEST_ID):
+            unheard.tasks["tests.worker.tasks.seen_context"].apply_async(headers=header)
+    finally:
+        context.detach(token)
+        before_task_publish.disconnect(note)
+    ours = {"CORRELATION_ID": REQUEST_ID, "traceparent": OTHER_TRACE}
+    assert {name: sent[0][name] for name in ours} == ours | header
+
+
+def test_request_id_without_opentelemetry() -> None:
+    """Where that is not installed, the request's id goes with the message all the same."""
+    code = """
+import sys
+sys.modules["opentelemetry"] = None  # an import of it fails
+
+import celery_ext
+from celery import Celery
+from celery.app.trace import trace_task
+from celery.signals import before_task_publish
+from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
+
+app = Celery("without", broker="memory://", backend="cache+memory://")
+celery_ext.init_app(app)
+
+@app.task(db_session=False)
+def seen():
+    return current_request_id()
+
+app.finalize()
+sent = []
+
+@before_task_publish.connect
+def note(headers, **_):
+    sent.append(headers)
+
+with carried_request_id("carried"):
+    seen.delay()
+assert current_request_id() is None
+assert trace_task(seen, "id", (), {}, sent[0], app=app).retval == "carried"
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,9 +21,10 @@ from starlette.requests import Request
 
 import celery_ext
 from celery_ext import ArgumentsNotSerializable, DispatchFailed
+from celery_ext.sender import send_within
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
-from tests.observing import Observer
+from tests.observing import PATIENCE, Observer
 from tests.serving import free_socket, serve
 from tests.worker.application import create_app
 from tests.worker.running import Worker, task, urls
@@ -195,7 +197,38 @@ def test_broker_that_hangs() -> None:
     while senders() > 10:  # what is kept while idle
         assert time.monotonic() < patience
         time.sleep(0.01)
+    with pytest.raises(DispatchFailed) as failed:
+        read.apply_async_on_commit(("x",), on_error="raise")
+    assert "already" not in str(failed.value)
     app.close()
+
+
+def test_what_exits_while_it_sends(unheard: Celery[celery_ext.Task]) -> None:
+    """It fails its message, at once and by name, and not the thread that is kept for the next one."""
+
+    def leave(**_: object) -> None:
+        raise SystemExit("meant for command lines")
+
+    before_task_publish.connect(leave)
+    try:
+        with pytest.raises(DispatchFailed, match="SystemExit: meant for command lines"):
+            task(unheard, "read_item").apply_async_on_commit(("x",), on_error="raise")
+    finally:
+        before_task_publish.disconnect(leave)
+    task(unheard, "read_item").apply_async_on_commit(("x",), on_error="raise")
+
+
+def test_idle_thread_keeps_no_message() -> None:
+    """What was sent, the unit and the request around it are given up when it is sent, not with the next message."""
+
+    class Message:
+        def __call__(self) -> None: ...
+
+    message, given_up = Message(), threading.Event()
+    weakref.finalize(message, given_up.set)
+    assert send_within(PATIENCE, message) is None
+    del message
+    assert given_up.wait(10)
 
 
 @pytest.mark.parametrize("send", ["delay_on_commit", "apply_async_on_commit"])

@@ -83,6 +83,7 @@ async def test_async_tasks(pooled: Worker, empty_tables: Observer) -> None:
         for result in results.values():
             with pytest.raises(AsyncTaskNotSupported, match="write def"):
                 await asyncio.to_thread(result.get, timeout=20)
+        assert "never awaited" not in pooled.log
         return
     for outcome in ("succeed", "retry"):
         assert await asyncio.to_thread(results[outcome].get, timeout=20) == results[outcome].id
@@ -152,7 +153,7 @@ async def slow_commits(empty_tables: Observer) -> AsyncIterator[None]:
 @pytest.mark.usefixtures("slow_commits")
 async def test_soft_time_limit_during_the_commit(empty_tables: Observer) -> None:
     """What is committed is a success, although the limit passed while PostgreSQL was at it; what fails is a failure."""
-    with worker(BROKER, "-c", "2") as running:
+    with worker(BROKER, "-c", "1", environment={"TEST_USE_BEFORE_FORK": "1"}) as running:
         results = {name: running.task(name).delay(name) for name in ("slow_commit", "slow_commit_async")}
         for name, result in results.items():
             assert await asyncio.to_thread(result.get, timeout=20) == name
@@ -162,7 +163,16 @@ async def test_soft_time_limit_during_the_commit(empty_tables: Observer) -> None
             await asyncio.to_thread(lost.get, timeout=20, propagate=False)
             assert lost.failed()
         assert await asyncio.to_thread(running.task("pid_after_insert").delay("next").get, timeout=20)
+    assert running.log.count("passed during its commit") == 2
     assert await empty_tables.names() == ["next", "slow_commit", "slow_commit_async"]
+
+
+async def test_task_in_a_thread_of_another(empty_tables: Observer) -> None:
+    """Its commit has no signals to hold back, which a process's main thread gets."""
+    with worker(BROKER, "-c", "1") as running:
+        inner = running.task("apply_in_thread").delay("x")
+        assert await asyncio.to_thread(inner.get, timeout=20) == "SUCCESS"
+    assert await empty_tables.names() == ["x"]
 
 
 async def test_coroutine_that_exits(empty_tables: Observer) -> None:

@@ -118,6 +118,7 @@ async def test_result_names_the_error_and_no_parameter(prefork: Worker, empty_ta
     with pytest.raises(StatementFailed, match=r"^DataError: SQLSTATE 22P02$"):
         await asyncio.to_thread(result.get, timeout=20)
     assert "hunter2" not in str(result.traceback)
+    assert f"in {task}\n" in str(result.traceback)
     assert "hunter2" not in prefork.log.replace("'hunter2'", "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from functools import wraps
 from typing import Any
@@ -13,14 +14,16 @@ import pytest
 from celery import Celery
 from celery.app.trace import trace_task
 from celery.result import allow_join_result
+from celery.signals import worker_shutdown
 from fastapi import FastAPI
 from pydantic import BaseModel
 from sqlalchemy import select, text
+from sqlalchemy.exc import SQLAlchemyError
 
 import celery_ext
 from celery_ext import ResultNotSerializable, StatementFailed
 from celery_ext.dispatch import lineage
-from fastapi_chatdify_db import DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -328,6 +331,60 @@ async def test_result_that_nobody_stores(empty_tables: Observer, backend: str | 
     app.close()
 
 
+async def test_retry_shows_no_parameter(empty_tables: Observer) -> None:
+    """Nor does what is stored of a task between two attempts quote what the first one met."""
+    app = Celery("retrying", broker="memory://", backend="cache+memory://", set_as_current=False)
+    celery_ext.init_app(app)
+    app.finalize()
+
+    @app.task(shared=False, autoretry_for=(SQLAlchemyError,), default_retry_delay=60)
+    def fails(secret: str) -> None:
+        db.sync_session.execute(text("SELECT CAST(:secret AS integer)"), {"secret": secret})
+
+    trace_task(fails, "retrying", ("hunter2",), {}, {"id": "retrying"}, app=app)
+    waiting = app.AsyncResult("retrying")
+    assert waiting.state == "RETRY"
+    assert "22P02" in repr(waiting.result)
+    assert "hunter2" not in f"{waiting.result!r}{waiting.traceback}"
+    app.close()
+
+
+async def test_result_that_its_sender_wants(empty_tables: Observer) -> None:
+    """``ignore_result=False`` of a message counts for more than ``True`` of its task: Celery will store the result."""
+    app = Celery("wanted", backend="cache+memory://", set_as_current=False)
+    celery_ext.init_app(app)
+    app.finalize()
+
+    @app.task(shared=False, ignore_result=True)
+    def returns_anything() -> object:
+        db.sync_session.add(Item("x"))
+        db.sync_session.flush()
+        return object()
+
+    trace_task(returns_anything, "wanted", (), {}, {"id": "wanted", "ignore_result": False}, app=app)
+    assert type(app.AsyncResult("wanted").result) is ResultNotSerializable
+    assert await empty_tables.names() == []
+    app.close()
+
+
+async def test_result_of_another_task(empty_tables: Observer) -> None:
+    """A task may return what it got for sending another: Celery stores that by its id."""
+    app = Celery("referring", backend="cache+memory://", set_as_current=False)
+    celery_ext.init_app(app)
+    app.finalize()
+
+    @app.task(shared=False)
+    def refers() -> object:
+        db.sync_session.add(Item("x"))
+        db.sync_session.flush()
+        return app.AsyncResult("other")
+
+    trace_task(refers, "referring", (), {}, {"id": "referring"}, app=app)
+    assert app.AsyncResult("referring").get() == [["other", None], None]
+    assert await empty_tables.names() == ["x"]
+    app.close()
+
+
 def test_fork_after_use() -> None:
     """A forked child has an event loop, and a thread that sends, of its own: its parent's do not run in it."""
     in_a_new_process(
@@ -351,6 +408,70 @@ both()
 assert fork_and_wait(child) == 0
 """
     )
+
+
+def test_fork_while_the_broker_hangs() -> None:
+    """The messages that its parent's threads wait with do not keep a forked child from sending its own."""
+    in_a_new_process(
+        """
+import threading
+from celery_ext.sender import send_within
+from tests.test_engines import fork_and_wait
+
+hang = threading.Event().wait
+while "already" not in str(send_within(0.001, hang)): pass
+
+def child():
+    assert send_within(2, bool) is None
+
+assert fork_and_wait(child) == 0
+"""
+    )
+
+
+def test_interrupt_that_a_coroutine_survives() -> None:
+    """What ends the waiting thread, unlike a soft time limit, ends it although the coroutine has returned."""
+    in_a_new_process(
+        """
+import asyncio, os, signal
+from celery_ext import event_loop
+
+ended = []
+
+async def survive():
+    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        ended.append("cancelled")
+
+try:
+    event_loop.run(survive())
+except KeyboardInterrupt:
+    ended.append("interrupted")
+assert ended == ["cancelled", "interrupted"], ended
+"""
+    )
+
+
+async def test_worker_in_a_process_that_goes_on(empty_tables: Observer) -> None:
+    """At its shutdown, as of ``celery.contrib.testing``'s, it closes its connections; tasks may be run after it."""
+    own = Database("own", settings=DatabaseSettings(db_application_name="shut down"))
+    app = Celery("shut down", backend="cache+memory://", set_as_current=False)
+    celery_ext.init_app(app, db=own)
+
+    @app.task(shared=False)
+    async def ask() -> int:
+        return int(await own.session.scalar(text("SELECT 42")))
+
+    for _ in range(2):
+        assert ask.apply().get() == 42
+        assert await empty_tables.connections("shut down") == 1
+        await asyncio.to_thread(worker_shutdown.send, None)
+        async with asyncio.timeout(10):
+            await empty_tables.until_connections("shut down", 0)
+        assert not [thread for thread in threading.enumerate() if thread.name == "celery_ext.event_loop"]
+    app.close()
 
 
 async def test_task_in_a_request(eager: dict[str, Any], empty_tables: Observer) -> None:
