@@ -11,7 +11,7 @@ import celery
 import psycopg2.extensions
 import psycopg2.extras
 from celery import Celery, signals
-from celery.states import FAILURE
+from celery.states import SUCCESS
 
 from celery_ext import context, event_loop
 from celery_ext.durable.administration import health_figures
@@ -68,8 +68,10 @@ def _adopt_bases(app: Any) -> None:
 
     def _task_from_fun(fun: Any, name: str | None = None, base: Any = None, **options: Any) -> Any:
         if base is not None:
-            _adopt(base, _databases[app])
-        return task_from_function(fun, name, base, **options)
+            _rebase(base)  # perhaps another application's base too, so that only the task's class gets the database
+        task = task_from_function(fun, name, base, **options)
+        _adopt(type(task), _databases[app])
+        return task
 
     def register(task: Any, **options: Any) -> Any:
         _adopt(task if inspect.isclass(task) else type(task), _databases[app])
@@ -84,12 +86,16 @@ def _adopt_all(sender: Celery[Any], **_: object) -> None:
 
 
 def _adopt(task_class: Any, database: Database) -> None:
+    _rebase(task_class)
+    task_class.database = database
+
+
+def _rebase(task_class: Any) -> None:
     """Put our class between Celery's and those that derive from it, user-defined bases included."""
     if not issubclass(task_class, Task):
         for each in task_class.__mro__:
             if celery.Task in each.__bases__:
                 each.__bases__ = tuple(Task if base is celery.Task else base for base in each.__bases__)
-    task_class.database = database
 
 
 @signals.task_prerun.connect(weak=False)
@@ -101,7 +107,7 @@ def _begin(task_id: str, task: celery.Task[..., Any], **_: object) -> None:
 @signals.task_postrun.connect(weak=False)
 def _end(task: celery.Task[..., Any], state: str, retval: object, **_: object) -> None:
     if (execution := Execution.current()) is not None and execution.task is task:
-        execution.end(retval if state == FAILURE and isinstance(retval, Exception) else None)
+        execution.end(retval if state != SUCCESS and isinstance(retval, Exception) else None)
 
 
 @signals.before_task_publish.connect(weak=False)

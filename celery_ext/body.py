@@ -166,10 +166,12 @@ async def _alone(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str
 
 def _retry(task: Task, error: DBAPIError) -> Exception:
     backoff = float(getattr(task, "retry_backoff", 0))
-    countdown = backoff and get_exponential_backoff_interval(
-        factor=max(1, int(backoff)),
-        retries=task.request.retries,
-        maximum=int(getattr(task, "retry_backoff_max", 600)),
-        full_jitter=bool(getattr(task, "retry_jitter", True)),
-    )
-    return task.retry(exc=error, countdown=countdown or None, throw=False)
+    countdown = None
+    if backoff:
+        countdown = get_exponential_backoff_interval(
+            factor=max(1, int(backoff)),
+            retries=task.request.retries,
+            maximum=int(getattr(task, "retry_backoff_max", 600)),
+            full_jitter=bool(getattr(task, "retry_jitter", True)),
+        )
+    return task.retry(exc=error, countdown=countdown, throw=False)

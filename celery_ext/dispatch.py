@@ -73,7 +73,8 @@ def _check_serializable(
     task: Task, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]
 ) -> None:
     app = task.app
-    if app.conf.task_always_eager or task._dump_pydantic_arguments is not None:  # type: ignore[attr-defined]  # missing in the stubs
+    # Before 5.7, Celery does not dump models itself.
+    if app.conf.task_always_eager or getattr(task, "_dump_pydantic_arguments", None) is not None:
         return
     try:
         dumps((tuple(args), dict(kwargs)), options.get("serializer") or task.serializer or app.conf.task_serializer)

@@ -79,20 +79,20 @@ class Execution:
             self._unit.close()
             self._open(UnitOfWork())
 
-    def end(self, failure: Exception | None) -> None:
+    def end(self, error: Exception | None) -> None:
         """At ``task_postrun``: commit what the handlers did.
 
         The task's state can't change any more, so errors are logged.
 
         Parameters:
-            failure: What the task has failed with.
+            error: What the task has ended with: a failure, or Celery's ``Retry``, ``Ignore`` or ``Reject``.
         """
         _current.set(self._outer)
         try:
             if self._unit is not None:
                 self._end_unit(self._unit)
-            if self.delivery is not None and failure is not None and not self._begun:
-                self.delivery.failed_early(failure)
+            if self.delivery is not None and error is not None and not self._begun:
+                self.delivery.ended_early(error)
         except Exception:
             logger.exception("what the handlers of task %s[%s] wrote is lost", self.task.name, self._task_id)
         finally:

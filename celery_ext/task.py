@@ -54,7 +54,7 @@ class Task(_CeleryTask):
     """Whether a serialization failure or deadlock retries the task, under its own retry policy."""
 
     dont_autoretry_for: ClassVar[tuple[type[Exception], ...]] = (AfterCommitError,)
-    """What the task's commit does not undo, so that another run would do it twice."""
+    """What the task's commit does not undo, so that another run would do it twice; name it again in an own one."""
     runs_in_unit = False
     """Whether ``put_in_unit`` has been here."""
 
@@ -124,6 +124,7 @@ class Task(_CeleryTask):
             The id that the task will have.
 
         Raises:
+            TypeError: The task does not take these arguments.
             ArgumentsNotSerializable: The task's serializer does not carry the arguments.
             DispatchFailed: With ``on_error="raise"``, where the unit ends; outside any unit, here.
         """

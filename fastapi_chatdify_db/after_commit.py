@@ -44,7 +44,8 @@ class CallbackQueue:
             self._due.extend(settled)
 
     def pop_due(self) -> AfterCommit | None:
-        """The next callback to run, in the order of registration; None when there is none."""
+        """The next callback to run, None when there is none: in the order of registration, but last those from before a
+        transaction began."""
         return self._due.popleft() if self._due else None
 
     def _watch(self, session: Session) -> None:

@@ -173,11 +173,11 @@ class Database:
         await unit.finish_async(commit=True)
 
     async def create_tables(self) -> None:
-        """Create the tables of ``base`` that do not exist; safe in any number of processes at once."""
+        """Create the tables of ``metadatas`` that do not exist; safe in any number of processes at once."""
         await startup.create_tables(self.async_engine, self.metadatas)
 
     async def drop_tables(self) -> None:
-        """Drop the tables of ``base``, with their rows."""
+        """Drop the tables of ``metadatas``, with their rows: those of extensions, e.g. the durable tasks, too."""
         await startup.drop_tables(self.async_engine, self.metadatas)
 
     async def dispose(self) -> None:

@@ -49,7 +49,7 @@ def asks_at_end(session: Session) -> bool:
 
 
 def has_committed(session: Session) -> bool:
-    """Whether a transaction of the session was committed, be it by the application's own ``commit()``."""
+    """Whether a transaction that did more than read was committed, be it by the application's own ``commit()``."""
     assert isinstance(session, FollowedSession)
     return session.has_committed
 

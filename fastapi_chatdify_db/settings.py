@@ -79,8 +79,14 @@ class DatabaseSettings(BaseSettings):
         try:
             return handler(data)
         except ValidationError as error:
-            problems = [f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors(include_input=False)]
+            # What a validator of a subclass says of the whole has no place.
+            problems = [": ".join([*(str(part).upper() for part in e["loc"][:1]), e["msg"]]) for e in error.errors()]
         raise InvalidSettings("; ".join(problems))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields:  # pydantic's error would show the value
+            raise InvalidSettings(f"settings do not change; make others: db.settings = DatabaseSettings({name}=...)")
+        super().__setattr__(name, value)
 
     def make_same_engines_as(self, other: DatabaseSettings) -> bool:
         """Whether both say the same of the database; they may differ in what an application's subclass adds."""

@@ -118,6 +118,8 @@ def _give_up(engine: AsyncEngine, timeout: float, state: RetryCallState) -> None
 
 def _place(engine: AsyncEngine) -> str:
     url = engine.url
+    if isinstance(hosts := url.query.get("host"), tuple):  # each with its port
+        return f"{', '.join(hosts)}/{url.database}"
     host = url.host or url.query.get("host", "local socket")
     return f"{host}:{url.port or url.query.get('port', 5432)}/{url.database}"
 

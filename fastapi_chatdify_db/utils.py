@@ -6,10 +6,10 @@ from fastapi_chatdify_db.database import db
 
 
 async def create_db_tables() -> None:
-    """Create the tables of ``Base`` that do not exist; safe in any number of processes at once."""
+    """Create the tables of ``Base`` and of extensions that do not exist; safe in any number of processes at once."""
     await db.create_tables()
 
 
 async def drop_db_tables() -> None:
-    """Drop the tables of ``Base``, with their rows."""
+    """Drop the tables of ``Base`` and of extensions, e.g. the durable tasks, with their rows."""
     await db.drop_tables()

@@ -257,6 +257,39 @@ loop.close()
     )
 
 
+def test_forked_child_may_collect_its_garbage(database_url: str) -> None:
+    """Nor does that close a connection of the parent's, whichever of its loops has opened it."""
+    in_a_new_process(
+        """
+import asyncio, gc, signal, warnings
+from fastapi_chatdify_db import Database
+from tests.test_engines import PID, fork_and_wait
+
+warnings.simplefilter("ignore", ResourceWarning)  # as an error, it keeps asyncpg from closing what it warns of
+signal.alarm(20)
+database = Database()
+loops = [asyncio.new_event_loop(), asyncio.new_event_loop()]
+
+async def ask():  # outside any unit, which asyncio would keep with the connection's context
+    async with database.async_engine.connect() as connection:
+        return await connection.scalar(PID)
+
+def everybody():
+    with database.sync_transaction() as session:
+        return [*(loop.run_until_complete(ask()) for loop in loops), session.execute(PID).scalar_one()]
+
+before = everybody()
+assert fork_and_wait(gc.collect) == 0
+assert everybody() == before
+for loop in loops:
+    loop.run_until_complete(database.dispose())
+    loop.close()
+""",
+        DATABASE_URL=database_url,
+        DB_POOL_PRE_PING="false",
+    )
+
+
 def test_engine_derived_before_a_fork_shares_the_childs_pool(database_url: str) -> None:
     """Also if the parent's loop is still there, as an object that nobody runs in the child."""
     in_a_new_process(

@@ -101,8 +101,8 @@ class Delivery:
 
         A failure of the database rather than of the task is no end: the row stays, and will be run again.
         """
-        if isinstance(error, Dropped) or (isinstance(error, Reject) and error.requeue):  # type: ignore[attr-defined]  # missing in the stubs
-            return error  # the broker delivers the message again
+        if isinstance(error, Dropped) or _is_redelivered(error):  # the row of a duplicate is another delivery's
+            return error
         try:
             with self._task.database.sync_transaction() as session:
                 if not self._begun or _is_passing(error):
@@ -118,13 +118,13 @@ class Delivery:
         logger.warning("task %s[%s] will be run again: %s", self._task.name, self.task_id, type(error).__name__)
         return Dropped()
 
-    def failed_early(self, error: Exception) -> None:
-        """Record a failure from before the body began, in the task class's ``before_start``."""
-        if _is_passing(error):
+    def ended_early(self, error: Exception) -> None:
+        """Record how the task ended before its body began, in the task class's ``before_start``."""
+        if _is_passing(error) or _is_redelivered(error):
             return
         with self._task.database.sync_transaction() as session:
             if self._lock(session) is not None:
-                self._finish(session, "failed", _text(error))
+                self._record(session, error)
 
     def _lock(self, session: Session) -> Row[Any] | None:
         """The row, locked for this delivery; None if there is none to run now."""
@@ -173,6 +173,11 @@ class Delivery:
         if not lease.hold(self._task.database, self.task_id):
             raise Dropped
         self._leased = True
+
+
+def _is_redelivered(error: Exception) -> bool:
+    """Whether the broker delivers the message again."""
+    return isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]  # missing in the stubs
 
 
 def _is_passing(error: Exception) -> bool:

@@ -29,7 +29,7 @@ durable_task: Final = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
     Column("finished_at", DateTime(timezone=True)),
     Column("error", Text, comment="of the last attempt"),
-    # Only what is pending is ever searched, so that rows that are done cost nothing.
+    # To send and run tasks, only what is pending is searched, so that rows that are done cost nothing.
     Index("ix_durable_task_ring_at", "ring_at", postgresql_where=_PENDING),
     Index(
         "ix_durable_task_ordering_key",

@@ -61,7 +61,12 @@ async def test_whose_failure_it_is(unheard: Celery[celery_ext.Task], rows: Obser
 
 
 @pytest.mark.parametrize(
-    ("options", "seconds"), [({"retry_backoff": 30, "retry_jitter": False}, 30), ({"default_retry_delay": 40}, 40)]
+    ("options", "seconds"),
+    [
+        ({"retry_backoff": 30, "retry_jitter": False}, 30),
+        ({"retry_backoff": True, "retry_backoff_max": 0}, 0),
+        ({"default_retry_delay": 40}, 40),
+    ],
 )
 async def test_db_retry_waits(
     unheard: Celery[celery_ext.Task], rows: Observer, options: dict[str, Any], seconds: int

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
+from celery.exceptions import Ignore, Reject
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
@@ -226,6 +227,28 @@ async def test_failure_before_the_body(relayed: Worker, rows: Observer) -> None:
     assert await rows.connection.fetchval("SELECT error FROM durable_task WHERE id = $1", failing) == (
         "ValueError: not today"
     )
+
+
+@pytest.mark.parametrize(("how", "status"), [("ignore", "cancelled"), ("reject", "cancelled"), ("retry", "pending")])
+async def test_end_before_the_body(unheard: Celery[celery_ext.Task], rows: Observer, how: str, status: str) -> None:
+    """Celery's other ways to end count in ``before_start`` as they do in the body."""
+
+    class Gate(celery_ext.Task):
+        def before_start(self, *_: object) -> None:
+            if how == "retry":
+                self.retry(countdown=60)
+            raise Ignore if how == "ignore" else Reject("not today", requeue=False)
+
+    @unheard.task(base=Gate, shared=False)
+    def never_starts() -> None: ...
+
+    async with db.transaction():
+        task_id = never_starts.delay_durably()
+    deliver(never_starts, task_id)
+    row = await rows.connection.fetchrow(
+        "SELECT status, retries, due_at - clock_timestamp() > '50 s' AS later FROM durable_task WHERE id = $1", task_id
+    )
+    assert tuple(row) == (status, how == "retry", how == "retry")
 
 
 async def test_failure_before_the_body_of_what_is_not_due(unheard: Celery[celery_ext.Task], rows: Observer) -> None:

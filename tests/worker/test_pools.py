@@ -182,6 +182,7 @@ async def test_coroutine_that_exits(empty_tables: Observer) -> None:
         last = running.task("add_item_async").delay("x")
         assert await asyncio.to_thread(last.get, timeout=20)
         assert isinstance(await asyncio.to_thread(exits.get, timeout=20, propagate=False), Exception)
+    assert "InvalidStateError" not in running.log
     assert await empty_tables.names() == ["x"]
 
 

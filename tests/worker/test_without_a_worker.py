@@ -346,6 +346,7 @@ async def test_retry_shows_no_parameter(empty_tables: Observer) -> None:
     assert waiting.state == "RETRY"
     assert "22P02" in repr(waiting.result)
     assert "hunter2" not in f"{waiting.result!r}{waiting.traceback}"
+    app.control.purge()  # the next attempt, in the one broker of this process
     app.close()
 
 
@@ -406,6 +407,29 @@ def child():
 
 both()
 assert fork_and_wait(child) == 0
+"""
+    )
+
+
+def test_late_shared_task_of_two_applications() -> None:
+    """Each application's task has that application's database, whatever base they share."""
+    in_a_new_process(
+        """
+from celery import Celery, shared_task
+import celery_ext
+from fastapi_chatdify_db import Database
+
+databases = {}
+for name in ("a", "b"):
+    app = Celery(name, broker="memory://", set_as_current=False)
+    databases[app] = Database(name)
+    celery_ext.init_app(app, db=databases[app])
+    app.finalize()
+
+@shared_task(base=celery_ext.Task, name="late")
+def late(): ...
+
+assert {app: app.tasks["late"].database for app in databases} == databases
 """
     )
 
