@@ -460,6 +460,7 @@ def test_interrupt_that_a_coroutine_survives() -> None:
 import asyncio, os, signal
 from celery_ext import event_loop
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 ended = []
 
 async def survive():
