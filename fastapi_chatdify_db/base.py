@@ -18,8 +18,11 @@ NAMING_CONVENTION: Final = {
 }
 
 
-class Base(MappedAsDataclass, DeclarativeBase):
+class Base(MappedAsDataclass, DeclarativeBase, repr=False, eq=False):
     """Base class of the default database's models: typed dataclasses with named constraints.
+
+    Without the dataclass's ``repr`` and ``eq``: they would load relationships, which async code cannot, and show what
+    users typed in logs.
 
     A second database takes a base of its own::
 
