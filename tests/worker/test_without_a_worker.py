@@ -6,15 +6,17 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import pytest
 from celery import Celery
 from celery.app.trace import trace_task
-from celery.result import allow_join_result
+from celery.result import AsyncResult, allow_join_result
 from celery.signals import worker_shutdown
+from celery.utils import uuid
 from fastapi import FastAPI
 from pydantic import BaseModel
 from sqlalchemy import select, text
@@ -313,22 +315,36 @@ def test_db_retry(eager: dict[str, Any], empty_tables: Observer, db_retry: bool,
     assert ran == [code] * runs
 
 
-@pytest.mark.parametrize(("backend", "ignore_result"), [(None, False), ("cache+memory://", True)])
-async def test_result_that_nobody_stores(empty_tables: Observer, backend: str | None, ignore_result: bool) -> None:
-    """A task without a result backend, or with ``ignore_result=True``, may write and return what it likes."""
-    app = Celery("ignoring", backend=backend, set_as_current=False)
+@contextmanager
+def written_and_returned(
+    result: Callable[[Celery], object],
+    backend: str | None,
+    *,
+    ignore_result: bool = False,
+    headers: Mapping[str, object] = {},
+) -> Iterator[AsyncResult[Any]]:
+    """Do with a task that writes and returns ``result(app)`` what a worker does; yields what its sender gets."""
+    app = Celery("returning", backend=backend, set_as_current=False)
     celery_ext.init_app(app)
     app.finalize()
 
     @app.task(shared=False, ignore_result=ignore_result)
-    def returns_anything() -> object:
+    def returns() -> object:
         db.sync_session.add(Item("x"))
         db.sync_session.flush()
-        return object()
+        return result(app)
 
-    trace_task(returns_anything, "id", (), {}, {"id": "id"}, app=app)  # as a worker does
-    assert await empty_tables.names() == ["x"]
+    task_id = uuid()
+    trace_task(returns, task_id, (), {}, {"id": task_id, **headers}, app=app)
+    yield app.AsyncResult(task_id)
     app.close()
+
+
+@pytest.mark.parametrize(("backend", "ignore_result"), [(None, False), ("cache+memory://", True)])
+async def test_result_that_nobody_stores(empty_tables: Observer, backend: str | None, ignore_result: bool) -> None:
+    """A task without a result backend, or with ``ignore_result=True``, may write and return what it likes."""
+    with written_and_returned(lambda _: object(), backend, ignore_result=ignore_result):
+        assert await empty_tables.names() == ["x"]
 
 
 async def test_retry_shows_no_parameter(empty_tables: Observer) -> None:
@@ -352,38 +368,17 @@ async def test_retry_shows_no_parameter(empty_tables: Observer) -> None:
 
 async def test_result_that_its_sender_wants(empty_tables: Observer) -> None:
     """``ignore_result=False`` of a message counts for more than ``True`` of its task: Celery will store the result."""
-    app = Celery("wanted", backend="cache+memory://", set_as_current=False)
-    celery_ext.init_app(app)
-    app.finalize()
-
-    @app.task(shared=False, ignore_result=True)
-    def returns_anything() -> object:
-        db.sync_session.add(Item("x"))
-        db.sync_session.flush()
-        return object()
-
-    trace_task(returns_anything, "wanted", (), {}, {"id": "wanted", "ignore_result": False}, app=app)
-    assert type(app.AsyncResult("wanted").result) is ResultNotSerializable
+    wanted = {"ignore_result": False}
+    with written_and_returned(lambda _: object(), "cache+memory://", ignore_result=True, headers=wanted) as stored:
+        assert type(stored.result) is ResultNotSerializable
     assert await empty_tables.names() == []
-    app.close()
 
 
 async def test_result_of_another_task(empty_tables: Observer) -> None:
     """A task may return what it got for sending another: Celery stores that by its id."""
-    app = Celery("referring", backend="cache+memory://", set_as_current=False)
-    celery_ext.init_app(app)
-    app.finalize()
-
-    @app.task(shared=False)
-    def refers() -> object:
-        db.sync_session.add(Item("x"))
-        db.sync_session.flush()
-        return app.AsyncResult("other")
-
-    trace_task(refers, "referring", (), {}, {"id": "referring"}, app=app)
-    assert app.AsyncResult("referring").get() == [["other", None], None]
+    with written_and_returned(lambda app: app.AsyncResult("other"), "cache+memory://") as stored:
+        assert stored.get() == [["other", None], None]
     assert await empty_tables.names() == ["x"]
-    app.close()
 
 
 def test_fork_after_use() -> None:
