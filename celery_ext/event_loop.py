@@ -57,16 +57,25 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     outcome: Future[T] = Future()
     tasks: list[asyncio.Task[Any]] = []
 
+    def end(task: asyncio.Task[Any]) -> None:
+        coroutine.close()  # cancelled before its first step, it would warn that it was never awaited
+        _copy_outcome(task, outcome)
+
     def start() -> None:
         tasks.append(loop.create_task(_contained(coroutine, outcome)))
-        tasks[0].add_done_callback(lambda task: _copy_outcome(task, outcome))
+        tasks[0].add_done_callback(end)
 
-    loop.call_soon_threadsafe(start)
+    def cancel() -> None:
+        if not tasks:  # the exception came before ``start`` was scheduled
+            start()
+        tasks[0].cancel()
+
     try:
+        loop.call_soon_threadsafe(start)
         return outcome.result()
     except BaseException as error:
         if not outcome.done():
-            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            loop.call_soon_threadsafe(cancel)
             wait([outcome])
         if isinstance(error, SoftTimeLimitExceeded) and outcome.exception() is None:
             return outcome.result()  # what it did is committed

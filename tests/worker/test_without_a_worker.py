@@ -23,7 +23,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 import celery_ext
-from celery_ext import ResultNotSerializable, StatementFailed
+from celery_ext import ResultNotSerializable, StatementFailed, event_loop
 from celery_ext.dispatch import lineage
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
 from tests.models import Item
@@ -472,6 +472,33 @@ except KeyboardInterrupt:
 assert ended == ["cancelled", "interrupted"], ended
 """
     )
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_interrupt_while_a_coroutine_is_scheduled(scheduled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time limit can come at any instruction: the coroutine does not go on with nobody waiting for it."""
+    loop = event_loop.run(_running_loop())
+    schedule = loop.call_soon_threadsafe
+
+    def interrupted(callback: Callable[[], object]) -> None:
+        monkeypatch.undo()
+        if scheduled:
+            schedule(callback)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        event_loop.run(asyncio.Event().wait())
+
+    assert asyncio.run_coroutine_threadsafe(_other_tasks(), loop).result() == 0
+
+
+async def _running_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
+
+
+async def _other_tasks() -> int:
+    return len(asyncio.all_tasks()) - 1
 
 
 async def test_worker_in_a_process_that_goes_on(empty_tables: Observer) -> None:
