@@ -34,7 +34,14 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
         db: The database whose savepoints decide about ``delay_on_commit``, and which keeps the durable tasks; a
             task's unit serves every database.
         relay: Whether a web application relays durable tasks itself, within the database's lifespan.
+
+    Raises:
+        TypeError: ``app`` is something else, e.g. a web application.
     """
+    if not isinstance(app, Celery):
+        raise TypeError(
+            f"celery_ext.init_app() takes the Celery application, not {app!r}. For the web: {db.name}.init_app(app)"
+        )
     is_new = app not in _databases
     _databases[app] = db
     if metadata not in db.metadatas:

@@ -7,8 +7,9 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
+from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from celery.utils import uuid
@@ -27,6 +28,9 @@ logger: Final = logging.getLogger(__name__)
 
 OnError = Literal["log", "raise"]
 
+_ALIKE: Final = 0.8
+"""How much like one of ours an option is misspelt: ``order_key`` is (0.86), ``routing_key`` (0.70) is another."""
+
 _TIME_LIMIT: Final = 4.0
 """Seconds: Celery's default for ``broker_connection_timeout``, which a worker of the pool gevent has unset."""
 
@@ -40,10 +44,12 @@ def send_on_commit(
     """Send ``task`` when the innermost unit of work is committed, or at once where there is none; returns its id.
 
     Raises:
-        TypeError: The task does not take these arguments.
+        TypeError: The task does not take these arguments, or ``on_error`` is unknown.
         ArgumentsNotSerializable: Its serializer does not carry them.
         DispatchFailed: It could not be sent at once, and ``on_error`` is ``"raise"``.
     """
+    if on_error not in get_args(OnError):
+        raise TypeError(f"on_error={on_error!r} is unknown; write on_error='log' or on_error='raise'")
     check_arguments(task, args, kwargs)
     task_id = str(options.get("task_id") or uuid())
     options = {**inherited(task), **options, "task_id": task_id}
@@ -67,6 +73,17 @@ def check_arguments(task: Task, args: Sequence[object], kwargs: Mapping[str, obj
     check = getattr(task, "__header__", None)  # a task that is written as a class has none
     if task.typing and check is not None:
         check(*args, **kwargs)
+
+
+def refuse_durable_options(task: Task, options: Mapping[str, object], instead: str) -> None:
+    """Refuse what Celery would take for an option of the broker's, and drop: ``apply_durably``'s own or its like.
+
+    Raises:
+        TypeError: There is such an option.
+    """
+    for name in options:
+        for meant in get_close_matches(name, ("ordering_key", "idempotency_key"), cutoff=_ALIKE):
+            raise TypeError(f"{task.name} got the unknown option {name}; write {instead.format(meant)}")
 
 
 def _check_serializable(

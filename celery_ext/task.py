@@ -16,7 +16,7 @@ from celery.exceptions import Retry
 from celery.result import AsyncResult
 
 from celery_ext.body import put_in_unit
-from celery_ext.dispatch import OnError, send_on_commit
+from celery_ext.dispatch import OnError, refuse_durable_options, send_on_commit
 from celery_ext.durable.dispatch import store
 from celery_ext.errors import DurableDispatchUnsupported, portable
 from celery_ext.execution import Execution
@@ -124,10 +124,11 @@ class Task(_CeleryTask):
             The id that the task will have.
 
         Raises:
-            TypeError: The task does not take these arguments.
+            TypeError: The task does not take these arguments, or an option is ``apply_durably``'s.
             ArgumentsNotSerializable: The task's serializer does not carry the arguments.
             DispatchFailed: With ``on_error="raise"``, where the unit ends; outside any unit, here.
         """
+        refuse_durable_options(self, options, "apply_durably(..., {}=...)")
         return send_on_commit(self, args or (), kwargs or {}, on_error, options)
 
     def delay_durably(self, *args: object, **kwargs: object) -> str:
@@ -173,7 +174,7 @@ class Task(_CeleryTask):
 
         Raises:
             OutsideUnitOfWork: There is no transaction here.
-            TypeError: The task does not take these arguments, or ``task_id`` is among the options.
+            TypeError: The task does not take these arguments, or ``task_id`` or a misspelt key is among the options.
             ArgumentsNotSerializable: The arguments are no JSON, or an option cannot be stored or is no time.
             DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
         """

@@ -17,7 +17,7 @@ from fastapi_chatdify_db.base import Base
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import InvalidSettings, NotInSyncUnit, OutsideUnitOfWork
 from fastapi_chatdify_db.settings import DatabaseSettings
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_error
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_error, outlives_its_unit
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -45,7 +45,6 @@ class Database:
         create_tables: bool = True,
     ) -> None:
         self.name = name
-        self.base = base
         self._settings = settings
         self.creates_tables = create_tables
         self.metadatas: list[MetaData] = [base.metadata]
@@ -54,6 +53,8 @@ class Database:
         """What runs beside the application, within its lifespan; entered in a thread."""
         self.figures: dict[str, Callable[[AsyncConnection], Awaitable[Figures]]] = {}
         """What the health check shows besides the pool, by name."""
+        self.serves = False
+        """Whether the lifespan has started and not ended."""
         self.engines: Final = Engines(lambda: self.settings, on_error=note_error)
 
     def __repr__(self) -> str:
@@ -198,8 +199,10 @@ class Database:
             if self.creates_tables:
                 await self.create_tables()
             async with startup.services(self.services):
+                self.serves = True
                 yield
         finally:
+            self.serves = False
             await self.dispose()
 
     def init_app(self, app: Starlette, *, middleware: bool = True) -> None:
@@ -208,9 +211,20 @@ class Database:
         Parameters:
             app: A Starlette or FastAPI application that has not started.
             middleware: False leaves the middleware to the caller, e.g. for other arguments.
+
+        Raises:
+            TypeError: ``app`` is something else, e.g. a Celery application.
         """
         # A worker that imports this module shall not import Starlette.
+        from starlette.applications import Starlette
+
         from fastapi_chatdify_db.middleware import DBSessionMiddleware
+
+        if not isinstance(app, Starlette):
+            raise TypeError(
+                f"{self.name}.init_app() takes the FastAPI or Starlette application, not {app!r}. "
+                f"For Celery: celery_ext.init_app(app, db={self.name})"
+            )
 
         inner = app.router.lifespan_context
 
@@ -227,10 +241,12 @@ class Database:
     def _unit(self, what: str, instead: str) -> UnitOfWork:
         unit = current_unit(self.engines)
         if unit is None:
-            raise OutsideUnitOfWork(
-                f"{self.name}.{what} is only there inside a request (app.add_middleware(DBSessionMiddleware)) "
-                f"or a task. Elsewhere: {instead.format(self.name)}"
+            where = (
+                "until the request or block ends in which this was started. Here"
+                if outlives_its_unit()
+                else "inside a request (app.add_middleware(DBSessionMiddleware)) or a task. Elsewhere, also in threads"
             )
+            raise OutsideUnitOfWork(f"{self.name}.{what} is only there {where}: {instead.format(self.name)}")
         return unit
 
 

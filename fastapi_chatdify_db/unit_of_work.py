@@ -48,6 +48,11 @@ def innermost_unit() -> UnitOfWork | None:
     return unit
 
 
+def outlives_its_unit() -> bool:
+    """Whether the running code was started in a unit of work, e.g. by ``asyncio.create_task``, that has ended."""
+    return _current.get() is not None and innermost_unit() is None
+
+
 def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
     """The open units between the running code and ``outer``, the innermost first."""
     found: list[UnitOfWork] = []

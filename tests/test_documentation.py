@@ -105,6 +105,27 @@ command.downgrade(config, "base")
     assert "No new upgrade operations detected" in ran.stdout, ran.stderr
 
 
+def test_models(database_url: str) -> None:
+    """The page about models stores an order, and loads orders in both ways."""
+    use = """
+import asyncio
+
+async def main() -> None:
+    await db.create_tables()
+    async with db.transaction() as session:
+        session.add(Customer("Ann"))
+    async with db.transaction():
+        assert await order("Ann", "tea") == 1
+    async with db.transaction() as session:
+        assert await all_orders() == {"Ann": ["tea"]}
+        assert (await session.get(Customer, 1)).since
+    await db.drop_tables()
+
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", marked("docs/models.md", "models") + use], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("code", BLOCKS)
 def test_code_blocks_run(code: str) -> None:
     """Every block of Python in the documentation runs by itself."""

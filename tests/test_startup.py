@@ -12,6 +12,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from celery import Celery
 from fastapi import FastAPI
 from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
@@ -20,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+import celery_ext
 from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import Observer
@@ -344,3 +346,12 @@ def test_init_app_adds_the_middleware_once() -> None:
     bare = FastAPI()
     db.init_app(bare, middleware=False)
     assert bare.user_middleware == []
+
+
+def test_init_app_refuses_the_other_application() -> None:
+    """The web's and the worker's ``init_app`` name each other."""
+    celery = Celery("worker", set_as_current=False)
+    with pytest.raises(TypeError, match=r"celery_ext\.init_app\(app, db=reports\)"):
+        Database("reports").init_app(celery)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"db\.init_app\(app\)"):
+        celery_ext.init_app(FastAPI())  # type: ignore[arg-type]

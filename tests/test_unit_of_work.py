@@ -128,7 +128,7 @@ async def test_session_that_outlives_its_request_is_refused(observer: Observer) 
 
     async def go_on(session: AsyncSession) -> None:
         await ended.wait()
-        with pytest.raises(OutsideUnitOfWork):
+        with pytest.raises(OutsideUnitOfWork, match=r"until the request or block ends .* db\.transaction\(\)"):
             db.session  # noqa: B018
         with pytest.raises(InvalidRequestError, match="permanently closed"):
             await session.execute(select(Item))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from celery_ext.dispatch import check_arguments, inherited, send_on_commit
+from celery_ext.dispatch import check_arguments, inherited, refuse_durable_options, send_on_commit
 from celery_ext.durable import outbox
 from celery_ext.durable.row import new_row
 from celery_ext.errors import DurableDispatchUnsupported
@@ -32,7 +32,7 @@ def store(
     """Store a call of ``task`` with what the unit of work around it commits; returns the task's id.
 
     Raises:
-        TypeError: The task does not take these arguments, or ``task_id`` is among the options.
+        TypeError: The task does not take these arguments, or ``task_id`` or a misspelt key is among the options.
         OutsideUnitOfWork: There is no unit on the task's database here.
         ArgumentsNotSerializable: The arguments are no JSON, or an option is nothing to store, or no time.
         DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
@@ -49,6 +49,7 @@ def store(
     if engines.sync_engine.dialect.name != "postgresql":
         raise DurableDispatchUnsupported("durable dispatch needs PostgreSQL; write task.delay_on_commit(...)")
     check_arguments(task, args, kwargs)
+    refuse_durable_options(task, options or {}, "{}=...")
     if options is not None and "task_id" in options:
         raise TypeError(f"{task.name} has its row's id for task_id; to store it once, write idempotency_key=...")
     row = new_row(

@@ -203,6 +203,25 @@ def test_broker_that_hangs() -> None:
     app.close()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ordering_key": "k"}, r"unknown option ordering_key; write apply_durably\(\.\.\., ordering_key=\.\.\.\)"),
+        ({"idempotence_key": "k"}, r"unknown option idempotence_key; write .*idempotency_key="),
+        ({"on_error": "ignore"}, "write on_error='log' or on_error='raise'"),
+    ],
+)
+def test_options_without_effect(unheard: Celery[celery_ext.Task], options: Any, message: str) -> None:
+    """Celery would pass them to the broker, which ignores them."""
+    with pytest.raises(TypeError, match=message):
+        task(unheard, "read_item").apply_async_on_commit(("x",), **options)
+
+
+def test_options_of_celery(unheard: Celery[celery_ext.Task]) -> None:
+    """A name that is only a little like ours is Celery's."""
+    task(unheard, "read_item").apply_async_on_commit(("x",), routing_key="nobody-listens", on_error="raise")
+
+
 def test_what_exits_while_it_sends(unheard: Celery[celery_ext.Task]) -> None:
     """It fails its message, at once and by name, and not the thread that is kept for the next one."""
 
