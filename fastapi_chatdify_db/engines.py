@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 
+from fastapi_chatdify_db.connecting import tell_of_refusals
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
 from fastapi_chatdify_db.liveness import ping_when_idle
@@ -190,6 +191,7 @@ class Engines:
             return
         # PgBouncer may give every statement outside a transaction to another server.
         begin_lazily = settings.db_lazy_begin and not settings.db_pgbouncer
+        tell_of_refusals(engine)
         follow(engine)
         FirstStatements(engine, begin_lazily=begin_lazily, survive=settings.db_pool_pre_ping)
         note_failures(engine)

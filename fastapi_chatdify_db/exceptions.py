@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from sqlalchemy.exc import OperationalError
+
 
 class ChatdifyDBError(Exception):
     """Base of every error that this package raises itself."""
@@ -31,8 +35,24 @@ class SessionInUse(ChatdifyDBError):
     """The commit came while another task or thread was in the middle of a statement of the same session."""
 
 
-class DatabaseUnavailable(ChatdifyDBError):
-    """The database did not accept a connection within ``DB_STARTUP_TIMEOUT``."""
+class DatabaseUnavailable(ChatdifyDBError, OperationalError):
+    """The database gives no connection: within ``DB_STARTUP_TIMEOUT`` at the start, or at once for a statement.
+
+    A request that it ends is answered 503.
+
+    Parameters:
+        message: Which database, and what to do about it.
+        orig: What the driver raised.
+    """
+
+    code = ""  # SQLAlchemy's link would explain OperationalError
+
+    def __init__(self, message: str, orig: BaseException) -> None:
+        super().__init__(None, None, orig)
+        self.args = (message,)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.orig)
 
 
 class AfterCommitError(ChatdifyDBError):

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, in_event_loop
 from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.session_end import asks_at_end
 from fastapi_chatdify_db.unit_of_work import innermost_unit, units_inside
 
@@ -27,6 +28,7 @@ _NORMAL_CLOSURES: Final = (1000, 1001)  # https://www.rfc-editor.org/rfc/rfc6455
 
 _START: Final = "http.response.start"
 _WITHOUT_BODY: Final = (204, 304)  # https://www.rfc-editor.org/rfc/rfc9110#section-6.4.1
+_NO_CONNECTION: Final = (PoolTimeout, DatabaseUnavailable)
 _ENDS: Final = ("http.response.body", "http.response.pathsend")
 
 
@@ -160,11 +162,11 @@ class HTTPExchange(AsyncUnitOfWork):
                 raise failure  # the application's own: its handlers have seen it
             await self._ask_handlers(failure)
         except Exception as error:
-            if self._started or not _is_busy(error):
+            if self._started or not _is_for_want_of_a_connection(error):
                 raise
-            logger.warning("no free database connection; answered 503")
-            busy = HTTPException(503, "No database connection is free, try again.", headers={"Retry-After": "1"})
-            await self._ask_handlers(busy)
+            logger.warning("no database connection; answered 503: %s", str(error).partition("\n")[0])
+            later = HTTPException(503, "No database connection is free, try again.", headers={"Retry-After": "1"})
+            await self._ask_handlers(later)
 
     async def _ask_handlers(self, error: Exception) -> None:
         """Answer as the application answers ``error``; raises it when the application has no handler for it."""
@@ -177,11 +179,11 @@ class HTTPExchange(AsyncUnitOfWork):
         await handlers(self._scope, self._receive, self._send_settled)
 
 
-def _is_busy(error: Exception) -> bool:
-    """Whether no connection was free, for the handler or for branches of its ``TaskGroup``."""
+def _is_for_want_of_a_connection(error: Exception) -> bool:
+    """Whether none was to be had, for the handler or for branches of its ``TaskGroup``."""
     if isinstance(error, ExceptionGroup):
-        return error.split(PoolTimeout)[1] is None
-    return isinstance(error, PoolTimeout)
+        return error.split(_NO_CONNECTION)[1] is None
+    return isinstance(error, _NO_CONNECTION)
 
 
 class WebSocketExchange(AsyncUnitOfWork):

@@ -12,6 +12,7 @@ from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from fastapi_chatdify_db.connection_state import state_in
+from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.sqlstates import sqlstate
 
 
@@ -78,7 +79,7 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
     record.invalidate(error)
     try:
         proxy.dbapi_connection = record.get_connection()
-    except (context.dialect.loaded_dbapi.Error, OSError):
+    except DatabaseUnavailable:
         raise error from None
     try:
         # What the application prepares (a tenant, a search_path), it prepares at the checkout.

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from fastapi_chatdify_db.connecting import place, reason
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.sqlstates import sqlstate
 
@@ -40,8 +41,7 @@ async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
             then says nothing is given what is left of them, but at least ``_SHORTEST_TRY``.
 
     Raises:
-        DatabaseUnavailable: No try succeeded.
-        sqlalchemy.exc.DBAPIError: The server refused for good, e.g. because of a wrong password.
+        DatabaseUnavailable: No try succeeded, or the server refused for good, e.g. because of a wrong password.
     """
     retrying = AsyncRetrying(
         retry=retry_if_exception(_may_pass),
@@ -99,32 +99,28 @@ async def _connect(engine: AsyncEngine, deadline: float) -> None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    state = sqlstate(getattr(error, "orig", error))
+    original = getattr(error, "orig", error)
+    state = sqlstate(original)
     if state is not None:
         return state.startswith(_PASSING)
-    return isinstance(error, OSError) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+    return isinstance(original, OSError) or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
 
 def _log_try(engine: AsyncEngine, state: RetryCallState) -> None:
-    logger.warning("database %s not ready (try %d): %s", _place(engine), state.attempt_number, _reason(state))
+    number, error = state.attempt_number, _error(state)
+    logger.warning("database %s not ready (try %d): %s", place(engine.url), number, reason(error))
 
 
 def _give_up(engine: AsyncEngine, timeout: float, state: RetryCallState) -> None:
+    error = _error(state)
     raise DatabaseUnavailable(
-        f"database {_place(engine)} did not answer within {timeout:g} s ({_reason(state)}); "
-        "start it, correct DATABASE_URL or raise DB_STARTUP_TIMEOUT"
+        f"database {place(engine.url)} did not answer within {timeout:g} s ({reason(error)}); "
+        "start it, correct DATABASE_URL or raise DB_STARTUP_TIMEOUT",
+        error,
     )
 
 
-def _place(engine: AsyncEngine) -> str:
-    url = engine.url
-    if isinstance(hosts := url.query.get("host"), tuple):  # each with its port
-        return f"{', '.join(hosts)}/{url.database}"
-    host = url.host or url.query.get("host", "local socket")
-    return f"{host}:{url.port or url.query.get('port', 5432)}/{url.database}"
-
-
-def _reason(state: RetryCallState) -> str:
-    error = state.outcome and state.outcome.exception()
-    # SQLAlchemy appends a line with a link
-    return f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+def _error(state: RetryCallState) -> BaseException:
+    error = None if state.outcome is None else state.outcome.exception()
+    assert error is not None  # tenacity asks only after a try that failed
+    return error.orig or error if isinstance(error, DatabaseUnavailable) else error

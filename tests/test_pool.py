@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psycopg2
 import pytest
 from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import Connection, event, select, text
+from sqlalchemy import Connection, event, make_url, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import Observer
-from tests.serving import serve
+from tests.serving import free_socket, serve
 
 
 def app_on(database: Database) -> FastAPI:
@@ -153,6 +156,46 @@ async def test_a_session_goes_on_after_it_only_read(tables: None) -> None:
         item.name = "changed"
     async with db.transaction() as session:
         assert (await session.scalars(select(Item.name))).all() == ["changed"]
+
+
+@pytest.fixture(params=["refused", "no such database"])
+def unavailable(request: pytest.FixtureRequest, database_url: str) -> Database:
+    """One that gives no connection, by a refusal of the operating system's or of PostgreSQL's."""
+    url = make_url(database_url).set(database="no_such_database")
+    if request.param == "refused":
+        with free_socket() as listener:
+            url = url.set(host="127.0.0.1", port=listener.getsockname()[1])
+    return Database(settings=DatabaseSettings(database_url=url.render_as_string(hide_password=False)))
+
+
+@pytest.mark.parametrize("path", ["/slow", "/slow-def"])
+async def test_database_that_gives_no_connection_is_a_503(
+    unavailable: Database, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    """Both drivers raise the same, which an application may handle as SQLAlchemy's error; the log has the reason."""
+    app = app_on(unavailable)
+    async with serve(app) as client:
+        response = await client.get(path)
+        assert (response.status_code, response.headers.get("retry-after")) == (503, "1")
+    assert "no_such_database gives no connection" in caplog.text
+
+    @app.exception_handler(OperationalError)
+    async def handler(request: Request, error: OperationalError) -> JSONResponse:
+        return JSONResponse(type(error).__name__, status_code=418)
+
+    app.middleware_stack = None
+    async with serve(app) as client:
+        assert (await client.get(path)).json() == "DatabaseUnavailable"
+
+
+def test_unavailable_database_in_another_process(unavailable: Database) -> None:
+    """The error goes through pickle, as out of a pool of processes, and its text is one line."""
+    with pytest.raises(DatabaseUnavailable) as caught, unavailable.sync_engine.connect():
+        pass
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert str(copied) == str(caught.value)
+    assert "\n" not in str(copied)
+    assert isinstance(copied.orig, psycopg2.OperationalError)
 
 
 @pytest.mark.parametrize("path", ["/slow", "/slow-def"])

@@ -146,6 +146,16 @@ async def test_waiting_ends_with_a_clear_error() -> None:
     assert "\n" not in str(caught.value)
 
 
+async def test_refusal_for_good_is_not_waited_for(database_url: str) -> None:
+    """A role that is not there will not come; asyncpg's error for it says which."""
+    url = make_url(database_url).set(username="no_such_role")
+    settings = DatabaseSettings(database_url=url.render_as_string(hide_password=False), db_startup_timeout=60)
+    async with asyncio.timeout(10):
+        with pytest.raises(DatabaseUnavailable, match=r"\(Invalid\w+Error: .*no_such_role"):
+            async with Database(settings=settings).lifespan(None):
+                pass
+
+
 async def test_no_waiting_is_one_try(database_url: str) -> None:
     """With DB_STARTUP_TIMEOUT=0 a database that is there is served from, and one that is not fails at once."""
     there = Database(settings=DatabaseSettings(db_startup_timeout=0), create_tables=False)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 from sqlalchemy import Row, event
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from celery_ext.durable import lease, outbox, statements
 from celery_ext.durable.row import HEADER, due_of, seconds_until, serialize, with_options
 from celery_ext.errors import portable
+from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate
 
 if TYPE_CHECKING:
@@ -181,23 +181,14 @@ def _is_redelivered(error: Exception) -> bool:
 
 
 def _is_passing(error: Exception) -> bool:
+    if isinstance(error, (PoolTimeout, DatabaseUnavailable)):
+        return True
+    original: BaseException | None = error
     if isinstance(error, DBAPIError):
-        if error.connection_invalidated or asks_to_retry(error.orig):
+        original = error.orig
+        if error.connection_invalidated or asks_to_retry(original):
             return True
-        state = sqlstate(error.orig)
-        if state is None:
-            return isinstance(error, OperationalError)  # psycopg2 could not connect
-    else:
-        # SQLAlchemy passes on as they are the errors that asyncpg meets while it connects.
-        state = sqlstate(error) or ""
-        if isinstance(error, PoolTimeout) or (isinstance(error, OSError) and _is_of_asyncpg(error)):
-            return True
-    return state.startswith(_OF_THE_SERVER)
-
-
-def _is_of_asyncpg(error: OSError) -> bool:
-    frames = (frame for frame, _ in walk_tb(error.__traceback__))
-    return any(frame.f_globals.get("__name__", "").startswith("asyncpg.") for frame in frames)
+    return (sqlstate(original) or "").startswith(_OF_THE_SERVER)
 
 
 def _text(error: BaseException | None) -> str | None:

@@ -1,0 +1,44 @@
+"""Opening a connection: where the server gives none, both drivers raise ``DatabaseUnavailable``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from sqlalchemy import URL, Dialect, Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from fastapi_chatdify_db.exceptions import DatabaseUnavailable
+from fastapi_chatdify_db.sqlstates import sqlstate
+
+
+def tell_of_refusals(engine: Engine) -> None:
+    """Let every connect that fails raise ``DatabaseUnavailable``.
+
+    Of psycopg2's errors SQLAlchemy would make its own; asyncpg's, and the operating system's, it passes on as they are.
+    """
+    event.listen(engine, "do_connect", partial(_connect, engine.url))
+
+
+def place(url: URL) -> str:
+    """Where a database is, for messages: without user and password."""
+    if isinstance(hosts := url.query.get("host"), tuple):  # each with its port
+        return f"{', '.join(hosts)}/{url.database}"
+    host = url.host or url.query.get("host", "local socket")
+    return f"{host}:{url.port or url.query.get('port', 5432)}/{url.database}"
+
+
+def reason(error: BaseException) -> str:
+    """What a driver said, in one line."""
+    named = error.__cause__ or error  # asyncpg's own error is the cause of what SQLAlchemy's adapter calls Error
+    # SQLAlchemy appends a line with a link
+    return f"{type(named).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+
+
+def _connect(url: URL, dialect: Dialect, _: ConnectionPoolEntry, arguments: tuple[Any, ...], options: Any) -> Any:
+    try:
+        return dialect.connect(*arguments, **options)
+    except Exception as error:
+        if isinstance(error, (dialect.loaded_dbapi.OperationalError, OSError)) or sqlstate(error) is not None:
+            raise DatabaseUnavailable(f"database {place(url)} gives no connection ({reason(error)})", error) from error
+        raise
