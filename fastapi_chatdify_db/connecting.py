@@ -30,7 +30,8 @@ def place(url: URL) -> str:
 
 def reason(error: BaseException) -> str:
     """What a driver said, in one line."""
-    named = error.__cause__ or error  # asyncpg's own error is the cause of what SQLAlchemy's adapter calls Error
+    # asyncpg's own error is the cause of what SQLAlchemy's adapter calls Error
+    named = error.__cause__ if error.__cause__ is not None and sqlstate(error) else error
     # SQLAlchemy appends a line with a link
     return f"{type(named).__name__}: {error}".partition("\n")[0].removesuffix(": ")
 

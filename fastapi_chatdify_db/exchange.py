@@ -90,13 +90,13 @@ class HTTPExchange(AsyncUnitOfWork):
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
-            if not self.untouched or innermost_unit() is not self:
+            if not self.untouched:
                 if not self._body_is_under_way(message):
                     return self._settle_and_send(message)
                 self._keeps = self._commit_on(message["status"])
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
-            if not self.at_rest or innermost_unit() is not self or self._has_producer:
+            if not self.untouched and (not self.at_rest or innermost_unit() is not self or self._has_producer):
                 return self._settle_and_send(message)
             self._complete = True
         return self._send(message)

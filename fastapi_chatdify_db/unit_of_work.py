@@ -89,7 +89,7 @@ class UnitOfWork:
     task_id: str | None = None
     """The id of the Celery task whose unit this is."""
     untouched = True
-    """Whether nothing was asked of the unit yet, so that there is nothing to end."""
+    """Whether nothing was asked of the unit and no unit opened within it yet, so that there is nothing to end."""
     closed = False
     rollback_only = False
     asked_to_retry = False
@@ -143,7 +143,10 @@ class UnitOfWork:
 
     def open(self) -> None:
         """Make this the current unit of the running task or thread."""
-        self.outer = innermost_unit()
+        outer = innermost_unit()
+        if outer is not None:
+            self.outer = outer
+            outer.untouched = False
         _current.set(self)
 
     def close(self) -> None:

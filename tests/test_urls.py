@@ -14,7 +14,7 @@ from sqlalchemy import make_url, text
 from sqlalchemy.engine import URL
 
 from fastapi_chatdify_db import Database, DatabaseSettings, InvalidSettings
-from fastapi_chatdify_db.urls import async_target, sync_target
+from fastapi_chatdify_db.urls import async_target, session_timeouts, sync_target
 from tests.serving import free_socket
 from tests.test_startup import Forwarder
 
@@ -112,6 +112,11 @@ def test_ipv6() -> None:
         assert target(settings("postgresql://user@[::1]:5433/name")).url.host == "::1"
 
 
+def test_shortest_timeout() -> None:
+    """Less than a millisecond is one: PostgreSQL takes 0 for none."""
+    assert session_timeouts(settings("postgresql://host/name", db_statement_timeout=0.0001)) == {"statement_timeout": 1}
+
+
 def test_sqlite() -> None:
     """SQLite has an asynchronous driver and the standard library's."""
     given = settings("sqlite+aiosqlite:///file.db")
@@ -159,7 +164,6 @@ async def ask_both(database: Database, statement: str) -> set[Any]:
         ({"application_name": "theirs"}, {"db_application_name": "ours"}, "SHOW application_name", "ours"),
         ({"async_fallback": "true"}, {}, "SELECT 1", 1),
         ({}, {"db_statement_timeout": 1.5}, "SHOW statement_timeout", "1500ms"),
-        ({}, {"db_idle_in_transaction_timeout": 0.0001}, "SHOW idle_in_transaction_session_timeout", "1ms"),
         ({}, {"db_idle_in_transaction_timeout": 2}, "SHOW idle_in_transaction_session_timeout", "2s"),
         ({}, {"db_statement_timeout": 1.5, "db_pgbouncer": True}, "SHOW statement_timeout", "1500ms"),
         (
