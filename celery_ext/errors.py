@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from celery.exceptions import Retry
-from sqlalchemy.exc import SQLAlchemyError, StatementError
+from sqlalchemy.exc import MultipleResultsFound, NoResultFound, SQLAlchemyError, StatementError
 
 from fastapi_chatdify_db.exceptions import AfterCommitError, ChatdifyDBError
 from fastapi_chatdify_db.sqlstates import sqlstate
@@ -59,14 +61,21 @@ class StatementFailed(ChatdifyDBError):
 
 
 def portable(error: BaseException) -> BaseException:
-    """The exception with which a task ends: ``StatementFailed`` for SQLAlchemy's, any other as it is."""
+    """The exception with which a task ends: ``StatementFailed`` for SQLAlchemy's, any other as it is.
+
+    So are those of ``one()`` and ``get_one()``, after which no statement has failed, and whose text quotes nothing.
+    """
     if isinstance(error, Retry):
-        if isinstance(error.exc, SQLAlchemyError):
+        if _is_to_be_hidden(error.exc):
             error.exc = _statement_failed(error.exc)
             error.excs = repr(error.exc)  # type: ignore[attr-defined]  # missing in the stubs
             error.__cause__, error.__suppress_context__ = None, True
         return error
-    return _statement_failed(error) if isinstance(error, SQLAlchemyError) else error
+    return _statement_failed(error) if _is_to_be_hidden(error) else error
+
+
+def _is_to_be_hidden(error: BaseException | None) -> TypeGuard[SQLAlchemyError]:
+    return isinstance(error, SQLAlchemyError) and not isinstance(error, NoResultFound | MultipleResultsFound)
 
 
 def _statement_failed(error: SQLAlchemyError) -> StatementFailed:

@@ -142,6 +142,12 @@ def bad_statement_retried(self: Task, secret: str) -> None:
     db.sync_session.execute(text("SELECT CAST(:secret AS integer)"), {"secret": secret})
 
 
+@shared_task
+def one_of_none() -> None:
+    """Ask for the one row that is not there."""
+    db.sync_session.scalars(select(Item).where(Item.name == "nobody")).one()
+
+
 @shared_task(base=Task)
 def read_item(name: str) -> bool:
     """Whether a row is visible."""

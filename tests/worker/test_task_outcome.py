@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from celery import chain, chord, group
 from celery.result import AsyncResult
+from sqlalchemy.exc import NoResultFound
 
 from celery_ext import ResultNotSerializable, StatementFailed
 from tests.observing import Observer
@@ -120,6 +121,12 @@ async def test_result_names_the_error_and_no_parameter(prefork: Worker, empty_ta
     assert "hunter2" not in str(result.traceback)
     assert f"in {task}\n" in str(result.traceback)
     assert "hunter2" not in prefork.log.replace("'hunter2'", "")
+
+
+async def test_row_that_is_not_there(prefork: Worker, empty_tables: Observer) -> None:
+    """No statement has failed: the caller gets SQLAlchemy's own exception, which carries no value."""
+    with pytest.raises(NoResultFound):
+        await asyncio.to_thread(prefork.task("one_of_none").delay().get, timeout=20)
 
 
 async def test_error_that_quotes_another_is_not_shown(prefork: Worker, empty_tables: Observer) -> None:
