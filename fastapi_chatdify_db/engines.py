@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Any, Final, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
+from anyio import from_thread
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.base import OptionEngine
@@ -43,8 +44,9 @@ class PerLoopAsyncEngine(AsyncEngine):
     "attached to a different loop". ``sync_engine``, which everything in ``AsyncEngine`` goes through, is the running
     loop's.
 
-    Outside any loop it is the model, whose listeners also hear of the loops to come. The first loop gets the model
-    itself, and so shares a pool with engines that were derived from it before (``execution_options``).
+    Where no loop runs, and none waits for the thread, it is the model, whose listeners also hear of the loops to come.
+    The first loop gets the model itself, and so shares a pool with engines that were derived from it before
+    (``execution_options``).
     """
 
     def __init__(self, model: AsyncEngine) -> None:
@@ -59,7 +61,7 @@ class PerLoopAsyncEngine(AsyncEngine):
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            return self._model
+            return self._of_thread()
         engine = self._by_loop.get(loop)
         return self._claim(loop) if engine is None else engine
 
@@ -74,6 +76,13 @@ class PerLoopAsyncEngine(AsyncEngine):
         self._by_loop.clear()
         self._owner = None
         self._lock = Lock()
+
+    def _of_thread(self) -> Engine:
+        """For ``def`` dependencies that return ``db.session``: the engine of the loop that waits for this thread."""
+        try:
+            return from_thread.run_sync(lambda: self.sync_engine)
+        except RuntimeError:  # none does
+            return self._model
 
     def _claim(self, loop: AbstractEventLoop) -> Engine:
         with self._lock:

@@ -11,10 +11,13 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import asyncpg
+import httpx
 import pytest
+from fastapi import Depends, FastAPI
 from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_chatdify_db import Database, DatabaseSettings, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
 from fastapi_chatdify_db.session import async_engine
 from tests.observing import Observer
 
@@ -108,6 +111,35 @@ def test_loops_side_by_side_have_pools_of_their_own(database_url: str) -> None:
         first, second = threads.map(asyncio.run, [work(), work()])
     assert len(first) == len(second) == 2
     assert not first & second
+
+
+def test_session_that_a_thread_asks_for_is_its_loops(database_url: str) -> None:
+    """A ``def`` dependency may return ``db.session``: FastAPI calls it in a thread, without a loop."""
+    database = Database()
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    def session() -> AsyncSession:
+        return database.session
+
+    @app.get("/")
+    async def handler(session: AsyncSession = Depends(session)) -> bool:  # noqa: B008
+        return bool(await session.scalar(text("SELECT 1")))
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            assert (await client.get("/")).json() is True
+
+    async def ask_alone() -> None:
+        await ask()
+        await database.dispose()
+
+    async def side_by_side() -> None:
+        await ask()
+        await asyncio.to_thread(asyncio.run, ask_alone())
+        await ask_alone()
+
+    asyncio.run(side_by_side())
 
 
 def test_listeners_hear_of_every_loop(database_url: str) -> None:
