@@ -79,7 +79,7 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
     record.invalidate(error)
     try:
         proxy.dbapi_connection = record.get_connection()
-    except DatabaseUnavailable:
+    except (DatabaseUnavailable, context.dialect.loaded_dbapi.Error, OSError):  # perhaps it died at once
         raise error from None
     try:
         # What the application prepares (a tenant, a search_path), it prepares at the checkout.
