@@ -82,8 +82,8 @@ def refuse_durable_options(task: Task, options: Mapping[str, object], instead: s
         TypeError: There is such an option.
     """
     for name in options:
-        for meant in get_close_matches(name, ("ordering_key", "idempotency_key"), cutoff=_ALIKE):
-            raise TypeError(f"{task.name} got the unknown option {name}; write {instead.format(meant)}")
+        if "key" in name and (meant := get_close_matches(name, ("ordering_key", "idempotency_key"), 1, _ALIKE)):
+            raise TypeError(f"{task.name} got the unknown option {name}; write {instead.format(*meant)}")
 
 
 def _check_serializable(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 from celery.exceptions import Retry
 from sqlalchemy.exc import MultipleResultsFound, NoResultFound, SQLAlchemyError, StatementError
 
-from fastapi_chatdify_db.exceptions import AfterCommitError, ChatdifyDBError
+from fastapi_chatdify_db.exceptions import AfterCommitError, ChatdifyDBError, DatabaseUnavailable
 from fastapi_chatdify_db.sqlstates import sqlstate
 
 # Names of things in the schema; PostgreSQL's messages and details quote values.
@@ -61,24 +59,20 @@ class StatementFailed(ChatdifyDBError):
 
 
 def portable(error: BaseException) -> BaseException:
-    """The exception with which a task ends: ``StatementFailed`` for SQLAlchemy's, any other as it is.
-
-    So are those of ``one()`` and ``get_one()``, after which no statement has failed, and whose text quotes nothing.
-    """
+    """The exception with which a task ends: ``StatementFailed`` for SQLAlchemy's, any other as it is."""
     if isinstance(error, Retry):
-        if _is_to_be_hidden(error.exc):
-            error.exc = _statement_failed(error.exc)
+        if isinstance(error.exc, SQLAlchemyError):
+            error.exc = _without_values(error.exc)
             error.excs = repr(error.exc)  # type: ignore[attr-defined]  # missing in the stubs
             error.__cause__, error.__suppress_context__ = None, True
         return error
-    return _statement_failed(error) if _is_to_be_hidden(error) else error
+    return _without_values(error) if isinstance(error, SQLAlchemyError) else error
 
 
-def _is_to_be_hidden(error: BaseException | None) -> TypeGuard[SQLAlchemyError]:
-    return isinstance(error, SQLAlchemyError) and not isinstance(error, NoResultFound | MultipleResultsFound)
-
-
-def _statement_failed(error: SQLAlchemyError) -> StatementFailed:
+def _without_values(error: SQLAlchemyError) -> Exception:
+    if isinstance(error, DatabaseUnavailable | NoResultFound | MultipleResultsFound):
+        error.__suppress_context__ = True  # what failed before may quote rows
+        return error
     original = error.orig if isinstance(error, StatementError) else None  # e.g. PendingRollbackError quotes one
     fields = getattr(original, "diag", None) or getattr(original, "__cause__", None)
     details = [f"SQLSTATE {state}"] if (state := sqlstate(original)) else []

@@ -124,7 +124,8 @@ class Task(_CeleryTask):
             The id that the task will have.
 
         Raises:
-            TypeError: The task does not take these arguments, or an option is ``apply_durably``'s.
+            TypeError: The task does not take these arguments, ``on_error`` is unknown, or an option is
+                ``apply_durably``'s.
             ArgumentsNotSerializable: The task's serializer does not carry the arguments.
             DispatchFailed: With ``on_error="raise"``, where the unit ends; outside any unit, here.
         """

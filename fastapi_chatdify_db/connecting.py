@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sqlalchemy import URL, Dialect, Engine, event
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy import URL, Dialect, Engine
 
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
+from fastapi_chatdify_db.liveness import errors_of
 from fastapi_chatdify_db.sqlstates import sqlstate
 
 
@@ -17,7 +18,9 @@ def tell_of_refusals(engine: Engine) -> None:
 
     Of psycopg2's errors SQLAlchemy would make its own; asyncpg's, and the operating system's, it passes on as they are.
     """
-    event.listen(engine, "do_connect", partial(_connect, engine.url))
+    # A do_connect listener would keep the application's own from being called.
+    dialect: Any = engine.dialect
+    dialect.connect = partial(_connect, engine.url, dialect, dialect.connect)
 
 
 def place(url: URL) -> str:
@@ -36,10 +39,10 @@ def reason(error: BaseException) -> str:
     return f"{type(named).__name__}: {error}".partition("\n")[0].removesuffix(": ")
 
 
-def _connect(url: URL, dialect: Dialect, _: ConnectionPoolEntry, arguments: tuple[Any, ...], options: Any) -> Any:
+def _connect(url: URL, dialect: Dialect, connect: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
-        return dialect.connect(*arguments, **options)
+        return connect(*arguments, **options)
     except Exception as error:
-        if isinstance(error, (dialect.loaded_dbapi.OperationalError, OSError)) or sqlstate(error) is not None:
+        if isinstance(error, errors_of(dialect)) or sqlstate(error) is not None:
             raise DatabaseUnavailable(f"database {place(url)} gives no connection ({reason(error)})", error) from error
         raise

@@ -53,8 +53,6 @@ class Database:
         """What runs beside the application, within its lifespan; entered in a thread."""
         self.figures: dict[str, Callable[[AsyncConnection], Awaitable[Figures]]] = {}
         """What the health check shows besides the pool, by name."""
-        self.serves = False
-        """Whether the lifespan has started and not ended."""
         self.engines: Final = Engines(lambda: self.settings, on_error=note_error)
 
     def __repr__(self) -> str:
@@ -192,17 +190,15 @@ class Database:
         Waits for the database, creates the tables, and disposes of the engines at the end.
 
         Raises:
-            DatabaseUnavailable: The database did not answer within ``DB_STARTUP_TIMEOUT`` seconds.
+            DatabaseUnavailable: The database did not answer within ``DB_STARTUP_TIMEOUT`` seconds, or refused for good.
         """
         try:
             await startup.wait_for_database(self.async_engine, self.settings.db_startup_timeout)
             if self.creates_tables:
                 await self.create_tables()
             async with startup.services(self.services):
-                self.serves = True
                 yield
         finally:
-            self.serves = False
             await self.dispose()
 
     def init_app(self, app: Starlette, *, middleware: bool = True) -> None:
@@ -244,7 +240,7 @@ class Database:
             where = (
                 "until the request or block ends in which this was started. Here"
                 if outlives_its_unit()
-                else "inside a request (app.add_middleware(DBSessionMiddleware)) or a task. Elsewhere, also in threads"
+                else "inside a request (app.add_middleware(DBSessionMiddleware)) or a task. Elsewhere"
             )
             raise OutsideUnitOfWork(f"{self.name}.{what} is only there {where}: {instead.format(self.name)}")
         return unit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DontWrapMixin, OperationalError
 
 
 class ChatdifyDBError(Exception):
@@ -35,24 +35,24 @@ class SessionInUse(ChatdifyDBError):
     """The commit came while another task or thread was in the middle of a statement of the same session."""
 
 
-class DatabaseUnavailable(ChatdifyDBError, OperationalError):
+class DatabaseUnavailable(ChatdifyDBError, DontWrapMixin, OperationalError):
     """The database gives no connection: within ``DB_STARTUP_TIMEOUT`` at the start, or at once for a statement.
 
     A request that it ends is answered 503.
 
     Parameters:
         message: Which database, and what to do about it.
-        orig: What the driver raised.
+        orig: What the driver raised; None after a journey between processes.
     """
 
     code = ""  # SQLAlchemy's link would explain OperationalError
 
-    def __init__(self, message: str, orig: BaseException) -> None:
-        super().__init__(None, None, orig)
+    def __init__(self, message: str, orig: BaseException | None = None) -> None:
+        super().__init__(None, None, orig)  # type: ignore[arg-type]  # None is for pickle and JSON
         self.args = (message,)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (*self.args, self.orig)
+        return type(self), self.args
 
 
 class AfterCommitError(ChatdifyDBError):

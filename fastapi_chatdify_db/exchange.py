@@ -90,13 +90,15 @@ class HTTPExchange(AsyncUnitOfWork):
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
-            if not self.untouched:
+            if not self.untouched or self.has_inner:
                 if not self._body_is_under_way(message):
                     return self._settle_and_send(message)
                 self._keeps = self._commit_on(message["status"])
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
-            if not self.untouched and (not self.at_rest or innermost_unit() is not self or self._has_producer):
+            if (not self.untouched or self.has_inner) and (
+                not self.at_rest or innermost_unit() is not self or self._has_producer
+            ):
                 return self._settle_and_send(message)
             self._complete = True
         return self._send(message)
@@ -162,10 +164,12 @@ class HTTPExchange(AsyncUnitOfWork):
                 raise failure  # the application's own: its handlers have seen it
             await self._ask_handlers(failure)
         except Exception as error:
-            if self._started or not _is_for_want_of_a_connection(error):
+            if self._started or self.has_committed or not _is_for_want_of_a_connection(error):
                 raise
-            logger.warning("no database connection; answered 503: %s", str(error).partition("\n")[0])
-            later = HTTPException(503, "No database connection is free, try again.", headers={"Retry-After": "1"})
+            while isinstance(error, ExceptionGroup):
+                [error, *_] = error.exceptions
+            logger.error("answered 503: %s", str(error).partition("\n")[0])
+            later = HTTPException(503, "The database gives no connection, try again.", headers={"Retry-After": "1"})
             await self._ask_handlers(later)
 
     async def _ask_handlers(self, error: Exception) -> None:

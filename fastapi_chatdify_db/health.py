@@ -92,9 +92,9 @@ async def _check(database: Database) -> DatabaseReadiness:
         reason = "no free connection"
     except TimeoutError:
         reason = "no free connection" if _is_exhausted(database) else "no answer in time"
-    except Exception:  # whatever it is, the answer is that the database does not
+    except Exception as error:  # whatever it is, the answer is that the database does not
         logger.warning("database %s is not ready", database.name, exc_info=True)
-        reason = "unavailable"
+        reason = "no answer in time" if isinstance(getattr(error, "orig", None), TimeoutError) else "unavailable"
     status: Literal["ok", "unavailable"] = "ok" if reason is None else "unavailable"
     return DatabaseReadiness(status=status, reason=reason, pool=_pool_figures(database), figures=figures)
 

@@ -12,7 +12,6 @@ from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from fastapi_chatdify_db.connection_state import state_in
-from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.sqlstates import sqlstate
 
 
@@ -43,7 +42,7 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
 
 
 def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
-    """What a statement may raise when its connection is dead, among much else."""
+    """What a statement, or a connect, may raise when there is no living connection, among much else."""
     return (dialect.loaded_dbapi.Error, OSError, *_internal_error(dialect))
 
 
@@ -71,15 +70,15 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
     read.
 
     Raises:
-        Exception: ``error``, when there is no new connection to be had; else what the application's own preparation
-            of it raised.
+        DatabaseUnavailable: There is no new connection to be had.
+        Exception: ``error``, when the new one is dead as well; else what the application's preparation of it raised.
     """
     proxy: Any = context.root_connection.connection
     record = proxy._connection_record
     record.invalidate(error)
     try:
         proxy.dbapi_connection = record.get_connection()
-    except (DatabaseUnavailable, context.dialect.loaded_dbapi.Error, OSError):  # perhaps it died at once
+    except (context.dialect.loaded_dbapi.Error, OSError):  # it died at once
         raise error from None
     try:
         # What the application prepares (a tenant, a search_path), it prepares at the checkout.

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     async_engine: AsyncEngine
     sync_engine: Engine
 
-logger: Final = logging.getLogger(__name__)
-
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
     """FastAPI dependency: the request's session.
@@ -41,8 +37,6 @@ async def get_session() -> AsyncGenerator[AsyncSession]:
     if (joined := _joined_session()) is not None:
         yield joined
     else:
-        if db.serves:
-            _warn_of_late_commits()
         async with _GeneratorUnit(db.engines) as unit:
             yield unit.async_session(db.engines)
 
@@ -73,14 +67,6 @@ def get_sync_session() -> Iterator[Session]:
     else:
         with db.sync_transaction() as session:
             yield session
-
-
-@cache
-def _warn_of_late_commits() -> None:
-    logger.warning(
-        "get_session() has no DBSessionMiddleware around it, so Depends(get_session) commits after the response: "
-        'write db.init_app(app), or Depends(get_session, scope="function") if it is to do without'
-    )
 
 
 class _GeneratorUnit(AsyncUnitOfWork):

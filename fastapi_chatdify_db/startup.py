@@ -103,7 +103,8 @@ def _may_pass(error: BaseException) -> bool:
     state = sqlstate(original)
     if state is not None:
         return state.startswith(_PASSING)
-    return isinstance(original, OSError) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    return lost or isinstance(error, (OSError, DatabaseUnavailable))
 
 
 def _log_try(engine: AsyncEngine, state: RetryCallState) -> None:

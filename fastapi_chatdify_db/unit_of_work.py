@@ -89,7 +89,9 @@ class UnitOfWork:
     task_id: str | None = None
     """The id of the Celery task whose unit this is."""
     untouched = True
-    """Whether nothing was asked of the unit and no unit opened within it yet, so that there is nothing to end."""
+    """Whether nothing was asked of the unit yet, so that there is nothing to end."""
+    has_inner = False
+    """Whether a unit was opened within this one."""
     closed = False
     rollback_only = False
     asked_to_retry = False
@@ -146,7 +148,7 @@ class UnitOfWork:
         outer = innermost_unit()
         if outer is not None:
             self.outer = outer
-            outer.untouched = False
+            outer.has_inner = True
         _current.set(self)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware
+from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, DBSessionMiddleware
 from tests.models import Counter, Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -254,6 +254,23 @@ async def test_new_connection_that_cannot_be_prepared_is_not_used(observer: Obse
         session.rollback()
 
     await run(observer, driver, read_then_ask, lambda engine: keep_tenants_apart(engine, fails=2))
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+async def test_server_that_gives_no_new_connection(observer: Observer, driver: str) -> None:
+    """It is what the unit is told of, rather than of the connection that was lost."""
+    connects = []
+
+    def refuse_the_second(engine: Engine) -> None:
+        @event.listens_for(engine, "do_connect")
+        def connect(dialect: object, record: object, arguments: object, parameters: dict[str, Any]) -> None:
+            connects.append(engine)
+            if len(connects) == 2:
+                parameters.update(host="127.0.0.1", port=1)
+
+    with pytest.raises(DatabaseUnavailable):
+        await run(observer, driver, read_then_read, refuse_the_second)
+    assert len(connects) == 2
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import asyncpg
 import httpx
@@ -140,6 +141,22 @@ def test_session_that_a_thread_asks_for_is_its_loops(database_url: str) -> None:
         await ask_alone()
 
     asyncio.run(side_by_side())
+
+
+async def test_application_may_prepare_each_connect(database_url: str) -> None:
+    """A listener to SQLAlchemy's ``do_connect``, e.g. for passwords that change, is called for either driver."""
+    database = Database()
+
+    def rename(dialect: object, record: object, arguments: object, parameters: dict[str, Any]) -> None:
+        name = {"application_name": "theirs"}
+        parameters.update({"server_settings": name} if "server_settings" in parameters else name)
+
+    for engine in (database.async_engine.sync_engine, database.sync_engine):
+        event.listen(engine, "do_connect", rename)
+    async with database.transaction() as session:
+        assert await session.scalar(text("SHOW application_name")) == "theirs"
+        assert await asyncio.to_thread(database.sync_session.scalar, text("SHOW application_name")) == "theirs"
+    await database.dispose()
 
 
 def test_listeners_hear_of_every_loop(database_url: str) -> None:

@@ -83,6 +83,18 @@ async def test_silent_database_is_not_ready(tables: None, monkeypatch: pytest.Mo
     assert ready.json()["databases"]["silent"]["reason"] == "no answer in time"
 
 
+async def test_silent_database_within_the_driver_s_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is the same if ``connect_timeout`` is the shorter one."""
+    monkeypatch.setattr(health, "TIME_LIMIT", 60)
+    app = FastAPI()
+    with free_socket() as listener:
+        url = f"postgresql://user@127.0.0.1:{listener.getsockname()[1]}/x?connect_timeout=1"
+        app.include_router(create_health_router(Database("silent", settings=DatabaseSettings(database_url=url))))
+        async with serve(app) as client:
+            ready = await client.get("/health/ready")
+    assert ready.json()["databases"]["silent"]["reason"] == "no answer in time"
+
+
 async def test_exhausted_pool_is_not_ready(small_pool: Database) -> None:
     """Without a free connection there is nothing to answer with, which the figures show."""
     app = FastAPI()

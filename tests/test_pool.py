@@ -158,13 +158,15 @@ async def test_a_session_goes_on_after_it_only_read(tables: None) -> None:
         assert (await session.scalars(select(Item.name))).all() == ["changed"]
 
 
-@pytest.fixture(params=["refused", "no such database"])
+@pytest.fixture(params=["refused", "no such database", "no standby"])
 def unavailable(request: pytest.FixtureRequest, database_url: str) -> Database:
     """One that gives no connection, by a refusal of the operating system's or of PostgreSQL's."""
     url = make_url(database_url).set(database="no_such_database")
     if request.param == "refused":
         with free_socket() as listener:
             url = url.set(host="127.0.0.1", port=listener.getsockname()[1])
+    if request.param == "no standby":
+        url = make_url(database_url).update_query_dict({"target_session_attrs": "standby"})
     return Database(settings=DatabaseSettings(database_url=url.render_as_string(hide_password=False)))
 
 
@@ -177,7 +179,8 @@ async def test_database_that_gives_no_connection_is_a_503(
     async with serve(app) as client:
         response = await client.get(path)
         assert (response.status_code, response.headers.get("retry-after")) == (503, "1")
-    assert "no_such_database gives no connection" in caplog.text
+    assert "answered 503: database " in caplog.text
+    assert " gives no connection (" in caplog.text
 
     @app.exception_handler(OperationalError)
     async def handler(request: Request, error: OperationalError) -> JSONResponse:
@@ -188,6 +191,22 @@ async def test_database_that_gives_no_connection_is_a_503(
         assert (await client.get(path)).json() == "DatabaseUnavailable"
 
 
+async def test_request_that_has_committed_is_not_to_be_repeated(unavailable: Database, observer: Observer) -> None:
+    """A 503 would ask the client to try again, and so to do twice what stays."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/")
+    async def handler() -> None:
+        db.session.add(Item("kept"))
+        await db.release()
+        await unavailable.session.execute(text("SELECT 1"))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
+    assert await observer.names() == ["kept"]
+
+
 def test_unavailable_database_in_another_process(unavailable: Database) -> None:
     """The error goes through pickle, as out of a pool of processes, and its text is one line."""
     with pytest.raises(DatabaseUnavailable) as caught, unavailable.sync_engine.connect():
@@ -195,7 +214,7 @@ def test_unavailable_database_in_another_process(unavailable: Database) -> None:
     copied = pickle.loads(pickle.dumps(caught.value))
     assert str(copied) == str(caught.value)
     assert "\n" not in str(copied)
-    assert isinstance(copied.orig, psycopg2.OperationalError)
+    assert isinstance(caught.value.orig, psycopg2.OperationalError)
 
 
 @pytest.mark.parametrize("path", ["/slow", "/slow-def"])
@@ -206,7 +225,7 @@ async def test_exhausted_pool_answers_503(small_pool: Database, observer: Observ
         refused = [response for response in responses if response.status_code == 503]
         assert {response.status_code for response in responses} == {200, 503}
         assert {response.headers["retry-after"] for response in refused} == {"1"}
-        assert refused[0].json() == {"detail": "No database connection is free, try again."}
+        assert refused[0].json() == {"detail": "The database gives no connection, try again."}
         again = await asyncio.gather(*(client.get(path) for _ in range(2)))
         assert [response.status_code for response in again] == [200, 200]
     assert await observer.in_transaction() == 0

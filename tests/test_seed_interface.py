@@ -163,24 +163,6 @@ async def test_dependency_in_its_plain_spelling_without_the_middleware(observer:
         assert (await client.get("/")).json() == []
 
 
-async def test_missing_middleware_is_told_of_once(observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
-    """In a web application, and not in a script, a plain ``Depends(get_session)`` breaks the promise."""
-    app = FastAPI(lifespan=db.lifespan)
-
-    @app.get("/")
-    async def handler(session: Annotated[AsyncSession, Depends(get_session)]) -> None: ...
-
-    async for _ in get_session():
-        pass
-    assert caplog.records == []
-    async with serve(app) as client:
-        await client.get("/")
-        await client.get("/")
-    (warning,) = caplog.records
-    assert "db.init_app(app)" in warning.getMessage()
-    assert not db.serves
-
-
 async def test_engines_are_importable(observer: Observer) -> None:
     """Both engines can be imported by name and used directly."""
     async with async_engine.connect() as connection:

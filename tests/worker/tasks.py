@@ -143,9 +143,20 @@ def bad_statement_retried(self: Task, secret: str) -> None:
 
 
 @shared_task
-def one_of_none() -> None:
-    """Ask for the one row that is not there."""
-    db.sync_session.scalars(select(Item).where(Item.name == "nobody")).one()
+def one_of_none(secret: str) -> None:
+    """Ask for the one row that is not there, after an error whose message quotes a parameter."""
+    try:
+        with db.sync_session.begin_nested():
+            db.sync_session.execute(text("SELECT CAST(:secret AS integer)"), {"secret": secret})
+    except SQLAlchemyError:
+        db.sync_session.scalars(select(Item).where(Item.name == "nobody")).one()
+
+
+@shared_task
+def elsewhere() -> None:
+    """Ask a database that is not there."""
+    gone = Database("gone", settings=DatabaseSettings(database_url="postgresql://127.0.0.1:1/gone"))
+    gone.sync_session.execute(text("SELECT 1"))
 
 
 @shared_task(base=Task)

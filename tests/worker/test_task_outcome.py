@@ -11,6 +11,7 @@ from celery.result import AsyncResult
 from sqlalchemy.exc import NoResultFound
 
 from celery_ext import ResultNotSerializable, StatementFailed
+from fastapi_chatdify_db import DatabaseUnavailable
 from tests.observing import Observer
 from tests.worker.running import Worker
 
@@ -124,9 +125,17 @@ async def test_result_names_the_error_and_no_parameter(prefork: Worker, empty_ta
 
 
 async def test_row_that_is_not_there(prefork: Worker, empty_tables: Observer) -> None:
-    """No statement has failed: the caller gets SQLAlchemy's own exception, which carries no value."""
+    """No statement is to blame: the caller gets SQLAlchemy's own exception, without the one before it."""
+    result = prefork.task("one_of_none").delay("hunter2")
     with pytest.raises(NoResultFound):
-        await asyncio.to_thread(prefork.task("one_of_none").delay().get, timeout=20)
+        await asyncio.to_thread(result.get, timeout=20)
+    assert "hunter2" not in str(result.traceback)
+
+
+async def test_database_that_is_not_there(prefork: Worker, empty_tables: Observer) -> None:
+    """The error says which one, and why."""
+    with pytest.raises(DatabaseUnavailable, match=r"127\.0\.0\.1:1/gone gives no connection \(OperationalError: "):
+        await asyncio.to_thread(prefork.task("elsewhere").delay().get, timeout=20)
 
 
 async def test_error_that_quotes_another_is_not_shown(prefork: Worker, empty_tables: Observer) -> None:
