@@ -13,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
 from fastapi_chatdify_db.database import Database, db
-from fastapi_chatdify_db.exceptions import NameTaken
+from fastapi_chatdify_db.exceptions import DatabaseUnavailable, NameTaken
 
 logger: Final = logging.getLogger(__name__)
 
@@ -92,9 +92,12 @@ async def _check(database: Database) -> DatabaseReadiness:
         reason = "no free connection"
     except TimeoutError:
         reason = "no free connection" if _is_exhausted(database) else "no answer in time"
-    except Exception as error:  # whatever it is, the answer is that the database does not
+    except DatabaseUnavailable as error:
+        logger.warning("database %s is not ready: %s", database.name, error)
+        reason = "no answer in time" if isinstance(error.orig, TimeoutError) else "unavailable"
+    except Exception:  # whatever it is, the answer is that the database does not
         logger.warning("database %s is not ready", database.name, exc_info=True)
-        reason = "no answer in time" if isinstance(getattr(error, "orig", None), TimeoutError) else "unavailable"
+        reason = "unavailable"
     status: Literal["ok", "unavailable"] = "ok" if reason is None else "unavailable"
     return DatabaseReadiness(status=status, reason=reason, pool=_pool_figures(database), figures=figures)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import time
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.engine import ExecutionContext
@@ -13,6 +13,9 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from fastapi_chatdify_db.connection_state import state_in
 from fastapi_chatdify_db.sqlstates import sqlstate
+
+_PING_LIMIT: Final = 5.0
+"""Seconds, as HikariCP's validationTimeout: https://github.com/brettwooldridge/HikariCP#infrequently-used."""
 
 
 def ping_when_idle(engine: Engine, seconds: float) -> None:
@@ -110,6 +113,6 @@ def _ping(engine: Engine, dbapi_connection: Any) -> None:
     if engine.dialect.is_async:
         # The dialect's own ping opens a transaction around its statement. This is the simple protocol, which
         # PgBouncer passes on as one piece.
-        dbapi_connection.run_async(lambda driver: driver.execute("SELECT 1"))
+        dbapi_connection.run_async(lambda driver: driver.execute("SELECT 1", timeout=_PING_LIMIT))
     else:
         engine.dialect.do_ping(dbapi_connection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Final
 from urllib.parse import unquote, urlencode
 
@@ -34,6 +35,10 @@ _LIBPQ_ONLY: Final = {
     "sslsni",
     "tcp_user_timeout",
 }
+_LEAST_CONNECT_TIMEOUT: Final = 2  # seconds; of less libpq makes as much
+# Milliseconds that what was sent may wait for TCP's acknowledgement; on Linux it would be a quarter of an hour.
+# https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-TCP-USER-TIMEOUT
+_UNANSWERED: Final = "30000"
 # What libpq is asked to insist on and asyncpg cannot: leaving it out would be less safe than the URL says.
 _LIBPQ_DEMANDS: Final = ("channel_binding", "gssencmode", "requirepeer")
 
@@ -55,15 +60,15 @@ def async_target(settings: DatabaseSettings) -> DriverTarget:
     url = _normalized(settings.url())
     if url.get_backend_name() == "sqlite":
         return DriverTarget(url.set(drivername="sqlite+aiosqlite"))
-    place, options = _split_query(url)
+    place, options = _split_query(url, settings)
     for name in _LIBPQ_DEMANDS:
         if options.get(name, "prefer") not in ("disable", "prefer"):
             raise InvalidSettings(f"DATABASE_URL: asyncpg cannot insist on {name}; remove it")
     connect_args: dict[str, Any] = {name: _number(name, options.pop(name)) for name in _ASYNCPG_ONLY if name in options}
     server_settings = _server_settings(settings, options)
-    seconds = _number("connect_timeout", options.pop("connect_timeout", "0"))
+    seconds = _number("connect_timeout", options.pop("connect_timeout"))
     if seconds > 0:  # no limit in libpq otherwise
-        connect_args["timeout"] = seconds
+        connect_args.setdefault("timeout", seconds)
     # asyncpg reads libpq's TLS parameters itself, but only from a DSN; the rest it sends as server settings.
     dsn = urlencode({name: value for name, value in options.items() if name not in _LIBPQ_ONLY})
     if dsn:
@@ -85,9 +90,10 @@ def sync_target(settings: DatabaseSettings) -> DriverTarget:
     url = _normalized(settings.url())
     if url.get_backend_name() == "sqlite":
         return DriverTarget(url.set(drivername="sqlite"))
-    place, options = _split_query(url)
+    place, options = _split_query(url, settings)
     server_settings = _server_settings(settings, options)
     connect_args: dict[str, Any] = {name: value for name, value in options.items() if name not in _ASYNCPG_ONLY}
+    connect_args.setdefault("tcp_user_timeout", _UNANSWERED)
     connect_args["application_name"] = server_settings.pop("application_name")
     flags = [connect_args.get("options", ""), *(f"-c {name}={value}" for name, value in server_settings.items())]
     if options_flag := " ".join(filter(None, flags)):
@@ -132,14 +138,18 @@ def _normalized(url: URL) -> URL:
     return url
 
 
-def _split_query(url: URL) -> tuple[URL, dict[str, str]]:
-    """The URL with nothing in its query but where the server is, and the rest of the query in libpq's spelling."""
+def _split_query(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, str]]:
+    """The URL with nothing in its query but where the server is, and the rest of the query in libpq's spelling.
+
+    Who waits for a connection to be made waits no longer than for a free one, unless the query says otherwise.
+    """
     place = {name: value for name, value in url.query.items() if name in ("host", "port")}
     options = {name: _last(value) for name, value in url.query.items() if name not in place}
     if "ssl" in options:  # asyncpg's own spelling of sslmode
         ssl = options.pop("ssl")
         options.setdefault("sslmode", {"true": "require", "false": "disable"}.get(ssl.lower(), ssl))
     options.pop("async_fallback", None)
+    options.setdefault("connect_timeout", str(max(_LEAST_CONNECT_TIMEOUT, ceil(settings.db_pool_timeout))))
     return url.set(query=place), options
 
 

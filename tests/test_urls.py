@@ -59,7 +59,7 @@ def test_tls_is_spelled_for_each_driver(url: str, arguments: dict[str, str]) -> 
 
 def test_what_only_one_driver_has_is_kept_from_the_other() -> None:
     """asyncpg's keywords stay with asyncpg, libpq's client-side ones with psycopg2."""
-    given = settings("postgresql://host/name?command_timeout=5&keepalives_idle=7&connect_timeout=3")
+    given = settings("postgresql://host/name?command_timeout=5&keepalives_idle=7&connect_timeout=3&tcp_user_timeout=9")
     assert async_target(given).connect_args == {
         "command_timeout": 5.0,
         "timeout": 3.0,
@@ -68,6 +68,7 @@ def test_what_only_one_driver_has_is_kept_from_the_other() -> None:
     assert sync_target(given).connect_args == {
         "keepalives_idle": "7",
         "connect_timeout": "3",
+        "tcp_user_timeout": "9",
         "application_name": "fastapi_chatdify_db",
     }
 
@@ -88,6 +89,15 @@ def test_what_drivers_are_told_is_in_no_repr() -> None:
     for target in (async_target(given), sync_target(given)):
         assert "s3cr3t" in str(target.connect_args)
         assert "s3cr3t" not in repr(target)
+
+
+@pytest.mark.parametrize(("pool_timeout", "seconds"), [(30, 30), (4.5, 5), (0.1, 2)])
+def test_connects_take_no_longer_than_waiting_for_one(pool_timeout: float, seconds: int) -> None:
+    """Of less than two seconds libpq makes two; asyncpg's own ``timeout`` comes first."""
+    given = settings("postgresql://host/name", db_pool_timeout=pool_timeout)
+    assert async_target(given).connect_args["timeout"] == seconds
+    assert sync_target(given).connect_args["connect_timeout"] == str(seconds)
+    assert async_target(settings("postgresql://host/name?timeout=7")).connect_args["timeout"] == 7
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1"])

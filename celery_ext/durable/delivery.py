@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
 from sqlalchemy import Row, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
@@ -27,6 +27,10 @@ logger: Final = logging.getLogger(__name__)
 # connection_exception, insufficient_resources, operator_intervention but for query_canceled:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _OF_THE_SERVER: Final = ("08", "53", "57P")
+
+
+_CONNECTION_LOST: Final = "8s2b"
+"""SQLAlchemy's code for a transaction whose connection broke: https://docs.sqlalchemy.org/en/20/errors.html."""
 
 
 class Dropped(Ignore):
@@ -180,15 +184,24 @@ def _is_redelivered(error: Exception) -> bool:
     return isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]  # missing in the stubs
 
 
-def _is_passing(error: Exception) -> bool:
+def _is_passing(error: BaseException | None) -> bool:
+    """Whether the database is to blame, be it by way of an exception that the task made of its error."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_passing, error.exceptions))
+    if error is None or isinstance(error, TaskPredicate):  # Retry, Ignore and Reject are the task's decision
+        return False
     if isinstance(error, (PoolTimeout, DatabaseUnavailable)):
         return True
-    original: BaseException | None = error
     if isinstance(error, DBAPIError):
         original = error.orig
-        if error.connection_invalidated or asks_to_retry(original):
-            return True
-    return (sqlstate(original) or "").startswith(_OF_THE_SERVER)
+        return error.connection_invalidated or asks_to_retry(original) or _is_of_the_server(original)
+    if isinstance(error, PendingRollbackError) and error.code == _CONNECTION_LOST:
+        return True
+    return _is_of_the_server(error) or _is_passing(error.__cause__)
+
+
+def _is_of_the_server(error: BaseException | None) -> bool:
+    return (sqlstate(error) or "").startswith(_OF_THE_SERVER)
 
 
 def _text(error: BaseException | None) -> str | None:

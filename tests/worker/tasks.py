@@ -384,6 +384,40 @@ async def cut_off_once_async(name: str) -> None:
 
 
 @shared_task
+def cut_off_once_unnoticed(name: str) -> None:
+    """The same, in a task that handles the error and goes on."""
+    insert(name)
+    if first_time():
+        with suppress(SQLAlchemyError):
+            db.sync_session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+
+@shared_task
+def cut_off_once_renamed(name: str) -> None:
+    """The same, in a task that makes an error of its own of it."""
+    insert(name)
+    if first_time():
+        try:
+            db.sync_session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        except SQLAlchemyError as error:
+            raise ValueError("cannot be looked up") from error
+
+
+@shared_task
+async def cut_off_once_in_a_group(name: str) -> None:
+    """The same, in one of several tasks of the event loop."""
+
+    async def branch() -> None:
+        async with db.transaction() as session:
+            await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    db.session.add(Item(name))
+    if await db.session.scalar(text("SELECT nextval('kills')")) == 1:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(branch())
+
+
+@shared_task
 def refused_once(name: str) -> None:
     """Find the server out of connections, the first time, as a task that was released and begins again may."""
     insert(name)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.exceptions import Ignore
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
 import celery_ext
 from celery_ext.durable import lease, statements
 from celery_ext.durable.relay import relaying
-from fastapi_chatdify_db import Database, DatabaseSettings, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, db
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, deliver, task, worker
 
@@ -24,6 +25,9 @@ from tests.worker.running import Worker, brokers, deliver, task, worker
     [
         "cut_off_once",
         "cut_off_once_async",
+        "cut_off_once_unnoticed",
+        "cut_off_once_renamed",
+        "cut_off_once_in_a_group",
         "refused_once",
         "rejected_once",
         "starts_later",
@@ -43,15 +47,20 @@ async def test_database_lost_before_the_commit(relayed: Worker, rows: Observer, 
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [("40001", "pending"), ("08006", "pending"), ("57P03", "pending"), ("57014", "failed"), ("refused", "failed")],
+    [
+        *(("40001", "pending"), ("08006", "pending"), ("57P03", "pending"), ("57014", "failed")),
+        *(("refused", "failed"), ("given up", "cancelled")),
+    ],
 )
 async def test_whose_failure_it_is(unheard: Celery[celery_ext.Task], rows: Observer, error: str, status: str) -> None:
-    """PostgreSQL's codes tell; a connection of the task's own that is refused is its failure."""
+    """PostgreSQL's codes tell; a connection of the task's own that is refused is its failure, and Ignore its word."""
 
     @unheard.task(shared=False)
     def fails() -> None:
         if error == "refused":
             socket.create_connection(("127.0.0.1", 1))
+        if error == "given up":
+            raise Ignore from DatabaseUnavailable("gone")
         db.sync_session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{error}'; END $$"))
 
     async with db.transaction():
