@@ -168,7 +168,7 @@ class HTTPExchange(AsyncUnitOfWork):
                 raise
             while isinstance(error, ExceptionGroup):
                 [error, *_] = error.exceptions
-            logger.error("answered 503: %s", error.args[0])
+            logger.error("answered 503: %r", error)
             later = HTTPException(503, "The database gives no connection, try again.", headers={"Retry-After": "1"})
             await self._ask_handlers(later)
 

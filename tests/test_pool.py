@@ -179,7 +179,7 @@ async def test_database_that_gives_no_connection_is_a_503(
     async with serve(app) as client:
         response = await client.get(path)
         assert (response.status_code, response.headers.get("retry-after")) == (503, "1")
-    assert "answered 503: database " in caplog.text
+    assert "answered 503: DatabaseUnavailable(" in caplog.text
     assert " gives no connection (" in caplog.text
 
     @app.exception_handler(OperationalError)
