@@ -32,7 +32,7 @@ def place(url: URL) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What a driver said, in one line."""
+    """What an error says, in one line, with its class."""
     # asyncpg's own error is the cause of what SQLAlchemy's adapter calls Error
     named = error.__cause__ if error.__cause__ is not None and sqlstate(error) else error
     # SQLAlchemy appends a line with a link

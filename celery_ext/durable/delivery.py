@@ -28,7 +28,6 @@ logger: Final = logging.getLogger(__name__)
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _OF_THE_SERVER: Final = ("08", "53", "57P")
 
-
 _CONNECTION_LOST: Final = "8s2b"
 """SQLAlchemy's code for a transaction whose connection broke: https://docs.sqlalchemy.org/en/20/errors.html."""
 

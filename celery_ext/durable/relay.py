@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_ext.durable import statements
 from celery_ext.durable.confirms import Confirms
 from celery_ext.durable.row import deserialize
+from fastapi_chatdify_db.connecting import reason
 from fastapi_chatdify_db.database import Database
 
 logger: Final = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Relay:
                     if not isinstance(error, (SQLAlchemyError, OSError, *self._broker_errors())):
                         raise
                     self._failures += 1
-                    logger.warning("relay pauses (%d): %s", self._failures, _one_line(error))
+                    logger.warning("relay pauses (%d): %s", self._failures, reason(error))
                     self._stopping.wait(min(_LONGEST_PAUSE, 0.1 * 2 ** min(self._failures, 10)))
         finally:
             self._disconnect()
@@ -140,7 +141,7 @@ class Relay:
             except self._broker_errors() as error:
                 if not self._is_about_one(error):
                     raise
-                logger.error("task %s[%s] can not be sent: %s", row.name, row.id, _one_line(error))
+                logger.error("task %s[%s] can not be sent: %s", row.name, row.id, reason(error))
                 self._disconnect()
         return sent
 
@@ -213,7 +214,3 @@ def relaying(app: Celery[Any], database: Database, *, grace: float = GRACE) -> I
     finally:
         relay.stop()
         thread.join()
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
