@@ -175,7 +175,8 @@ class Task(_CeleryTask):
 
         Raises:
             OutsideUnitOfWork: There is no transaction here.
-            TypeError: The task does not take these arguments, or ``task_id`` or a misspelt key is among the options.
+            TypeError: The task does not take these arguments, or ``task_id``, ``on_error`` or a misspelt key is an
+                option.
             ArgumentsNotSerializable: The arguments are no JSON, or an option cannot be stored or is no time.
             DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
         """

@@ -32,7 +32,7 @@ def store(
     """Store a call of ``task`` with what the unit of work around it commits; returns the task's id.
 
     Raises:
-        TypeError: The task does not take these arguments, or ``task_id`` or a misspelt key is among the options.
+        TypeError: The task does not take these arguments, or ``task_id``, ``on_error`` or a misspelt key is an option.
         OutsideUnitOfWork: There is no unit on the task's database here.
         ArgumentsNotSerializable: The arguments are no JSON, or an option is nothing to store, or no time.
         DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
@@ -52,6 +52,8 @@ def store(
     refuse_durable_options(task, options or {}, "{}=...")
     if options is not None and "task_id" in options:
         raise TypeError(f"{task.name} has its row's id for task_id; to store it once, write idempotency_key=...")
+    if options is not None and "on_error" in options:
+        raise TypeError(f"{task.name} is stored, and sent until the broker takes it; leave out on_error=...")
     row = new_row(
         task,
         args,

@@ -176,6 +176,8 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
             task(unheard, "record").apply_durably(("x",), task_id="mine")
         with pytest.raises(TypeError, match="order_key; write ordering_key="):
             task(unheard, "record").apply_durably(("x",), order_key="k")
+        with pytest.raises(TypeError, match="leave out on_error="):
+            task(unheard, "record").apply_durably(("x",), on_error="raise")
         for key in (7, uuid4(), "a\0b", "\ud800"):
             with pytest.raises(ArgumentsNotSerializable, match=r"ordering_key=str\(\.\.\.\)"):
                 task(unheard, "record").apply_durably(("x",), ordering_key=cast("str", key))
