@@ -19,8 +19,9 @@ from celery_ext.errors import CoroutineReturned
 from celery_ext.execution import Execution, joinable_unit
 from celery_ext.result import check_result
 from celery_ext.soft_limit import soft_limit_held_back
-from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, in_event_loop
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.sqlstates import asks_to_retry
+from fastapi_chatdify_db.surroundings import in_event_loop
 from fastapi_chatdify_db.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Final
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
+
+logger: Final = logging.getLogger(__name__)
 
 AfterCommit = Callable[[], Awaitable[object] | object]
 
@@ -81,3 +86,11 @@ def self_and_parents(transaction: SessionTransaction | None) -> list[SessionTran
         chain.append(transaction)
         transaction = transaction.parent
     return chain
+
+
+def log_failed_callback(callback: AfterCommit, error: BaseException) -> None:
+    """Report what a callback raised: the transaction is committed, so nobody else can be told any more."""
+    named: object = callback
+    while isinstance(named, partial):
+        named = named.func  # its arguments may be private
+    logger.error("on_commit callback %s failed", getattr(named, "__qualname__", type(named)), exc_info=error)

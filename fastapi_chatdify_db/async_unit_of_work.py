@@ -15,11 +15,12 @@ from anyio import CancelScope, CapacityLimiter, to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db.after_commit import AfterCommit
+from fastapi_chatdify_db.after_commit import AfterCommit, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
 from fastapi_chatdify_db.session_end import asks_at_end, end_reads
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, log_failed_callback, logger, roll_back_or_discard
+from fastapi_chatdify_db.surroundings import in_event_loop
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, logger, roll_back_or_discard
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ class AsyncUnitOfWork(UnitOfWork):
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         try:
-            await self.finish_async(commit=error is None)
+            await self.finish_async(commit=self.is_kept(error))
         finally:
             self.close()
 
@@ -160,13 +161,12 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def in_event_loop() -> bool:
-    """Whether the running code can await."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+async def finish(unit: UnitOfWork, *, commit: bool) -> None:
+    """End a unit of either kind, from the event loop."""
+    if isinstance(unit, AsyncUnitOfWork):
+        await unit.finish_async(commit=commit)
+    else:
+        await _in_thread(partial(unit.finish, commit=commit))
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

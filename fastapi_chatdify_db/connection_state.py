@@ -47,6 +47,11 @@ class ConnectionState:
         """Whether a rollback in place of the commit would lose anything."""
         return self.has_effects or self.failure is not None
 
+    def note_drivers_work(self) -> None:
+        """Take a transaction that none of our statements began for one with effects: the driver's cursor did it."""
+        if not self.started and self.in_transaction():
+            self.has_effects = True
+
     def cut_off(self) -> None:
         """End the connection during a statement in flight, whose task gets an error.
 

@@ -14,11 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, in_event_loop
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, finish
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
-from fastapi_chatdify_db.session_end import asks_at_end
-from fastapi_chatdify_db.unit_of_work import innermost_unit, units_inside
+from fastapi_chatdify_db.surroundings import in_event_loop
+from fastapi_chatdify_db.unit_of_work import units_inside
 
 logger: Final = logging.getLogger(__name__)
 
@@ -94,10 +94,12 @@ class HTTPExchange(AsyncUnitOfWork):
                 if not self._body_is_under_way(message):
                     return self._settle_and_send(message)
                 self._keeps = self._commit_on(message["status"])
+                for unit in units_inside(self):
+                    unit.awaits_response = True
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
             if (not self.untouched or self.has_inner) and (
-                not self.at_rest or innermost_unit() is not self or self._has_producer
+                not self.at_rest or (self.has_inner and units_inside(self)) or self._has_producer
             ):
                 return self._settle_and_send(message)
             self._complete = True
@@ -114,10 +116,8 @@ class HTTPExchange(AsyncUnitOfWork):
                 raise TryAgain
             # Of dependencies that yield within a db.transaction(): they would end it after the response.
             for unit in units_inside(self):
-                if isinstance(unit, AsyncUnitOfWork):
-                    await unit.finish_async(commit=commit)
-                else:
-                    unit.finish(commit=commit)
+                unit.awaits_response = starts  # what is done from here on
+                await finish(unit, commit=commit)
             await self.finish_async(commit=commit)
         except Exception as error:
             self._failure = error
@@ -129,7 +129,7 @@ class HTTPExchange(AsyncUnitOfWork):
         await self._send(message)
 
     def _tell_of_loss(self) -> None:
-        if self._asks_at_end():
+        if self.asks_at_end:
             logger.warning("a client left, and what its response wrote is rolled back; path %s", self._scope["path"])
 
     def _body_is_under_way(self, start: Message) -> bool:
@@ -139,7 +139,8 @@ class HTTPExchange(AsyncUnitOfWork):
         if any(name.lower() == b"content-length" for name, _ in start.get("headers", ())):
             return False
         # FastAPI's producer may begin a statement at any moment, also during our COMMIT.
-        return self.in_use or (self._has_producer and self._asks_at_end())
+        units = (self, *units_inside(self)) if self.has_inner else (self,)
+        return any(unit.in_use or (self._has_producer and unit.asks_at_end) for unit in units)
 
     @property
     def _has_producer(self) -> bool:
@@ -147,9 +148,6 @@ class HTTPExchange(AsyncUnitOfWork):
         # Of an included router, the route itself does not have what include_router() was given.
         effective = self._scope.get("fastapi", {}).get("effective_route_context")
         return getattr(effective or self._scope.get("route"), "is_sse_stream", False)
-
-    def _asks_at_end(self) -> bool:
-        return any(asks_at_end(session) for session in self._sessions if session.in_transaction())
 
     def _wants_retry(self) -> bool:
         return self._may_retry and self.asked_to_retry and not (self._started or self.has_committed)

@@ -55,6 +55,8 @@ class FirstStatements:
         if state is None or state.has_effects:
             return False
         ordinary = not state.started and _begins_ordinarily(state)
+        if not ordinary:
+            state.note_drivers_work()
         try:
             self._run(state, statement, parameters, context, ordinary=ordinary)
         except self._errors as error:
@@ -84,7 +86,7 @@ class FirstStatements:
                 return
         state.started = True
         context.dialect.do_execute(context.cursor, statement, parameters, context)
-        state.has_effects = not is_read
+        state.has_effects |= not is_read
 
 
 def _allow_reads_alone(connection: Any, record: ConnectionPoolEntry) -> None:

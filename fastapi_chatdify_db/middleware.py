@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Final
 
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -10,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_chatdify_db.exchange import CommitOn, HTTPExchange, WebSocketExchange
 from fastapi_chatdify_db.retries import Retries
+from fastapi_chatdify_db.unit_of_work import innermost_unit
 
 logger: Final = logging.getLogger(__name__)
 
@@ -38,11 +40,16 @@ class DBSessionMiddleware:
         self._app = app
         self._commit_on = commit_on
         self._retries = Retries(app, commit_on, retries) if retries else None
-        _warn_of_base_http_middleware(app)
+        for name in _base_http_middleware(app):
+            logger.warning(
+                "%s is a BaseHTTPMiddleware inside DBSessionMiddleware: streaming bodies may be cut short, "
+                "and what they wrote kept though they fail. Add it after DBSessionMiddleware or db.init_app(app)",
+                name,
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
-        if kind not in ("http", "websocket") or _ENTERED in scope:
+        if kind not in ("http", "websocket") or (_ENTERED in scope and innermost_unit() is not None):
             await self._app(scope, receive, send)  # a mounted application joins the unit around it
             return
         scope[_ENTERED] = True
@@ -54,12 +61,18 @@ class DBSessionMiddleware:
             await HTTPExchange(receive, send, self._commit_on).run(self._app, scope)
 
 
-def _warn_of_base_http_middleware(inside: object) -> None:
-    while inside is not None:
-        if isinstance(inside, BaseHTTPMiddleware):
-            logger.warning(
-                "%s is a BaseHTTPMiddleware inside DBSessionMiddleware: streaming bodies may be cut short, "
-                "and what they wrote kept though they fail. Add it after DBSessionMiddleware or db.init_app(app)",
-                getattr(inside.dispatch_func, "__qualname__", type(inside).__name__),
-            )
-        inside = getattr(inside, "__dict__", {}).get("app")  # its own: a mock has any attribute, without end
+def _base_http_middleware(inside: object) -> Iterator[str]:
+    """The names of those in an application, its routes, and what is mounted there so far."""
+    if isinstance(inside, BaseHTTPMiddleware):
+        yield _name(inside.dispatch_func)
+    own = getattr(inside, "__dict__", {})  # a mock has any attribute, without end
+    for entry in own.get("user_middleware", ()):  # of a mounted application, which puts them together later
+        if isinstance(entry.cls, type) and issubclass(entry.cls, BaseHTTPMiddleware):
+            yield _name(entry.kwargs.get("dispatch", entry.cls))
+    for further in (own.get("app"), own.get("router"), *own.get("routes", ())):
+        if further is not None:
+            yield from _base_http_middleware(further)
+
+
+def _name(named: object) -> str:
+    return getattr(named, "__qualname__", type(named).__name__)

@@ -57,6 +57,7 @@ def _refuse_on(state: ConnectionState) -> None:
             "the commit came while another task or thread was in the middle of a statement of the same session; wait "
             "for it first, or give it a session of its own: async with db.transaction() as session: ..."
         )
+    state.note_drivers_work()
     if state.has_something_to_lose and state.given_up():  # for asyncpg, WatchedConnection tells
         raise refusal(state)
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import count
 from threading import Lock
 from types import TracebackType
@@ -19,11 +19,12 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue
+from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit, OutsideUnitOfWork
-from fastapi_chatdify_db.session_end import cut_off, has_committed, in_use
+from fastapi_chatdify_db.session_end import asks_at_end, cut_off, has_committed, in_use
 from fastapi_chatdify_db.sqlstates import asks_to_retry
+from fastapi_chatdify_db.surroundings import in_event_loop, in_generator
 
 logger: Final = logging.getLogger(__name__)
 
@@ -54,14 +55,14 @@ def outlives_its_unit() -> bool:
 
 
 def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
-    """The open units between the running code and ``outer``, the innermost first."""
+    """The open units between the running code and ``outer``, the innermost first, and those suspended within them."""
     found: list[UnitOfWork] = []
     unit = _current.get()
     while unit is not None and unit is not outer:
         if not unit.closed:
-            found.append(unit)
+            found += (*unit.suspended, unit) if unit.has_inner else (unit,)
         unit = unit.outer
-    return [] if unit is None else found
+    return [*(found if unit is outer else ()), *(outer.suspended if outer.has_inner else ())]
 
 
 def note_error(context: ExceptionContext) -> None:
@@ -92,6 +93,8 @@ class UnitOfWork:
     """Whether nothing was asked of the unit yet, so that there is nothing to end."""
     has_inner = False
     """Whether a unit was opened within this one."""
+    awaits_response = False
+    """Whether the response around this unit has begun and is not complete, so that what follows is not kept yet."""
     closed = False
     rollback_only = False
     asked_to_retry = False
@@ -108,6 +111,11 @@ class UnitOfWork:
     def id(self) -> int:
         """What log records of this unit have in common; unique within the process."""
         return next(_ids)
+
+    @cached_property
+    def suspended(self) -> list[UnitOfWork]:
+        """The open units within this one whose code stands still in a generator: dependencies that yield."""
+        return []
 
     def sync_session(self, engines: Engines) -> Session:
         """The unit's session on one database."""
@@ -139,6 +147,11 @@ class UnitOfWork:
         return any(map(in_use, self._sessions))
 
     @property
+    def asks_at_end(self) -> bool:
+        """Whether ending the unit may have to wait for the server; True when in doubt."""
+        return any(asks_at_end(session) for session in self._sessions if session.in_transaction())
+
+    @property
     def has_committed(self) -> bool:
         """Whether part of the unit, or a unit within it, is committed already, whatever becomes of the rest."""
         return self._has_committed_inside or any(map(has_committed, self._sessions))
@@ -149,12 +162,17 @@ class UnitOfWork:
         if outer is not None:
             self.outer = outer
             outer.has_inner = True
+            # FastAPI runs a def dependency that yields in a thread, whose context nobody sees again.
+            if not in_event_loop() and in_generator():
+                outer.suspended.append(self)
         _current.set(self)
 
     def close(self) -> None:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
         if self.outer is not None:
             self.outer._has_committed_inside |= self.has_committed
+            if self in self.outer.suspended:
+                self.outer.suspended.remove(self)
         self.closed = True
         for session in self._sessions:
             try:
@@ -190,9 +208,15 @@ class UnitOfWork:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            self.finish(commit=error is None)
+            self.finish(commit=self.is_kept(error))
         finally:
             self.close()
+
+    def is_kept(self, error: BaseException | None) -> bool:
+        """Whether the unit's block, which ended in ``error`` or None, has earned its commit."""
+        if error is None and self.awaits_response and self.asks_at_end:
+            logger.warning("a response was cut short, and what it wrote in a transaction() around it is rolled back")
+        return error is None and not self.awaits_response
 
     def _first_sync_session(self, engines: Engines) -> Session:
         # Threads that ask at the same time get the same session; setdefault() keeps the first of their locks.
@@ -275,14 +299,6 @@ def _refuse(session: Session, _: SessionTransaction, connection: Connection) -> 
         "the unit of work of this session has ended meanwhile; let it wait for who uses its session, "
         "e.g. by starlette.concurrency.run_in_threadpool in place of asyncio.to_thread, or give them db.transaction()"
     )
-
-
-def log_failed_callback(callback: AfterCommit, error: BaseException) -> None:
-    """Report what a callback raised: the transaction is committed, so nobody else can be told any more."""
-    named: object = callback
-    while isinstance(named, partial):
-        named = named.func  # its arguments may be private
-    logger.error("on_commit callback %s failed", getattr(named, "__qualname__", type(named)), exc_info=error)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

@@ -54,6 +54,13 @@ class Observer:
         """Return when a durable task has this status."""
         await self.until("(SELECT status FROM durable_task WHERE id = $1) = $2", task_id, status)
 
+    async def until_no_transactions(self) -> None:
+        """Return when no other session is in a transaction."""
+        await self.until(
+            """NOT EXISTS (SELECT FROM pg_stat_activity
+                           WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle')"""
+        )
+
     async def until_no_pending_tasks(self) -> None:
         """Return when every durable task has ended."""
         await self.until("NOT EXISTS (SELECT FROM durable_task WHERE status = 'pending')")

@@ -14,8 +14,10 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Route
 
 from fastapi_chatdify_db import DBSessionMiddleware, db, get_session
 from tests.models import Item
@@ -139,6 +141,27 @@ async def test_base_http_middleware_inside_is_reported(inside: bool, caplog: pyt
         pass
     reports = [each.getMessage() for each in caplog.records if each.name == "fastapi_chatdify_db.middleware"]
     assert [each.partition(" ")[0] for each in reports] == ["Passing.dispatch"] * inside
+
+
+async def test_base_http_middleware_of_a_part_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """So is that of a mounted application, or of one route."""
+
+    def answer(request: Request) -> JSONResponse:
+        return JSONResponse("")
+
+    mounted = FastAPI()
+
+    @mounted.middleware("http")
+    async def of_the_mounted(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+    app = FastAPI(routes=[Route("/", answer, middleware=[Middleware(Passing)])])
+    app.mount("/mounted", mounted)
+    db.init_app(app)
+    async with serve(app):
+        pass
+    reports = [each.getMessage() for each in caplog.records if each.name == "fastapi_chatdify_db.middleware"]
+    assert sorted(each.partition(" ")[0].rpartition(".")[2] for each in reports) == ["dispatch", "of_the_mounted"]
 
 
 async def test_most_specific_handler_answers(app: FastAPI, observer: Observer) -> None:

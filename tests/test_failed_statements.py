@@ -271,12 +271,34 @@ def write_without_parameters(session: Session) -> None:
     session.connection().execution_options(no_parameters=True).exec_driver_sql("INSERT INTO item (name) VALUES ('a')")
 
 
-@pytest.mark.parametrize("write", [write_many, write_and_read, write_without_parameters])
-async def test_whatever_was_written(database: Database, observer: Observer, write: Callable[[Session], None]) -> None:
-    """Rows of an executemany, or before a read that succeeded, are lost as well, which is said as well."""
+def write_by_cursor(session: Session) -> None:
+    session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('a')")
+
+
+def write_by_cursor_and_read(session: Session) -> None:
+    write_by_cursor(session)
+    session.scalars(select(Item)).all()
+
+
+def fail_by_cursor(session: Session) -> None:
+    with suppress(Exception):
+        session.connection().connection.cursor().execute("SELECT 1 / 0")
+
+
+@pytest.mark.parametrize(
+    "write", [write_many, write_and_read, write_without_parameters, write_by_cursor, write_by_cursor_and_read]
+)
+@pytest.mark.parametrize("by_cursor", [False, True])
+async def test_whatever_was_written(
+    database: Database, observer: Observer, write: Callable[[Session], None], by_cursor: bool
+) -> None:
+    """Rows of an executemany, of a cursor, or before a read that succeeded, are lost as well, which is said as well."""
 
     def work(session: Session) -> None:
         write(session)
+        if by_cursor:
+            fail_by_cursor(session)
+            return
         with suppress(IntegrityError):
             session.execute(DUPLICATE)
 

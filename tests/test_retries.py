@@ -173,7 +173,9 @@ async def test_request_that_never_succeeds_is_an_error_after_its_retries(
     assert runs == expected
 
 
-@pytest.mark.parametrize("path", ["/release", "/callback", "/own", "/own-def", "/own-then-read", "/own-detached"])
+@pytest.mark.parametrize(
+    "path", ["/release", "/callback", "/own", "/own-def", "/own-then-read", "/own-detached", "/cursor"]
+)
 async def test_what_is_committed_is_not_done_again(counter: Observer, path: str) -> None:
     """Once a part of the request's work stays, its failure is an error and not another run."""
     app = FastAPI()
@@ -208,6 +210,14 @@ async def test_what_is_committed_is_not_done_again(counter: Observer, path: str)
         runs.append("own, detached")
         db.sync_session.connection().detach()
         db.sync_session.add(Item(f"run {len(runs)}"))
+        db.sync_session.commit()
+        db.sync_session.execute(text(ASKS_TO_RETRY))
+
+    @app.post("/cursor")
+    def cursor() -> None:
+        runs.append("cursor")
+        statement = f"INSERT INTO item (name) VALUES ('run {len(runs)}')"
+        db.sync_session.connection().connection.cursor().execute(statement)
         db.sync_session.commit()
         db.sync_session.execute(text(ASKS_TO_RETRY))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from typing import Annotated
 
 import httpx
 import pytest
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.sse import EventSourceResponse
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
@@ -65,6 +67,19 @@ async def query_again_and_again() -> AsyncIterable[str]:
     yield "end"
 
 
+async def block() -> AsyncIterator[AsyncSession]:
+    async with db.transaction() as session:
+        session.add(Item("a"))
+        await session.flush()
+        yield session
+
+
+async def query_the_block(session: Annotated[AsyncSession, Depends(block)]) -> AsyncIterable[str]:
+    for _ in range(50):
+        await session.execute(text("SELECT 1"))
+    yield "end"
+
+
 @pytest.fixture
 async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
     app = FastAPI()
@@ -73,6 +88,7 @@ async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
         app.add_api_route(f"/{endpoint.__name__}", endpoint, response_class=EventSourceResponse)
     router = APIRouter()
     router.add_api_route("/included", query_again_and_again, dependencies=[Depends(write)])
+    router.add_api_route("/block", query_the_block)
     app.include_router(router, default_response_class=EventSourceResponse)
     async with serve(app) as client:
         yield client
@@ -87,8 +103,9 @@ async def test_events_that_fail_keep_nothing(client: httpx.AsyncClient, observer
     assert await observer.names() == []
 
 
-async def test_router_whose_default_is_events(client: httpx.AsyncClient, observer: Observer) -> None:
+@pytest.mark.parametrize("path", ["/included", "/block"])
+async def test_router_whose_default_is_events(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
     """Its endpoints produce beside the response too, and are not committed in the middle of a statement."""
-    response = await client.get("/included")
+    response = await client.get(path)
     assert (response.status_code, response.text) == (200, 'data: "end"\n\n')
     assert await observer.names() == ["a"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
+from threading import Event
 from typing import Annotated
 
 import httpx
@@ -29,6 +31,11 @@ async def sync_transaction() -> AsyncIterator[Session]:
         yield session
 
 
+def def_transaction() -> Iterator[Session]:
+    with db.sync_transaction() as session:
+        yield session
+
+
 async def numbers() -> AsyncGenerator[int]:
     async with db.transaction() as session:
         for number in range(3):
@@ -37,9 +44,14 @@ async def numbers() -> AsyncGenerator[int]:
 
 
 @pytest.fixture
-async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
+def app() -> FastAPI:
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware)
+    return app
+
+
+@pytest.fixture
+async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
 
     @app.post("/given")
     async def given(session: Annotated[AsyncSession, Depends(transaction)], name: str, status: int = 200) -> None:
@@ -54,6 +66,49 @@ async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
     @app.post("/sync")
     async def sync(session: Annotated[Session, Depends(sync_transaction)], name: str) -> None:
         session.add(Item(name))
+
+    @app.post("/def")
+    def plain_def(session: Annotated[Session, Depends(def_transaction)], name: str, status: int = 200) -> None:
+        session.add(Item(name))
+        session.flush()
+        if status != 200:
+            raise HTTPException(status)
+
+    @app.post("/beside")
+    async def beside(session: Annotated[AsyncSession, Depends(transaction)], name: str) -> None:
+        def write() -> None:
+            with db.sync_transaction() as session_of_thread:
+                session_of_thread.add(Item(name))
+                session_of_thread.flush()
+                app.state.written.set()
+                app.state.may_go_on.wait(60)
+                raise ZeroDivisionError
+
+        app.state.beside = asyncio.create_task(asyncio.to_thread(write))
+        await asyncio.to_thread(app.state.written.wait, 60)
+
+    @app.post("/endless")
+    async def endless(session: Annotated[AsyncSession, Depends(transaction)], name: str) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            session.add(Item(name))
+            await session.flush()
+            while True:
+                yield b"x" * 1000
+                await asyncio.sleep(0)
+
+        session.add(Item("before"))
+        return StreamingResponse(body())
+
+    @app.post("/def-endless")
+    def def_endless(session: Annotated[Session, Depends(def_transaction)], name: str) -> StreamingResponse:
+        def body() -> Iterator[bytes]:
+            session.add(Item(name))
+            session.flush()
+            while True:
+                yield b"x" * 1000
+
+        session.add(Item("before"))
+        return StreamingResponse(body())
 
     @app.post("/stream", dependencies=[Depends(transaction)])
     async def stream(name: str) -> StreamingResponse:
@@ -83,7 +138,7 @@ async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-@pytest.mark.parametrize("path", ["/given", "/current", "/sync"])
+@pytest.mark.parametrize("path", ["/given", "/current", "/sync", "/def"])
 async def test_commits_before_the_response(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
     """A dependency that yields within a block ends after the response; its COMMIT does not, nor its failure."""
     statuses = [(await client.post(path, params={"name": name})).status_code for name in ("a", "a", "b")]
@@ -92,10 +147,38 @@ async def test_commits_before_the_response(client: httpx.AsyncClient, observer: 
     assert await observer.in_transaction() == 0
 
 
-async def test_error_keeps_nothing(client: httpx.AsyncClient, observer: Observer) -> None:
+@pytest.mark.parametrize("path", ["/given", "/def"])
+async def test_error_keeps_nothing(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
     """By the same rule as the request itself."""
-    assert (await client.post("/given", params={"name": "a", "status": 404})).status_code == 404
+    assert (await client.post(path, params={"name": "a", "status": 404})).status_code == 404
     assert await observer.names() == []
+    assert await observer.in_transaction() == 0
+
+
+async def test_thread_that_goes_on_after_the_response(
+    app: FastAPI, client: httpx.AsyncClient, observer: Observer
+) -> None:
+    """Its block is its own: the response leaves it alone."""
+    app.state.written, app.state.may_go_on = Event(), Event()
+    assert (await client.post("/beside", params={"name": "a"})).status_code == 200
+    assert await observer.in_transaction() == 1
+    app.state.may_go_on.set()
+    with pytest.raises(ZeroDivisionError):
+        await app.state.beside
+    assert await observer.names() == []
+
+
+@pytest.mark.parametrize("path", ["/endless", "/def-endless"])
+async def test_stream_left_by_its_client_rolls_back(
+    client: httpx.AsyncClient, observer: Observer, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    """What was written before the response stays; of a body that was not sent to its end nothing does."""
+    async with client.stream("POST", path, params={"name": "a"}) as response:
+        await anext(response.aiter_raw())
+        assert await observer.names() == ["before"]
+    await observer.until_no_transactions()
+    assert await observer.names() == ["before"]
+    assert "a response was cut short" in caplog.text
 
 
 async def test_stream_commits_at_its_end(client: httpx.AsyncClient, observer: Observer) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from typing import Annotated
 
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -16,9 +17,9 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db, get_session
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from tests.models import Item
 from tests.observing import Observer
@@ -82,6 +83,29 @@ async def test_mounted_app_joins_the_unit_around_it(observer: Observer) -> None:
     assert await observer.names() == ["inner"]
     assert sessions[0] is sessions[1]
     assert sessions[2] is sessions[3]
+
+
+async def test_scope_that_comes_a_second_time(observer: Observer) -> None:
+    """A dispatcher that asks one application after the other, with one scope, gets a unit from each."""
+
+    async def write(session: Annotated[AsyncSession, Depends(get_session)], name: str) -> None:
+        session.add(Item(name))
+
+    first, second = FastAPI(), FastAPI()
+    for application in (first, second):
+        application.add_middleware(DBSessionMiddleware)
+    second.add_api_route("/", write, methods=["POST"])
+
+    async def ask_both(scope: Scope, receive: Receive, send: Send) -> None:
+        async def ignore(message: Message) -> None: ...
+
+        if scope["type"] == "http":
+            await first(scope, receive, ignore)
+            await second(scope, receive, send)
+
+    async with serve(ask_both) as client:
+        assert [(await client.post("/?name=a")).status_code for _ in range(2)] == [200, 500]
+    assert await observer.names() == ["a"]
 
 
 async def test_any_asgi_app_is_served(observer: Observer) -> None:
