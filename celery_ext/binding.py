@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import partial
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -48,7 +49,7 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
         db.metadatas.append(metadata)
         db.figures["durable_tasks"] = health_figures
     if relay:
-        db.services.append(lambda: relaying(app, db))
+        db.services[app] = partial(relaying, app, db)
     _adopt(app.Task, db)
     if is_new:
         _adopt_bases(app)

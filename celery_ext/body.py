@@ -108,7 +108,7 @@ def _commit(unit: UnitOfWork, task: Task) -> None:
     except SoftTimeLimitExceeded:
         if not committed:
             raise
-        logger.warning("the soft time limit of %s passed during its commit, which succeeded", task.name)
+        logger.warning("%s was cancelled during its commit, which succeeded: by its soft time limit", task.name)
 
 
 def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,7 +147,7 @@ async def _finished(unit: AsyncUnitOfWork, execution: Execution, body: Callable[
     except asyncio.CancelledError:
         if not unit.ended_in_commit:
             raise
-        logger.warning("the time limit of %s passed during its commit, which succeeded", task.name)
+        logger.warning("%s was cancelled during its commit, which succeeded: by a time limit or revoke()", task.name)
     return result
 
 

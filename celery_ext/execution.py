@@ -90,7 +90,7 @@ class Execution:
         _current.set(self._outer)
         try:
             if self._unit is not None:
-                self._end_unit(self._unit)
+                self._end_unit(self._unit, error)
             if self.delivery is not None and error is not None and not self._begun:
                 self.delivery.ended_early(error)
         except Exception:
@@ -107,9 +107,9 @@ class Execution:
         unit.open()
         self._unit = unit
 
-    def _end_unit(self, unit: UnitOfWork) -> None:
+    def _end_unit(self, unit: UnitOfWork, error: Exception | None) -> None:
         try:
-            if not self._begun and not unit.untouched:
+            if not self._begun and not unit.untouched and error is None:  # else its before_start had one
                 logger.error(
                     "task %s[%s] was rolled back: its body did not run through Task.__call__, where the commit is; "
                     "let its own __call__ call super().__call__()",

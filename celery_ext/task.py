@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -14,6 +15,7 @@ from celery.app.task import Context
 from celery.canvas import Signature
 from celery.exceptions import Retry
 from celery.result import AsyncResult
+from greenlet import GreenletExit
 
 from celery_ext.body import put_in_unit
 from celery_ext.dispatch import OnError, refuse_durable_options, send_on_commit
@@ -33,6 +35,8 @@ else:
 R = TypeVar("R")
 
 _CELERY: Final = str(Path(celery.__file__).parent)
+_ENDS_OF_THE_WORKER: Final = (KeyboardInterrupt, SystemExit, GeneratorExit, GreenletExit, CancelledError)
+"""Which say nothing about the task: it is run again."""
 
 
 class Task(_CeleryTask):
@@ -71,7 +75,9 @@ class Task(_CeleryTask):
             return super().__call__(*args, **kwargs)
         try:
             return self.run(*args, **kwargs)
-        except Exception as error:
+        except _ENDS_OF_THE_WORKER:
+            raise
+        except BaseException as error:  # e.g. gevent.Timeout
             if execution.delivery is not None:
                 error = execution.delivery.ended_by(error)
             raise portable(error)  # noqa: B904  # it has its cause, or hides it

@@ -83,7 +83,7 @@ class AsyncUnitOfWork(UnitOfWork):
                 for session in begun:
                     end(session)
                 return
-        await _run_to_completion(self._finish_async(commit=commit))
+        await run_to_completion(self._finish_async(commit=commit))
 
     async def __aenter__(self) -> Self:
         self.open()
@@ -175,7 +175,7 @@ async def _in_thread(function: Callable[[], T]) -> T:
     return await to_thread.run_sync(function, limiter=CapacityLimiter(math.inf))
 
 
-async def _run_to_completion(work: Coroutine[Any, Any, None]) -> None:
+async def run_to_completion(work: Coroutine[Any, Any, None]) -> None:
     """Await ``work``; a cancellation that arrives meanwhile is raised when it is done."""
     task = asyncio.create_task(work)
     try:

@@ -49,8 +49,8 @@ class Database:
         self.creates_tables = create_tables
         self.metadatas: list[MetaData] = [base.metadata]
         """Whose tables are created; extensions add their own. ``info["dialect"]`` limits one to a dialect."""
-        self.services: list[Callable[[], AbstractContextManager[object]]] = []
-        """What runs beside the application, within its lifespan; entered in a thread."""
+        self.services: dict[object, Callable[[], AbstractContextManager[object]]] = {}
+        """What runs beside the application, within its lifespan, by owner; entered in a thread."""
         self.figures: dict[str, Callable[[AsyncConnection], Awaitable[Figures]]] = {}
         """What the health check shows besides the pool, by name."""
         self.engines: Final = Engines(lambda: self.settings, on_error=note_error)
@@ -196,7 +196,7 @@ class Database:
             await startup.wait_for_database(self.async_engine, self.settings.db_startup_timeout)
             if self.creates_tables:
                 await self.create_tables()
-            async with startup.services(self.services):
+            async with startup.services(self.services.values()):
                 yield
         finally:
             await self.dispose()

@@ -38,7 +38,10 @@ class FirstStatements:
         self._errors = errors_of(engine.dialect)
         if begin_lazily:
             event.listen(engine, "connect", _allow_reads_alone)
-        event.listen(engine, "do_execute", self._execute)
+        # A do_execute listener that runs the statement would keep the application's own from being called.
+        dialect: Any = engine.dialect
+        self._do_execute = dialect.do_execute
+        dialect.do_execute = self._execute
         event.listen(engine, "do_executemany", self._start)
         event.listen(engine, "do_execute_no_params", self._start_without_parameters)
 
@@ -49,11 +52,12 @@ class FirstStatements:
     def _start_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> None:
         self._start(cursor, statement, None, context)
 
-    def _execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
-        """The ``do_execute`` event; returns whether the statement was run here."""
-        state = state_of(context.root_connection)
-        if state is None or state.has_effects:
-            return False
+    def _execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None = None) -> None:
+        """In place of the dialect's ``do_execute``."""
+        state = None if context is None else state_of(context.root_connection)
+        if context is None or state is None or state.has_effects:
+            self._do_execute(cursor, statement, parameters, context)
+            return
         ordinary = not state.started and _begins_ordinarily(state)
         if not ordinary:
             state.note_drivers_work()
@@ -68,7 +72,6 @@ class FirstStatements:
             state = state_of(context.root_connection) or state
             # A checkout handler of the application's may have begun a transaction.
             self._run(state, statement, parameters, context, ordinary=_begins_ordinarily(state))
-        return True
 
     def _run(
         self, state: ConnectionState, statement: str, parameters: Any, context: ExecutionContext, *, ordinary: bool
@@ -76,7 +79,7 @@ class FirstStatements:
         is_read = _is_read(statement, context)
         if is_read and ordinary and state.reads_alone:
             try:
-                _run_in_autocommit(state.connection, statement, parameters, context)
+                self._run_in_autocommit(state.connection, statement, parameters, context)
             except self._errors as error:
                 if died(context, error) or _timed_out(error):
                     raise
@@ -85,8 +88,17 @@ class FirstStatements:
             else:
                 return
         state.started = True
-        context.dialect.do_execute(context.cursor, statement, parameters, context)
+        self._do_execute(context.cursor, statement, parameters, context)
         state.has_effects |= not is_read
+
+    def _run_in_autocommit(self, connection: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
+        # Only for the statement: whoever uses the driver's connection directly finds it as always.
+        connection.autocommit = True
+        try:
+            self._do_execute(context.cursor, statement, parameters, context)
+        finally:
+            if not getattr(connection, "closed", False):  # psycopg2 would raise that in place of the error under way
+                connection.autocommit = False
 
 
 def _allow_reads_alone(connection: Any, record: ConnectionPoolEntry) -> None:
@@ -114,16 +126,6 @@ def _is_read(statement: str, context: ExecutionContext) -> bool:
         return False
     # A server-side cursor lives in a transaction: asyncpg's adapter says so, psycopg2's cursors have a name.
     return not (getattr(context.cursor, "server_side", False) or getattr(context.cursor, "name", None))
-
-
-def _run_in_autocommit(connection: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-    # Only for the statement: whoever uses the driver's connection directly finds it as always.
-    connection.autocommit = True
-    try:
-        context.dialect.do_execute(context.cursor, statement, parameters, context)
-    finally:
-        if not getattr(connection, "closed", False):  # else psycopg2 would raise that in place of the error under way
-            connection.autocommit = False
 
 
 def _default_isolation(connection: Any) -> str:

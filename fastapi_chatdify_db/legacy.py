@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import session as _session
 from fastapi_chatdify_db.database import db
+from fastapi_chatdify_db.session_end import FollowedSession
 
 
 def get_db() -> Iterator[Session]:
@@ -36,7 +37,7 @@ def SessionLocal() -> Session:  # noqa: N802  # the name is what this module is 
     return _SelfCommittingSession(db.sync_engine, expire_on_commit=False)
 
 
-class _SelfCommittingSession(Session):
+class _SelfCommittingSession(FollowedSession):
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:

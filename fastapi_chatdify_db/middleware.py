@@ -69,7 +69,7 @@ def _base_http_middleware(inside: object) -> Iterator[str]:
     for entry in own.get("user_middleware", ()):  # of a mounted application, which puts them together later
         if isinstance(entry.cls, type) and issubclass(entry.cls, BaseHTTPMiddleware):
             yield _name(entry.kwargs.get("dispatch", entry.cls))
-    for further in (own.get("app"), own.get("router"), *own.get("routes", ())):
+    for further in (own.get("app"), own.get("_app"), own.get("router"), *own.get("routes", ())):
         if further is not None:
             yield from _base_http_middleware(further)
 

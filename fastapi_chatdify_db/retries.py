@@ -55,7 +55,7 @@ class Retries:
                     )
                     if number > 1:
                         make_as_before()
-                    await exchange.run(self._app, dict(scope))
+                    await exchange.run(self._app, scope)
 
 
 class _Path:
@@ -93,13 +93,18 @@ class _Path:
 
 
 def _remember(scope: Scope) -> Callable[[], None]:
-    """Note what a run writes into for whoever is around us to see; returns what undoes that."""
+    """Note what a run writes into; returns what undoes that, in place: whoever is around us looks there, too."""
+    scope_before = dict(scope)
     state, session = scope.get("state", {}), scope.get("session", {})
     state_before = dict(state)  # its values, e.g. the lifespan's, are no copies
     session_before = deepcopy(dict(session))
 
     def make_as_before() -> None:
-        for written, before in ((state, state_before), (session, deepcopy(session_before))):
+        for written, before in (
+            (scope, scope_before),
+            (state, state_before),
+            (session, deepcopy(session_before)),
+        ):
             written.clear()
             written.update(before)
 

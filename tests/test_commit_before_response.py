@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_chatdify_db import DBSessionMiddleware, db, get_session
 from tests.models import Item
@@ -155,7 +156,14 @@ async def test_base_http_middleware_of_a_part_is_reported(caplog: pytest.LogCapt
     async def of_the_mounted(request: Request, call_next: RequestResponseEndpoint) -> Response:
         return await call_next(request)
 
-    app = FastAPI(routes=[Route("/", answer, middleware=[Middleware(Passing)])])
+    class Private:
+        def __init__(self, app: ASGIApp) -> None:
+            self._app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await self._app(scope, receive, send)
+
+    app = FastAPI(routes=[Route("/", answer, middleware=[Middleware(Private), Middleware(Passing)])])
     app.mount("/mounted", mounted)
     db.init_app(app)
     async with serve(app):

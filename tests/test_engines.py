@@ -15,7 +15,7 @@ import asyncpg
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import event, text
+from sqlalchemy import event, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
@@ -156,6 +156,27 @@ async def test_application_may_prepare_each_connect(database_url: str) -> None:
     async with database.transaction() as session:
         assert await session.scalar(text("SHOW application_name")) == "theirs"
         assert await asyncio.to_thread(database.sync_session.scalar, text("SHOW application_name")) == "theirs"
+    await database.dispose()
+
+
+async def test_application_hears_of_each_statement(observer: Observer) -> None:
+    """A listener to SQLAlchemy's ``do_execute`` is called for plain reads and others, with either driver."""
+    database = Database()
+    heard: list[str] = []
+
+    def hear(cursor: object, statement: str, parameters: object, context: object) -> None:
+        heard.append(statement)
+
+    for engine in (database.async_engine.sync_engine, database.sync_engine):
+        event.listen(engine, "do_execute", hear)
+    statements = (select(literal(1)), text("SELECT 2"), select(literal(3)))
+    async with database.transaction() as session:
+        for statement in statements:
+            await session.execute(statement)
+    with database.sync_transaction() as sync_session:
+        for statement in statements:
+            sync_session.execute(statement)
+    assert len([each for each in heard if each.startswith("SELECT")]) >= 6
     await database.dispose()
 
 

@@ -344,7 +344,7 @@ class Visit:
         scope["session"] = {"basket": ["apple"]}
         await self.app(scope, receive, send)
         if scope["type"] == "http":
-            self.kept.append((scope["state"]["tenant"], scope["session"]))
+            self.kept.append((scope["state"]["tenant"], scope["session"], scope["mark"], "route" in scope))
 
 
 async def test_scope_is_new_for_each_run(counter: Observer) -> None:
@@ -367,7 +367,7 @@ async def test_scope_is_new_for_each_run(counter: Observer) -> None:
     async with serve(app) as client:
         assert (await client.post("/")).status_code == 200
     assert found == [(None, None, "a")] * 3
-    assert kept == [("written", {"basket": ["apple", "pear"], "runs": 1})]
+    assert kept == [("written", {"basket": ["apple", "pear"], "runs": 1}, "written", True)]
 
 
 async def test_stream_is_not_run_again(counter: Observer) -> None:

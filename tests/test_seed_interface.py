@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import inspect, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from fastapi_chatdify_db import Base, db, legacy
+from fastapi_chatdify_db import Base, TransactionAborted, db, legacy
 from fastapi_chatdify_db.session import (
     async_engine,
     get_async_session,
@@ -226,6 +227,21 @@ async def test_legacy_session_local(observer: Observer, end: Callable[[Session],
         await asyncio.to_thread(work)
     assert warned[0].filename == __file__
     assert await observer.names() == ["a"]
+
+
+async def test_legacy_session_local_after_a_failed_statement(observer: Observer) -> None:
+    """PostgreSQL has given up the transaction, so its end is no success."""
+
+    def work() -> None:
+        with legacy.SessionLocal() as session:
+            session.add(Item("a"))
+            session.flush()
+            with suppress(DBAPIError):
+                session.execute(text("SELECT 1 / 0"))
+
+    with pytest.warns(DeprecationWarning, match="SessionLocal"), pytest.raises(TransactionAborted):
+        await asyncio.to_thread(work)
+    assert await observer.names() == []
 
 
 async def test_legacy_session_local_that_is_closed_by_hand(observer: Observer) -> None:

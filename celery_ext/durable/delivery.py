@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -12,12 +13,15 @@ from sqlalchemy import Row, event
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
 from celery_ext.durable import lease, outbox, statements
 from celery_ext.durable.row import HEADER, due_of, seconds_until, serialize, with_options
 from celery_ext.errors import portable
+from fastapi_chatdify_db.async_unit_of_work import run_to_completion
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate
+from fastapi_chatdify_db.surroundings import in_event_loop
 
 if TYPE_CHECKING:
     from celery_ext.task import Task
@@ -99,7 +103,7 @@ class Delivery:
         due = due_of(self._task.name, options.get("countdown"), options.get("eta"))
         self._retry = {"retries": options.get("retries", 0), "due_in": seconds_until(due)}
 
-    def ended_by(self, error: Exception) -> Exception:
+    def ended_by(self, error: BaseException) -> BaseException:
         """Record how the body ended, after its rollback; returns what to tell Celery.
 
         A failure of the database rather than of the task is no end: the row stays, and will be run again.
@@ -137,7 +141,7 @@ class Delivery:
         self._ordering_key = row.ordering_key
         return row
 
-    def _record(self, session: Session, error: Exception) -> None:
+    def _record(self, session: Session, error: BaseException) -> None:
         if isinstance(error, Retry) and self._arguments is not None:
             self._put_off(session, _text(error.exc))
         else:
@@ -173,12 +177,18 @@ class Delivery:
     def _keep_lease(self, session: Session) -> None:
         if self._finishing or session.in_nested_transaction():
             return
+        if in_event_loop():  # other tasks run there, too
+            await_only(run_to_completion(asyncio.to_thread(self._take_lease)))
+        else:
+            self._take_lease()
+
+    def _take_lease(self) -> None:
         if not lease.hold(self._task.database, self.task_id):
             raise Dropped
         self._leased = True
 
 
-def _is_redelivered(error: Exception) -> bool:
+def _is_redelivered(error: BaseException) -> bool:
     """Whether the broker delivers the message again."""
     return isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]  # missing in the stubs
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from selectors import EVENT_READ, DefaultSelector
 from socket import socketpair
-from threading import Event, Thread
+from threading import Thread
 from typing import Any, Final
 
 from celery import Celery
@@ -57,6 +57,9 @@ class Relay:
         app: The Celery application whose tasks are sent.
         database: Where the rows are.
         grace: Seconds after which a sent row is rung again.
+
+    Raises:
+        Exception: kombu has no transport for ``broker_url``, or that one's library is not installed.
     """
 
     def __init__(self, app: Celery[Any], database: Database, *, grace: float) -> None:
@@ -64,7 +67,13 @@ class Relay:
         self._app = app
         self._database = database
         self._grace = grace
-        self._stopping = Event()
+        broker = app.connection_for_write()
+        self._broker_errors: tuple[type[BaseException], ...] = (
+            OperationalError,
+            *broker.connection_errors,
+            *broker.channel_errors,
+        )
+        self._stopping = False
         self._wake_reader, self._wake_writer = socketpair()
         self._line: _Line | None = None
         self._looked_for_forgotten = 0.0
@@ -73,18 +82,17 @@ class Relay:
     def run(self) -> None:
         """Relay until ``stop`` is called; what is claimed by then is still sent."""
         try:
-            while not self._stopping.is_set():
+            while not self._stopping:
                 try:
                     with self._database.sync_engine.connect() as connection:
                         listening = connection.execution_options(isolation_level="AUTOCOMMIT")
                         listening.execute(text(f"LISTEN {statements.CHANNEL}"))
                         self._relay(listening)
                 except Exception as error:
-                    if not isinstance(error, (SQLAlchemyError, OSError, *self._broker_errors())):
-                        raise
                     self._failures += 1
-                    logger.warning("relay pauses (%d): %s", self._failures, reason(error))
-                    self._stopping.wait(min(_LONGEST_PAUSE, 0.1 * 2 ** min(self._failures, 10)))
+                    foreseen = isinstance(error, (SQLAlchemyError, OSError, *self._broker_errors))
+                    logger.warning("relay pauses (%d): %s", self._failures, reason(error), exc_info=not foreseen)
+                    self._pause(min(_LONGEST_PAUSE, 0.1 * 2 ** min(self._failures, 10)))
         finally:
             self._disconnect()
             self._wake_reader.close()
@@ -92,12 +100,12 @@ class Relay:
 
     def stop(self) -> None:
         """End ``run``, from another thread or a signal handler."""
-        self._stopping.set()
+        self._stopping = True  # no threading.Event: a signal handler may interrupt who holds its lock
         with suppress(OSError):  # it has ended by itself
             self._wake_writer.send(b"x")
 
     def _relay(self, connection: Connection) -> None:
-        while not self._stopping.is_set():
+        while not self._stopping:
             number = self._send_batch(connection)
             self._failures = 0
             if number < BATCH:
@@ -109,7 +117,7 @@ class Relay:
             return 0
         try:
             sent = self._send_all(rows)
-        except self._broker_errors():
+        except self._broker_errors:
             self._disconnect()
             connection.execute(statements.UNCLAIM, {"ids": [row.id for row in rows]})
             raise
@@ -120,7 +128,7 @@ class Relay:
     def _send_all(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
         try:
             return self._send_together(rows)
-        except self._broker_errors() as error:
+        except self._broker_errors as error:
             if not self._is_about_one(error):
                 raise
         return self._send_one_by_one(rows)
@@ -138,7 +146,7 @@ class Relay:
         for row in rows:
             try:
                 sent += self._send_together([row])
-            except self._broker_errors() as error:
+            except self._broker_errors as error:
                 if not self._is_about_one(error):
                     raise
                 logger.error("task %s[%s] can not be sent: %s", row.name, row.id, reason(error))
@@ -159,7 +167,7 @@ class Relay:
                 self._app.send_task(row.name, args, kwargs, **options)
             else:
                 send(args, kwargs, **options)
-        except self._broker_errors():
+        except self._broker_errors:
             raise
         except Exception:  # whatever is wrong with this row, the others are sent
             logger.exception("task %s[%s] can not be sent", row.name, row.id)
@@ -176,12 +184,16 @@ class Relay:
         limit = _POLL if until_next is None else max(0.0, min(_POLL, float(until_next)))
         driver: Any = connection.connection.driver_connection
         if not driver.notifies:
-            with DefaultSelector() as either:  # select.select() takes no descriptor beyond 1023
-                either.register(driver, EVENT_READ)
-                either.register(self._wake_reader, EVENT_READ)
-                either.select(limit)
+            self._pause(limit, driver)
             driver.poll()
         driver.notifies.clear()
+
+    def _pause(self, seconds: float, *further: Any) -> None:
+        """Wait until the time is over, ``stop`` is called, or one of the further descriptors is readable."""
+        with DefaultSelector() as either:  # select.select() takes no descriptor beyond 1023
+            for each in (self._wake_reader, *further):
+                either.register(each, EVENT_READ)
+            either.select(seconds)
 
     def _connect(self) -> _Line:
         broker = self._app.connection_for_write()
@@ -197,10 +209,6 @@ class Relay:
         if self._line is not None:
             self._line.connection.release()
             self._line = None
-
-    def _broker_errors(self) -> tuple[type[BaseException], ...]:
-        broker = self._line.connection if self._line is not None else self._app.connection_for_write()
-        return (OperationalError, *broker.connection_errors, *broker.channel_errors)
 
 
 @contextmanager

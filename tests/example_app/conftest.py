@@ -58,7 +58,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Co
     )
     assert celery_app.conf.broker_url == "memory://localhost"
     # What create_app() tells the one database is not for the tests that follow.
-    monkeypatch.setattr(db, "services", [])
+    monkeypatch.setattr(db, "services", {})
     monkeypatch.setattr(db, "creates_tables", False)
     yield configure
     get_settings.cache_clear()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
+from celery.app.trace import trace_task
 from celery.exceptions import Ignore, Reject
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
@@ -227,6 +228,63 @@ async def test_failure_before_the_body(relayed: Worker, rows: Observer) -> None:
     assert await rows.connection.fetchval("SELECT error FROM durable_task WHERE id = $1", failing) == (
         "ValueError: not today"
     )
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+async def test_failure_that_is_no_exception(unheard: Celery[celery_ext.Task], rows: Observer, kind: str) -> None:
+    """A ``BaseException`` of a library's own, as gevent's ``Timeout`` is, ends a task as well."""
+
+    class Outcome(BaseException): ...
+
+    @unheard.task(shared=False)
+    def in_def() -> None:
+        db.sync_session.add(Item("lost"))
+        raise Outcome("not today")
+
+    @unheard.task(shared=False)
+    async def in_async() -> None:
+        db.session.add(Item("lost"))
+        raise Outcome("not today")
+
+    failing = in_def if kind == "def" else in_async
+    async with db.transaction():
+        task_id = failing.delay_durably()
+    with pytest.raises(Outcome):
+        await asyncio.to_thread(deliver, failing, task_id)
+    assert await rows.connection.fetchrow("SELECT status, error FROM durable_task") == ("failed", "Outcome: not today")
+    assert await rows.names() == []
+
+
+async def test_end_of_the_worker_is_no_failure(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """A task that a leaving process interrupts is run again."""
+
+    @unheard.task(shared=False)
+    def interrupted() -> None:
+        raise SystemExit
+
+    async with db.transaction():
+        task_id = interrupted.delay_durably()
+    with pytest.raises(SystemExit):
+        deliver(interrupted, task_id)
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
+
+
+async def test_failure_before_the_body_that_has_written(
+    unheard: Celery[celery_ext.Task], rows: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is rolled back like the body, without a word about the class's ``__call__``."""
+
+    class Gate(celery_ext.Task):
+        def before_start(self, *_: object) -> None:
+            db.sync_session.add(Item("lost"))
+            raise ValueError
+
+    @unheard.task(base=Gate, shared=False)
+    def never_starts() -> None: ...
+
+    trace_task(never_starts, "1", (), {}, {"id": "1"}, app=unheard)
+    assert await rows.names() == []
+    assert "super().__call__" not in caplog.text
 
 
 @pytest.mark.parametrize(("how", "status"), [("ignore", "cancelled"), ("reject", "cancelled"), ("retry", "pending")])

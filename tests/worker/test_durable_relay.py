@@ -61,8 +61,10 @@ async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
 
 async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> None:
     """``init_app(..., relay=True)`` relays in the lifespan; the health check shows what is left."""
-    services = list(db.services)
-    celery_ext.init_app(prefork.app, relay=True)
+    services = dict(db.services)
+    for _ in range(2):
+        celery_ext.init_app(prefork.app, relay=True)
+    assert len(db.services) == len(services) + 1
     app = FastAPI()
     db.init_app(app)
     app.include_router(health_router)
@@ -78,7 +80,7 @@ async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> 
             ready = (await client.get("/health/ready")).json()
             assert ready["databases"]["db"]["figures"]["durable_tasks"]["pending"] == 1
     finally:
-        db.services[:] = services
+        db.services = services
 
 
 async def test_relays_are_told(unheard: Celery[Any], rows: Observer) -> None:

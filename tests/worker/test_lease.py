@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from threading import Timer
+
 import pytest
+from celery import Celery
+from celery.app.task import Context
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
+import celery_ext
 from celery_ext.durable import lease
-from fastapi_chatdify_db import Database
+from celery_ext.durable.delivery import Delivery
+from fastapi_chatdify_db import Database, db
 from tests.observing import Observer
+from tests.worker.running import task
 
 LOCK = "hashtextextended('a', 21)"
 IS_FREE = f"SELECT CASE WHEN pg_try_advisory_lock({LOCK}) THEN pg_advisory_unlock({LOCK}) ELSE false END"
@@ -36,3 +45,26 @@ async def test_lease_whose_connection_died(rows: Observer) -> None:
     assert not await rows.connection.fetchval(IS_FREE)
     lease.free(database, "a")
     assert await rows.connection.fetchval(IS_FREE)
+
+
+async def test_event_loop_goes_on_meanwhile(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """While one task of a worker waits for its lease, the others on its event loop run."""
+    delivery = Delivery(task(unheard, "record"), "a", Context())
+    seen: list[str] = []
+
+    def give_way() -> None:
+        seen.append("another task ran")
+        lease._lock.release()
+
+    lease._lock.acquire()
+    last_resort = Timer(10, lambda: seen.append("nobody ran") or lease._lock.release())  # type: ignore[func-returns-value]
+    last_resort.start()
+    async with db.transaction() as session:
+        event.listen(session.sync_session, "before_commit", delivery._keep_lease)
+        await session.execute(text("SELECT 1"))
+        asyncio.get_running_loop().call_soon(give_way)
+        await session.commit()
+        last_resort.cancel()
+    assert seen == ["another task ran"]
+    assert not await rows.connection.fetchval(IS_FREE)
+    delivery.close()

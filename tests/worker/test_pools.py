@@ -157,13 +157,13 @@ async def test_soft_time_limit_during_the_commit(empty_tables: Observer) -> None
         results = {name: running.task(name).delay(name) for name in ("slow_commit", "slow_commit_async")}
         for name, result in results.items():
             assert await asyncio.to_thread(result.get, timeout=20) == name
-            running.until_logged(f"{name} passed during its commit")
+            running.until_logged(f"{name} was cancelled during its commit")
         for name in ("add_item", "add_item_async"):
             lost = running.task(name).apply_async((name, "duplicate"), soft_time_limit=1)
             await asyncio.to_thread(lost.get, timeout=20, propagate=False)
             assert lost.failed()
         assert await asyncio.to_thread(running.task("pid_after_insert").delay("next").get, timeout=20)
-    assert running.log.count("passed during its commit") == 2
+    assert running.log.count("was cancelled during its commit") == 2
     assert await empty_tables.names() == ["next", "slow_commit", "slow_commit_async"]
 
 

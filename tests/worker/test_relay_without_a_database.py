@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from celery import Celery
@@ -27,6 +28,29 @@ def test_pauses_grow(database_url: str, caplog: pytest.LogCaptureFixture) -> Non
         while "relay pauses (3)" not in caplog.text:
             assert caplog.text.count("relay pauses (1)") <= 1
     database.engines.dispose_sync()
+    app.close()
+
+
+def test_broker_of_an_unknown_kind() -> None:
+    """An application that relays itself does not start, instead of storing what nobody sends."""
+    app = Celery(broker="carrier-pigeon://", set_as_current=False)
+    with pytest.raises(KeyError, match="carrier-pigeon"), relaying(app, Database()):
+        pass
+
+
+def test_relay_goes_on_after_an_unforeseen_error(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It says what happened, and tries again later."""
+
+    class Failing(Database):
+        @property
+        def sync_engine(self) -> NoReturn:
+            raise ZeroDivisionError("unforeseen")
+
+    app = Celery(broker="memory://", set_as_current=False)
+    with relaying(app, Failing()):
+        while "relay pauses (2): ZeroDivisionError: unforeseen" not in caplog.text:
+            pass
+    assert "Traceback" in caplog.text
     app.close()
 
 
