@@ -59,10 +59,15 @@ async def store_message(dialogue_id: int, event: MessageCreated) -> int | None:
 
 
 async def note_workflow_status(conversation_id: int, status: str) -> None:
-    """Remember that the workflow which is answering a message of the conversation has set its status."""
+    """Remember that the workflow which is answering a message of the conversation has set its status.
+
+    Of a conversation that it closes, the messages that wait are still to be answered: no human sees them there.
+    """
     in_conversation = Message.dialogue.has(Dialogue.chatwoot_conversation_id == str(conversation_id))
-    asked = update(Message).where(in_conversation, Message.state == MessageState.RECEIVED, Message.attempts > 0)
-    await db.session.execute(asked.values(workflow_status=status))
+    concerned = update(Message).where(in_conversation, Message.state == MessageState.RECEIVED)
+    if status != "resolved":
+        concerned = concerned.where(Message.attempts > 0)
+    await db.session.execute(concerned.values(workflow_status=status))
 
 
 async def delete_dialogue(conversation: WebhookConversation) -> bool:

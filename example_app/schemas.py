@@ -107,9 +107,21 @@ class MessageCreated(AccountEvent):
     content: Text | None = None
     message_type: str
     private: bool = False
+    content_type: str | None = None
     content_attributes: dict[str, JsonValue] | None = None
     sender: Sender | None = None
     conversation: WebhookConversation
+
+    @property
+    def attributes(self) -> dict[str, JsonValue]:
+        """What Chatwoot, or who posted the message, says of it."""
+        return self.content_attributes or {}
+
+    @property
+    def is_automatic_reply(self) -> bool:
+        """Whether it is an e-mail that no human wrote; to answer it may begin an endless exchange."""
+        email = self.attributes.get("email")
+        return isinstance(email, dict) and email.get("auto_reply") is True
 
 
 class ConversationChanged(AccountEvent):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
 
 import httpx
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from fastapi_chatdify_db import DatabaseSettings, InvalidSettings
@@ -28,6 +29,7 @@ URL = Annotated[str, AfterValidator(_url)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 _SECRETS: Final = ("chatdify_api_token", "chatwoot_webhook_secret", "chatwoot_api_key", "dify_api_key")
 Status = Literal["open", "pending", "resolved", "snoozed"]
+Direction = Literal["incoming", "outgoing"]
 
 
 class Settings(DatabaseSettings):
@@ -46,7 +48,8 @@ class Settings(DatabaseSettings):
         celery_task_default_queue: The queue of the tasks.
         celery_worker_concurrency: Processes of a worker.
         celery_task_time_limit: Seconds until a task's process is killed.
-        celery_task_soft_time_limit: Seconds until an attempt to ask or to post is cancelled, and made again.
+        celery_task_soft_time_limit: Seconds until an attempt to ask or to post is cancelled, and made again; and until
+            Dify, which has a question and no answer, is asked again.
         celery_task_max_retries: How often a failed call to Dify or Chatwoot is made again.
         celery_task_max_tasks_per_child: Tasks until a worker's process is replaced.
         celery_worker_prefetch_multiplier: Messages that each process may reserve.
@@ -101,8 +104,8 @@ class Settings(DatabaseSettings):
     chatwoot_api_key: Secret = None
     chatwoot_admin_api_key: Secret = None
     chatwoot_account_id: Annotated[int, Field(ge=1)] = 1
-    allowed_conversation_statuses: Annotated[tuple[Status, ...], NoDecode] = ("open", "pending")
-    allowed_message_types: Annotated[tuple[Literal["incoming", "outgoing"], ...], NoDecode] = ("incoming",)
+    allowed_conversation_statuses: Annotated[tuple[Status, ...], NoDecode, Field(min_length=1)] = ("open", "pending")
+    allowed_message_types: Annotated[tuple[Direction, ...], NoDecode, Field(min_length=1)] = ("incoming",)
     enable_team_cache: bool = False
     team_cache_ttl_hours: Annotated[float, Field(ge=0)] = 24.0
 
@@ -135,6 +138,15 @@ class Settings(DatabaseSettings):
             raise ValueError("has to be printable ASCII; was something else pasted along?")
         return value
 
+    @field_validator("chatwoot_api_url", "dify_api_url")
+    @classmethod
+    def _with_its_version(cls, value: str, info: ValidationInfo) -> str:
+        default = str(cls.model_fields[info.field_name or ""].default)
+        path = urlsplit(default).path
+        if not value.rstrip("/").endswith(path):
+            raise ValueError(f"has to end in {path}, as {default} does")
+        return value
+
     @property
     def in_development(self) -> bool:
         """Whether secrets may be missing, and the tables are created at the start."""
@@ -151,7 +163,7 @@ class Settings(DatabaseSettings):
         return self.celery_result_backend or self.redis_backend or f"redis://{self.redis_host}:{self.redis_port}/1"
 
     def require_secrets(self) -> None:
-        """Check that the web application has the secrets that it needs outside development.
+        """Check that the secrets which are needed outside development are there.
 
         Raises:
             InvalidSettings: Some are missing; the message names them.

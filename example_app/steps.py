@@ -6,6 +6,7 @@ looks first whether it has been done.
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from typing import Final
 
@@ -72,9 +73,11 @@ async def _earlier_answer(question: Question, message: Message) -> Answer | None
     try:
         since = message.created_at.timestamp() - _CLOCKS
         return await dify.find_answer(question.query, question.user, question.conversation_id, ids, since)
-    except StillAnswering:
-        if message.attempts > get_settings().celery_task_max_retries:
+    except StillAnswering as error:
+        if error.asked_at + get_settings().celery_task_soft_time_limit < time.time():
             return None  # it never will
+        message.attempts -= 1  # to wait for the answer is no attempt at it
+        await db.release()
         raise
 
 

@@ -71,8 +71,12 @@ def reason_to_skip(event: MessageCreated, settings: Settings) -> str | None:
     own = tuple(filter(None, (settings.bot_error_message_internal, settings.bot_conversation_opened_message_external)))
     if event.sender is not None and event.sender.type == "agent_bot":
         return "agent_bot message"
-    if content.startswith(own) or MARKER in (event.content_attributes or {}):
+    if MARKER in event.attributes or (event.message_type != "incoming" and content.startswith(own)):
         return "the bot's own message"
+    if event.is_automatic_reply:
+        return "automatic reply"
+    if event.content_type == "voice_call":
+        return "call"
     if event.private:
         return "private note"
     if event.message_type not in settings.allowed_message_types:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, Final
 
 from celery import Celery
-from celery.signals import setup_logging
+from celery.signals import setup_logging, worker_init
 from kombu.transport import sqlalchemy as sqlalchemy_transport
 from sqlalchemy import NullPool
 
 import celery_ext
 from example_app import logs
 from example_app.settings import Settings, get_settings
-from fastapi_chatdify_db import db
+from fastapi_chatdify_db import InvalidSettings, db
 
 POLLING_INTERVAL: Final = 0.05
 """Seconds between two looks into a queue that is a PostgreSQL table."""
@@ -58,3 +58,11 @@ celery_ext.init_app(app)
 @setup_logging.connect
 def _set_up_logging(**_: object) -> None:
     logs.configure(get_settings())
+
+
+@worker_init.connect
+def _require_secrets(**_: object) -> None:
+    try:
+        get_settings().require_secrets()
+    except InvalidSettings as error:
+        raise SystemExit(str(error)) from None  # Celery would log any other exception, and start

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from example_app.settings import get_settings
 
+WEBHOOK: Final = "/chatwoot-webhook"
 BODY_LIMIT: Final = 1024 * 1024
 """Bytes."""
 WEBHOOK_LIMIT: Final = 8 * 1024 * 1024
@@ -86,7 +87,7 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
-        limit = WEBHOOK_LIMIT if scope.get("path", "").endswith("/chatwoot-webhook") else BODY_LIMIT
+        limit = WEBHOOK_LIMIT if scope.get("path", "").endswith(WEBHOOK) else BODY_LIMIT
 
         async def receive_limited() -> Message:
             nonlocal received

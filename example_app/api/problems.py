@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
 
+from example_app.api.doors import WEBHOOK
 from example_app.clients.http import Busy, NotFound, OutsideError, Unanswered
 from example_app.logs import logger
 
@@ -62,8 +63,11 @@ def init_app(app: FastAPI) -> None:
 
 def _http_error(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, StarletteHTTPException)
-    _note(request, error.status_code)
-    return _problem(error.status_code, error.detail, headers=dict(error.headers or {}))
+    status = error.status_code
+    if status == 503 and request.url.path.endswith(WEBHOOK):
+        status = 500  # Chatwoot sends an agent bot's webhook again after a 429 or a 500 only
+    _note(request, status)
+    return _problem(status, error.detail, headers=dict(error.headers or {}))
 
 
 def _invalid_request(request: Request, error: Exception) -> ProblemResponse:

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Header
 
 from example_app import dialogues, dispatch
-from example_app.api.doors import authentic_body
+from example_app.api.doors import WEBHOOK, authentic_body
 from example_app.api.problems import documented
 from example_app.db.models import MessageState
+from example_app.logs import logger
 from example_app.schemas import (
     WEBHOOK_EXAMPLE,
     ConversationChanged,
@@ -44,13 +45,14 @@ _BODY: Final[dict[str, Any]] = {
 }
 
 
-@router.post("/chatwoot-webhook", openapi_extra=_BODY, response_model_exclude_none=True)
+@router.post(WEBHOOK, openapi_extra=_BODY, response_model_exclude_none=True)
 async def chatwoot_webhook(body: Body, delivery_id: DeliveryID = None) -> WebhookResult:
     """Take a webhook; the same delivery or message again does nothing."""
     event = parse(body)
     if isinstance(event, OtherEvent):
         return WebhookResult(status="skipped", reason="unknown event")
     if event.is_of_another_account(get_settings().chatwoot_account_id):
+        logger.info("a webhook is skipped: it is of another account than CHATWOOT_ACCOUNT_ID")
         return WebhookResult(status="skipped", reason="another account")
     if delivery_id and not await dialogues.is_new_delivery(delivery_id, event.event):
         return WebhookResult(status="skipped", reason="delivered before")

@@ -14,12 +14,25 @@ from example_app.settings import Settings
 
 _NAME: Final = "Dify"
 _ASK: Final = "Dify, POST /chat-messages"
+_PAUSED: Final = "workflow_paused"
 
 
 class StillAnswering(OutsideError):
-    """Dify has the question, and no answer yet."""
+    """Dify has the question, and no answer yet.
+
+    Parameters:
+        asked_at: When it got the question, in seconds since 1970.
+    """
 
     may_pass = True
+
+    def __init__(self, call: str, outcome: str, retry_after: float = 0.0, *, asked_at: float = 0.0) -> None:
+        super().__init__(call, outcome, retry_after)
+        self.asked_at = asked_at
+
+
+class Paused(OutsideError):
+    """The workflow waits for a human's input, which cannot be given here."""
 
 
 class Question(BaseModel):
@@ -72,6 +85,7 @@ class _Event(BaseModel):
     conversation_id: str | None = None
     message_id: str | None = None
     answer: str | None = None
+    status: JsonValue = None
     code: JsonValue = None
 
 
@@ -126,7 +140,7 @@ class Dify(OutsideAPI):
                 continue  # Dify failed over it, so it may be asked again
             if message.query == query and message.id not in known and message.created_at >= since:
                 if not message.answer:
-                    raise StillAnswering("Dify, GET /messages", "has no answer yet")
+                    raise StillAnswering("Dify, GET /messages", "has no answer yet", asked_at=message.created_at)
                 return Answer(conversation_id=message.conversation_id, message_id=message.id, answer=message.answer)
         return None
 
@@ -148,33 +162,34 @@ class Dify(OutsideAPI):
                 if not response.is_success:
                     await response.aread()
                 self.check(response)
-                return await _assemble(response)
+                return await self._assemble(response)
         except httpx.RequestError as error:
             raise as_outside_error(_ASK, error) from error
 
-
-async def _assemble(response: httpx.Response) -> Answer:
-    """Put a streamed answer together out of its server-sent events."""
-    pieces: list[str] = []
-    async for line in _lines(response):
-        if not line.startswith("data:"):
-            continue
-        event = read(_Event, _parse(line.removeprefix("data:")), _NAME)
-        if event.event == "error":
-            raise Unanswered(_ASK, f"answered with an error event {plain_code(event.code)}".rstrip())
-        if event.event in ("message", "agent_message"):
-            pieces.append(event.answer or "")
-        if event.event == "message_replace":  # by Dify's moderation
-            pieces = [event.answer or ""]
-        if event.event == "message_end":
-            return _answer(
-                {
-                    "conversation_id": event.conversation_id,
-                    "message_id": event.message_id,
-                    "answer": "".join(pieces),
-                }
-            )
-    raise Unanswered(_ASK, "ended before the answer did")
+    async def _assemble(self, response: httpx.Response) -> Answer:
+        """Put a streamed answer together out of its server-sent events."""
+        pieces: list[str] = []
+        async for line in _lines(response):
+            if not line.startswith("data:"):
+                continue
+            event = read(_Event, _parse(line.removeprefix("data:")), _NAME)
+            if event.event == "error":
+                raise self.failure(_ASK, event.status if isinstance(event.status, int) else 500, plain_code(event.code))
+            if event.event == _PAUSED:
+                raise Paused(_ASK, "waits for a human within the workflow")
+            if event.event in ("message", "agent_message"):
+                pieces.append(event.answer or "")
+            if event.event == "message_replace":  # by Dify's moderation
+                pieces = [event.answer or ""]
+            if event.event == "message_end":
+                return _answer(
+                    {
+                        "conversation_id": event.conversation_id,
+                        "message_id": event.message_id,
+                        "answer": "".join(pieces),
+                    }
+                )
+        raise Unanswered(_ASK, "ended before the answer did")
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:
@@ -191,6 +206,8 @@ async def _lines(response: httpx.Response) -> AsyncIterator[str]:
 
 
 def _answer(content: JsonValue) -> Answer:
+    if isinstance(content, dict) and content.get("event") == _PAUSED:
+        raise Paused(_ASK, "waits for a human within the workflow")
     answer = read(Answer, content, _NAME)
     if not answer.conversation_id:
         raise Unanswered(_ASK, "answered without a conversation")

@@ -40,8 +40,12 @@ class OutsideError(Exception):
     never_began: ClassVar[bool] = False
 
     def __init__(self, call: str, outcome: str, retry_after: float = 0.0) -> None:
-        super().__init__(f"{call}: {outcome}")
+        super().__init__(call, outcome, retry_after)  # as pickle wants to call it again
         self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        call, outcome, _ = self.args
+        return f"{call}: {outcome}"
 
 
 class NotFound(OutsideError):
@@ -131,19 +135,28 @@ class OutsideAPI:
         Raises:
             OutsideError: One of its subclasses.
         """
-        status = response.status_code
         if response.is_success:
             return
         call = f"{self.name}, {response.request.method} {response.request.url.path}"
-        code = error_code(response)
-        outcome = f"answered {status} {code}".rstrip()
-        if status in (429, 503):
-            raise (Busy if status == 429 else Unanswered)(call, outcome, _seconds(response.headers.get("Retry-After")))
-        if status == 404:
-            # A 404 that is not JSON comes from a proxy whose server is away.
-            is_its_own = response.headers.get("Content-Type", "").startswith("application/json")
-            raise (NotFound if is_its_own else Unanswered)(call, outcome)
-        raise (Unanswered if status >= 500 or code in self.passing_codes else Rejected)(call, outcome)
+        status, code = response.status_code, error_code(response)
+        if status == 404 and not response.headers.get("Content-Type", "").startswith("application/json"):
+            # It comes from a proxy whose server is away.
+            raise Unanswered(call, f"answered 404 {code}".rstrip())
+        raise self.failure(call, status, code, _seconds(response.headers.get("Retry-After")))
+
+    def failure(self, call: str, status: int, code: str, retry_after: float = 0.0) -> OutsideError:
+        """The error for a status that tells of a failure.
+
+        Parameters:
+            call: What was asked of whom, for the log.
+            status: The HTTP status.
+            code: The error's code, or nothing.
+            retry_after: Seconds that the API asked to wait.
+        """
+        kinds = {404: NotFound, 429: Busy}
+        passes = status >= 500 or code in self.passing_codes
+        kind = kinds.get(status, Unanswered if passes else Rejected)
+        return kind(call, f"answered {status} {code}".rstrip(), retry_after if status in (429, 503) else 0.0)
 
     async def _try(
         self,

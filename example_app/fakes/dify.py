@@ -56,6 +56,8 @@ class FakeDify:
         self.delay = 0.0
         self.replaced: str | None = None
         """What its moderation makes of every streamed answer."""
+        self.last_event: dict[str, object] | None = None
+        """What comes in place of an answer, or of a stream's end."""
         self._api_key = api_key
         routes = [
             Route("/v1/chat-messages", self._chat, methods=["POST"]),
@@ -92,7 +94,9 @@ class FakeDify:
         await self.answering.wait()
         message.answer = f"You said: {message.query}"
         if body.get("response_mode") == "streaming":
-            return StreamingResponse(_events(conversation, message, self.replaced), media_type="text/event-stream")
+            return StreamingResponse(self._events(conversation, message), media_type="text/event-stream")
+        if self.last_event is not None:
+            return JSONResponse(self.last_event | {"conversation_id": conversation.id, "message_id": message.id})
         return JSONResponse(
             {
                 "event": "message",
@@ -129,23 +133,25 @@ class FakeDify:
         del self.conversations[conversation.id]
         return Response(status_code=204)
 
+    async def _events(self, conversation: DifyConversation, message: DifyMessage) -> AsyncIterator[str]:
+        def event(**content: object) -> str:
+            content |= {"conversation_id": conversation.id, "message_id": message.id}
+            return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+        yield "event: ping\n\n"
+        half = len(message.answer) // 2
+        for piece in (message.answer[:half], message.answer[half:]):
+            yield event(event="agent_message", answer=piece)
+        if self.replaced is not None:
+            yield event(event="message_replace", answer=self.replaced)
+        yield event(**self.last_event or {"event": "message_end"})
+
     def _allowed(self, request: Request) -> bool:
         return request.headers.get("Authorization") == f"Bearer {self._api_key}"
 
     def _find(self, conversation_id: str | None, user: str) -> DifyConversation | None:
         conversation = self.conversations.get(conversation_id or "")
         return conversation if conversation is not None and conversation.user == user else None
-
-
-async def _events(conversation: DifyConversation, message: DifyMessage, replaced: str | None) -> AsyncIterator[str]:
-    ids = {"conversation_id": conversation.id, "message_id": message.id}
-    yield "event: ping\n\n"
-    half = len(message.answer) // 2
-    for piece in (message.answer[:half], message.answer[half:]):
-        yield f"data: {json.dumps({'event': 'agent_message', 'answer': piece} | ids, ensure_ascii=False)}\n\n"
-    if replaced is not None:
-        yield f"data: {json.dumps({'event': 'message_replace', 'answer': replaced} | ids)}\n\n"
-    yield f"data: {json.dumps({'event': 'message_end'} | ids)}\n\n"
 
 
 def _error(status: int, code: str) -> JSONResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Awaitable, Callable
 
 import httpx
@@ -11,7 +12,7 @@ from celery.exceptions import Ignore, Retry
 
 from example_app import dialogues, steps
 from example_app.clients import get_chatwoot
-from example_app.clients.dify import Answer, Dify, Question
+from example_app.clients.dify import Answer, Dify, Question, StillAnswering
 from example_app.clients.http import Busy, OutsideError, Rejected, Unanswered
 from example_app.dialogues import delete_dialogue, store_message, upsert_dialogue
 from example_app.dispatch import DELETE, HAND_OVER, RESPOND, dispatch_deletion
@@ -147,7 +148,7 @@ async def test_provider_of_the_model_fails_dify(
     outside.dify.faults.add(Fault(*ASK, 400, code="Hello\nfrom an attacker"))
     assert [await run(ask, message), await run(ask, message)] == ["failed", "failed"]
     told = [record.getMessage().split("answered ")[1] for record in caplog.records if record.name == "chatdify"]
-    assert told == ["400 completion_request_error')", "400 provider_quota_exceeded')", "400')"]
+    assert told == ["400 completion_request_error', 0.0)", "400 provider_quota_exceeded', 0.0)", "400', 0.0)"]
 
 
 async def test_lost_answer_is_found_again(outside: Outside) -> None:
@@ -321,7 +322,10 @@ async def test_hand_over_by_a_key_that_may_not_read(outside: Outside, configure:
 async def test_workflow_that_sets_the_status(
     outside: Outside, client: httpx.AsyncClient, configure: Configure, status: str, allowed: str
 ) -> None:
-    """What Dify's workflow answers when it has itself opened or closed the conversation is posted; nothing after it."""
+    """What Dify's workflow answers when it has itself opened or closed the conversation is posted.
+
+    What waits then is left to the human of an open conversation; a closed one has none.
+    """
     configure(ALLOWED_CONVERSATION_STATUSES=allowed)
     closing, waiting = await receive(outside, "Thanks, that is all", "one more")
 
@@ -337,8 +341,58 @@ async def test_workflow_that_sets_the_status(
         assert await run(ask, closing) == "answered"
     assert await run(respond, closing) == "posted"
     assert outside.chatwoot.conversation(7).answers() == ["You said: Thanks, that is all"]
-    assert [await run(ask, waiting), await run(respond, waiting)] == ["answered", "handed_over"]
+    # Whoever has opened it sees what waits; in a closed one nobody does.
+    expected = "handed_over" if status == "open" else "posted"
+    assert [await run(ask, waiting), await run(respond, waiting)] == ["answered", expected]
     assert outside.chatwoot.conversation(7).status == status
+
+
+async def test_failure_in_a_conversation_that_a_workflow_closed(
+    outside: Outside, client: httpx.AsyncClient, configure: Configure
+) -> None:
+    """A message that waited there is handed to a human all the same."""
+    [waiting] = await receive(outside, "one more")
+    await write("UPDATE message SET attempts = 0")
+    assert (await client.post("/api/v1/toggle-status/7", json={"status": "resolved"})).status_code == 200
+    outside.dify.faults.add(Fault(*ASK, 400))
+    assert [await run(ask, waiting), await run(hand_over, waiting)] == ["failed", "handed_over"]
+    assert outside.chatwoot.conversation(7).status == "open"
+
+
+@pytest.mark.parametrize(
+    ("event", "state"),
+    [
+        ({"event": "error", "status": 400, "code": "provider_quota_exceeded"}, "failed"),
+        ({"event": "error", "status": 400, "code": "invalid_param"}, "failed"),
+        ({"event": "error", "status": 400, "code": "completion_request_error"}, "again"),
+        ({"event": "error", "status": 500, "code": "internal_server_error"}, "again"),
+        ({"event": "error"}, "again"),
+        ({"event": "workflow_paused"}, "failed"),
+    ],
+    ids=str,
+)
+async def test_stream_that_ends_otherwise(
+    outside: Outside, configure: Configure, event: dict[str, object], state: str
+) -> None:
+    """An error in the middle of a stream counts as the same error at its beginning; nobody can answer a pause."""
+    configure(DIFY_RESPONSE_MODE="streaming")
+    [message] = await receive(outside, "Hello")
+    outside.dify.last_event = event
+    assert await run(ask, message) == state
+
+
+async def test_workflow_that_pauses(outside: Outside) -> None:
+    """A blocking answer that is none is handed over, too."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.last_event = {"event": "workflow_paused"}
+    assert await run(ask, message) == "failed"
+
+
+@pytest.mark.parametrize("error", [Busy("Dify", "answered 429", 3.0), StillAnswering("Dify", "has no answer yet")])
+def test_errors_travel_between_processes(error: OutsideError) -> None:
+    """The pool of a worker pickles what its tasks raise."""
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), copy.retry_after) == (type(error), str(error), error.retry_after)
 
 
 async def test_accounts_do_not_share_a_memory(outside: Outside, configure: Configure) -> None:
@@ -483,14 +537,32 @@ async def test_question_that_dify_failed_over_is_asked_again(outside: Outside) -
 
 
 async def test_answer_that_never_comes_is_asked_for_again(outside: Outside) -> None:
-    """A Dify that died over the question is asked again in the last attempt, in the same conversation."""
+    """While Dify may still answer, its answer is waited for; one that died is asked again in the same conversation."""
     [message] = await receive(outside, "Hello")
     outside.dify.faults.add(Fault(*ASK, 504, too_late=True))
     assert await run(ask, message) == "again"
     [conversation] = outside.dify.conversations.values()
     conversation.messages[0].answer = ""
-    assert [await run(ask, message) for _ in range(3)] == ["again", "again", "answered"]
+    assert [await run(ask, message) for _ in range(6)] == ["again"] * 6
+    assert len(conversation.messages) == 1
+    await write("UPDATE message SET created_at = created_at - interval '5 minutes'")
+    conversation.messages[0].created_at -= 300
+    assert await run(ask, message) == "answered"
     assert [*outside.dify.conversations.values()] == [conversation]
+    assert len(conversation.messages) == 2
+
+
+async def test_slow_answer_is_waited_for(outside: Outside) -> None:
+    """However often a proxy gives up before Dify does, the question is asked once."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 504, too_late=True))
+    assert await run(ask, message) == "again"
+    [conversation] = outside.dify.conversations.values()
+    late, conversation.messages[0].answer = conversation.messages[0].answer, ""
+    assert [await run(ask, message) for _ in range(6)] == ["again"] * 6
+    conversation.messages[0].answer = late
+    assert await run(ask, message) == "answered"
+    assert len(conversation.messages) == 1
 
 
 async def test_no_connection_is_held_while_dify_thinks(outside: Outside) -> None:

@@ -7,14 +7,16 @@ import json
 import math
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
 
+from example_app import dialogues
 from example_app.api import doors
 from example_app.dispatch import PROCESS
 from example_app.schemas import WEBHOOK_EXAMPLE
+from fastapi_chatdify_db import DatabaseUnavailable
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside, rows, signed, write
 
 PATH = "/api/v1/chatwoot-webhook"
@@ -79,7 +81,9 @@ async def test_same_message_in_another_delivery_is_one(client: httpx.AsyncClient
         {"content": ""},
         {"content": " \n"},
         {"content": None},
-        {"content": "Bot unexpectedly broke down, conversation moved to open status"},
+        {"content": "Bot unexpectedly broke down, conversation moved to open status", "message_type": "outgoing"},
+        {"content": "Voice Call", "content_type": "voice_call"},
+        {"content_attributes": {"email": {"auto_reply": True, "subject": "Out of office"}}},
         {"content_attributes": {"chatdify": "1:answer"}},
         {"conversation": {"id": 7, "status": "resolved"}},
         {"account": {"id": 2}},
@@ -91,6 +95,25 @@ async def test_messages_that_are_not_for_the_bot(client: httpx.AsyncClient, chan
     response = await deliver(client, message(**changes))
     assert (response.status_code, response.json()["status"]) == (200, "skipped")
     assert await rows("SELECT count(*) FROM message") == [(0,)]
+
+
+async def test_customer_who_speaks_like_the_bot(client: httpx.AsyncClient) -> None:
+    """What the bot says itself is known by more than its beginning."""
+    said = message(content="Bot unexpectedly broke down, conversation moved to open status? Why?")
+    said["content_attributes"] = {"email": {"auto_reply": False}}
+    assert (await deliver(client, said)).json()["status"] == "processing"
+
+
+async def test_database_that_is_away(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chatwoot sends an agent bot's webhook again after a 429 or a 500, and after no other status."""
+
+    async def refuse(*_: object) -> NoReturn:
+        raise DatabaseUnavailable("refused", OSError())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dialogues, "is_new_delivery", refuse)
+        assert (await deliver(client, message(), "1")).status_code == 500
+    assert (await deliver(client, message(), "1")).json()["status"] == "processing"
 
 
 async def test_settings_widen_what_is_answered(client: httpx.AsyncClient, configure: Configure) -> None:
