@@ -145,7 +145,7 @@ def _run_in_place(task: Task, task_id: str, send: partial[Any], unit: UnitOfWork
 def _send(task: Task, send: partial[Any], unit: UnitOfWork | None) -> BaseException | None:
     limit = float(task.app.conf.broker_connection_timeout or _TIME_LIMIT)
     if unit is not None and time.monotonic() < _gave_up.get(unit, -math.inf) + limit:
-        return TimeoutError("nor was the one before")
+        return TimeoutError("not tried, since the broker has just failed another task of the same unit")
     error = send_within(limit, send)
     if unit is not None and isinstance(error, OperationalError | TimeoutError):
         _gave_up[unit] = time.monotonic()

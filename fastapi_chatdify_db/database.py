@@ -136,7 +136,8 @@ class Database:
         """Call ``callback`` once what the unit did here so far is committed; never after a rollback.
 
         Callbacks run before the response leaves: coroutine functions on the event loop, others in a thread. What a
-        callback writes through ``session`` is committed after it; an exception is logged and stops nothing else.
+        callback writes through ``session`` is committed after it. An exception is logged and stops nothing else; an
+        ``AfterCommitError`` goes on to whoever ended the unit, once the others are done.
 
         Parameters:
             callback: Takes no arguments; a coroutine function needs an async unit.
