@@ -18,7 +18,7 @@ from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, finish
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.surroundings import in_event_loop
-from fastapi_chatdify_db.unit_of_work import units_inside
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, units_inside
 
 logger: Final = logging.getLogger(__name__)
 
@@ -94,13 +94,11 @@ class HTTPExchange(AsyncUnitOfWork):
                 if not self._body_is_under_way(message):
                     return self._settle_and_send(message)
                 self._keeps = self._commit_on(message["status"])
-                for unit in units_inside(self):
-                    unit.awaits_response = True
+                for block in self._blocks():
+                    block.awaits_response = True
             self._started = True
         elif kind in _ENDS and not message.get("more_body"):
-            if (not self.untouched or self.has_inner) and (
-                not self.at_rest or (self.has_inner and units_inside(self)) or self._has_producer
-            ):
+            if (not self.untouched or self.has_inner) and (not self.at_rest or self._has_producer or self._blocks()):
                 return self._settle_and_send(message)
             self._complete = True
         return self._send(message)
@@ -114,10 +112,9 @@ class HTTPExchange(AsyncUnitOfWork):
         try:
             if not commit and self._wants_retry():
                 raise TryAgain
-            # Of dependencies that yield within a db.transaction(): they would end it after the response.
-            for unit in units_inside(self):
-                unit.awaits_response = starts  # what is done from here on
-                await finish(unit, commit=commit)
+            for block in self._blocks():
+                block.awaits_response = starts  # what is done from here on
+                await finish(block, commit=commit)
             await self.finish_async(commit=commit)
         except Exception as error:
             self._failure = error
@@ -139,8 +136,15 @@ class HTTPExchange(AsyncUnitOfWork):
         if any(name.lower() == b"content-length" for name, _ in start.get("headers", ())):
             return False
         # FastAPI's producer may begin a statement at any moment, also during our COMMIT.
-        units = (self, *units_inside(self)) if self.has_inner else (self,)
-        return any(unit.in_use or (self._has_producer and unit.asks_at_end) for unit in units)
+        return any(unit.in_use or (self._has_producer and unit.asks_at_end) for unit in (self, *self._blocks()))
+
+    def _blocks(self) -> list[UnitOfWork]:
+        """The open blocks of dependencies that yield within them, which FastAPI would end after the response."""
+        if not self.has_inner:
+            return []
+        blocks = units_inside(self)
+        # A def dependency's cannot be told from those of a def producer, which ends them itself.
+        return [block for block in blocks if block not in self.suspended] if self._has_producer else blocks
 
     @property
     def _has_producer(self) -> bool:

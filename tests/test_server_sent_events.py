@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from threading import Event
 from typing import Annotated
 
 import httpx
 import pytest
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.sse import EventSourceResponse
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
@@ -109,3 +111,41 @@ async def test_router_whose_default_is_events(client: httpx.AsyncClient, observe
     response = await client.get(path)
     assert (response.status_code, response.text) == (200, 'data: "end"\n\n')
     assert await observer.names() == ["a"]
+
+
+@pytest.mark.parametrize("writes_first", [True, False])
+async def test_block_of_the_producer(observer: Observer, writes_first: bool) -> None:
+    """It ends where the producer ends it, and is kept whole, though it was open before the response began."""
+    opened = Event()
+
+    class Hesitating:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_late(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    await asyncio.to_thread(opened.wait, 10)
+                await send(message)
+
+            await self.app(scope, receive, send_late)
+
+    app = FastAPI()
+    app.add_middleware(Hesitating)
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.get("/", response_class=EventSourceResponse)
+    def produce() -> Iterable[str]:
+        with db.sync_transaction() as session:
+            if writes_first:
+                session.add(Item("a"))
+                session.flush()
+            else:
+                session.scalars(select(Item)).all()
+            opened.set()
+            yield "begin"
+            session.add(Item("b"))
+
+    async with serve(app) as client:
+        assert (await client.get("/")).text == 'data: "begin"\n\n'
+    assert await observer.names() == (["a", "b"] if writes_first else ["b"])
