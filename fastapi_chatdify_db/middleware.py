@@ -6,7 +6,9 @@ import logging
 from collections.abc import Iterator
 from typing import Final
 
+from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_chatdify_db.exchange import CommitOn, HTTPExchange, WebSocketExchange
@@ -61,17 +63,25 @@ class DBSessionMiddleware:
             await HTTPExchange(receive, send, self._commit_on).run(self._app, scope)
 
 
-def _base_http_middleware(inside: object) -> Iterator[str]:
+def _base_http_middleware(app: object) -> Iterator[str]:
     """The names of those in an application, its routes, and what is mounted there so far."""
-    if isinstance(inside, BaseHTTPMiddleware):
-        yield _name(inside.dispatch_func)
-    own = getattr(inside, "__dict__", {})  # a mock has any attribute, without end
-    for entry in own.get("user_middleware", ()):  # of a mounted application, which puts them together later
-        if isinstance(entry.cls, type) and issubclass(entry.cls, BaseHTTPMiddleware):
-            yield _name(entry.kwargs.get("dispatch", entry.cls))
-    for further in (own.get("app"), own.get("_app"), own.get("router"), *own.get("routes", ())):
-        if further is not None:
-            yield from _base_http_middleware(further)
+    found, seen = [app], set()
+    while found:
+        inside = found.pop()
+        if inside is None or id(inside) in seen:
+            continue
+        seen.add(id(inside))
+        own = getattr(inside, "__dict__", {})  # a mock has any attribute, without end
+        found += [own.get("app"), own.get("_app")]
+        if isinstance(inside, BaseHTTPMiddleware):
+            yield _name(inside.dispatch_func)
+        elif isinstance(inside, Router):
+            found += inside.routes
+        elif isinstance(inside, Starlette):  # mounted; it puts its middleware together later
+            found.append(inside.router)
+            for entry in inside.user_middleware:
+                if isinstance(entry.cls, type) and issubclass(entry.cls, BaseHTTPMiddleware):
+                    yield _name(entry.kwargs.get("dispatch", entry.cls))
 
 
 def _name(named: object) -> str:
