@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import traceback
+from pathlib import Path
 from typing import Self
 
 import pytest
@@ -15,6 +17,7 @@ from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable,
 from tests.serving import free_socket
 
 SECRET = "s3cr3t"
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +26,15 @@ def empty_environment(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_defaults() -> None:
-    """Without any variable the pool has its documented size and manners."""
-    settings = DatabaseSettings()
-    assert (settings.db_pool_size, settings.db_max_overflow) == (10, 20)
-    assert (settings.db_pool_timeout, settings.db_pool_recycle) == (30, 1800)
-    assert settings.db_pool_pre_ping is True
-    assert (settings.db_echo, settings.db_pgbouncer) == (False, False)
-    assert (settings.db_statement_timeout, settings.db_idle_in_transaction_timeout) == (0, 0)
-    assert (settings.db_application_name, settings.db_startup_timeout) == ("fastapi_chatdify_db", 30)
-    assert settings.url().render_as_string() == "postgresql://postgres@localhost:5432/postgres"
+    """Without any variable each setting has its documented value."""
+    documented = dict(re.findall(r"^\| `(DB_\w+)` \| `?(\w+)", PAGE.read_text(), re.MULTILINE))
+    defaults = {
+        name.upper(): str(field.default).lower().removesuffix(".0")
+        for name, field in DatabaseSettings.model_fields.items()
+        if name.startswith("db_")
+    }
+    assert documented == defaults
+    assert DatabaseSettings().url().render_as_string() == "postgresql://postgres@localhost:5432/postgres"
 
 
 def test_variables_reach_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
