@@ -296,7 +296,7 @@ def _refuse(session: Session, _: SessionTransaction, connection: Connection) -> 
     """Turn away whoever was still waiting for a connection when the unit ended."""
     connection.close()
     raise OutsideUnitOfWork(
-        "the unit of work of this session has ended meanwhile; let it wait for who uses its session, "
+        "the unit of work of this session has ended meanwhile; wait for whoever uses the session before that, "
         "e.g. by starlette.concurrency.run_in_threadpool in place of asyncio.to_thread, or give them db.transaction()"
     )
 

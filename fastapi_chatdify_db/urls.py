@@ -141,7 +141,7 @@ def _normalized(url: URL) -> URL:
 def _split_query(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, str]]:
     """The URL with nothing in its query but where the server is, and the rest of the query in libpq's spelling.
 
-    Who waits for a connection to be made waits no longer than for a free one, unless the query says otherwise.
+    Unless the query says otherwise, a connect may take as long as the wait for a free one (``db_pool_timeout``).
     """
     place = {name: value for name, value in url.query.items() if name in ("host", "port")}
     options = {name: _last(value) for name, value in url.query.items() if name not in place}
