@@ -12,7 +12,9 @@ from types import ModuleType
 
 import pytest
 
-from fastapi_chatdify_db import Base, db
+import celery_ext
+import fastapi_chatdify_db
+from fastapi_chatdify_db import Base, ChatdifyDBError, db
 from tests.serving import serve
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +70,14 @@ async def test_quickstart(quickstart: ModuleType, capsys: pytest.CaptureFixture[
         assert (await client.post("/users/1/greet")).status_code == 200
         assert (await client.post("/users/99/greet")).status_code == 404
         assert (await client.get("/health/ready")).status_code == 200
+
+
+def test_every_error_is_documented() -> None:
+    """docs/errors.md has a row for each, and none for what is not there."""
+    public = [getattr(package, name) for package in (celery_ext, fastapi_chatdify_db) for name in package.__all__]
+    errors = [each for each in public if isinstance(each, type) and issubclass(each, ChatdifyDBError)]
+    rows = re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert sorted(["ChatdifyDBError", *rows]) == sorted(each.__name__ for each in errors)
 
 
 @pytest.fixture
