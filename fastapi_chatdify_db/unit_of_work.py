@@ -60,9 +60,9 @@ def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
     unit = _current.get()
     while unit is not None and unit is not outer:
         if not unit.closed:
-            found += (*unit.suspended, unit) if unit.has_inner else (unit,)
+            found += (*unit.suspended, unit)
         unit = unit.outer
-    return [*(found if unit is outer else ()), *(outer.suspended if outer.has_inner else ())]
+    return [*(found if unit is outer else ()), *outer.suspended]
 
 
 def note_error(context: ExceptionContext) -> None:

@@ -49,11 +49,8 @@ def store(
     if engines.sync_engine.dialect.name != "postgresql":
         raise DurableDispatchUnsupported("durable dispatch needs PostgreSQL; write task.delay_on_commit(...)")
     check_arguments(task, args, kwargs)
-    refuse_durable_options(task, options or {}, "{}=...")
-    if options is not None and "task_id" in options:
-        raise TypeError(f"{task.name} has its row's id for task_id; to store it once, write idempotency_key=...")
-    if options is not None and "on_error" in options:
-        raise TypeError(f"{task.name} is stored, and sent until the broker takes it; leave out on_error=...")
+    options = options or {}
+    _refuse_useless(task, options)
     row = new_row(
         task,
         args,
@@ -63,9 +60,17 @@ def store(
         expires=task.expires if expires is None else expires,
         ordering_key=ordering_key,
         idempotency_key=idempotency_key,
-        options={**inherited(task), **(options or {})},
+        options={**inherited(task), **options},
     )
     if task.app.conf.task_always_eager:  # where there is no worker there is no relay
-        return send_on_commit(task, args, kwargs, "raise", {**(options or {}), "task_id": row.id})
+        return send_on_commit(task, args, kwargs, "raise", {**options, "task_id": row.id})
     outbox.add(unit.session_of_writes(engines), row)
     return row.id
+
+
+def _refuse_useless(task: Task, options: Mapping[str, Any]) -> None:
+    refuse_durable_options(task, options, "{}=...")
+    if "task_id" in options:
+        raise TypeError(f"{task.name} has its row's id for task_id; to store it once, write idempotency_key=...")
+    if "on_error" in options:
+        raise TypeError(f"{task.name} is stored, and sent until the broker takes it; leave out on_error=...")

@@ -175,15 +175,14 @@ class Dify(OutsideAPI):
             event = read(_Event, _parse(line.removeprefix("data:")), _NAME)
             if event.event == "error":
                 raise self.failure(_ASK, event.status if isinstance(event.status, int) else 500, plain_code(event.code))
-            if event.event == _PAUSED:
-                raise Paused(_ASK, "waits for a human within the workflow")
             if event.event in ("message", "agent_message"):
                 pieces.append(event.answer or "")
             if event.event == "message_replace":  # by Dify's moderation
                 pieces = [event.answer or ""]
-            if event.event == "message_end":
+            if event.event in ("message_end", _PAUSED):
                 return _answer(
                     {
+                        "event": event.event,
                         "conversation_id": event.conversation_id,
                         "message_id": event.message_id,
                         "answer": "".join(pieces),

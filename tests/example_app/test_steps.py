@@ -16,6 +16,7 @@ from example_app.clients.dify import Answer, Dify, Question, StillAnswering
 from example_app.clients.http import Busy, OutsideError, Rejected, Unanswered
 from example_app.dialogues import delete_dialogue, store_message, upsert_dialogue
 from example_app.dispatch import DELETE, HAND_OVER, RESPOND, dispatch_deletion
+from example_app.fakes.dify import DifyConversation
 from example_app.fakes.faults import Fault
 from example_app.schemas import MessageCreated, WebhookConversation
 from example_app.steps import dify_user
@@ -525,12 +526,18 @@ async def test_worker_that_died_while_dify_answered(outside: Outside) -> None:
     assert len(conversation.messages) == 1
 
 
-async def test_question_that_dify_failed_over_is_asked_again(outside: Outside) -> None:
-    """At once, whatever of an answer Dify has kept."""
+async def ask_in_vain(outside: Outside, status: int) -> tuple[int, DifyConversation]:
+    """Have a question answered when nobody listens any more; returns the message and Dify's conversation."""
     [message] = await receive(outside, "Hello")
-    outside.dify.faults.add(Fault(*ASK, 500, too_late=True))
+    outside.dify.faults.add(Fault(*ASK, status, too_late=True))
     assert await run(ask, message) == "again"
     [conversation] = outside.dify.conversations.values()
+    return message, conversation
+
+
+async def test_question_that_dify_failed_over_is_asked_again(outside: Outside) -> None:
+    """At once, whatever of an answer Dify has kept."""
+    message, conversation = await ask_in_vain(outside, 500)
     conversation.messages[0].answer, conversation.messages[0].status = "You sa", "error"
     assert await run(ask, message) == "answered"
     assert await rows("SELECT answer FROM message") == [("You said: Hello",)]
@@ -538,10 +545,7 @@ async def test_question_that_dify_failed_over_is_asked_again(outside: Outside) -
 
 async def test_answer_that_never_comes_is_asked_for_again(outside: Outside) -> None:
     """While Dify may still answer, its answer is waited for; one that died is asked again in the same conversation."""
-    [message] = await receive(outside, "Hello")
-    outside.dify.faults.add(Fault(*ASK, 504, too_late=True))
-    assert await run(ask, message) == "again"
-    [conversation] = outside.dify.conversations.values()
+    message, conversation = await ask_in_vain(outside, 504)
     conversation.messages[0].answer = ""
     assert [await run(ask, message) for _ in range(6)] == ["again"] * 6
     assert len(conversation.messages) == 1
@@ -554,10 +558,7 @@ async def test_answer_that_never_comes_is_asked_for_again(outside: Outside) -> N
 
 async def test_slow_answer_is_waited_for(outside: Outside) -> None:
     """However often a proxy gives up before Dify does, the question is asked once."""
-    [message] = await receive(outside, "Hello")
-    outside.dify.faults.add(Fault(*ASK, 504, too_late=True))
-    assert await run(ask, message) == "again"
-    [conversation] = outside.dify.conversations.values()
+    message, conversation = await ask_in_vain(outside, 504)
     late, conversation.messages[0].answer = conversation.messages[0].answer, ""
     assert [await run(ask, message) for _ in range(6)] == ["again"] * 6
     conversation.messages[0].answer = late
