@@ -90,8 +90,9 @@ class DatabaseSettings(BaseSettings):
 
     def make_same_engines_as(self, other: DatabaseSettings) -> bool:
         """Whether both say the same of the database; they may differ in what an application's subclass adds."""
-        fields = set(DatabaseSettings.model_fields)
-        return self.model_dump(include=fields) == other.model_dump(include=fields)
+        # The others make the URL, or nothing beside DATABASE_URL.
+        fields = {name for name in DatabaseSettings.model_fields if name.startswith("db_")}
+        return self.url() == other.url() and self.model_dump(include=fields) == other.model_dump(include=fields)
 
     def url(self) -> URL:
         """The URL as it was given, or as the ``postgres_*`` fields make it.

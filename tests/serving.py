@@ -32,9 +32,12 @@ async def serve(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, timeout_keep_alive=60)
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))
-    limits = httpx.Limits(max_connections=None)
+    # Without TLS: to read the system's certificates takes longer than many a test.
+    client = httpx.AsyncClient(
+        base_url=f"http://{host}:{port}", timeout=60, limits=httpx.Limits(max_connections=None), verify=False
+    )
     try:
-        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=60, limits=limits) as client:
+        async with client:
             yield client
     finally:
         server.should_exit = True

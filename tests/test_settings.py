@@ -258,9 +258,10 @@ def test_settings_are_not_assigned_too_late() -> None:
 
     class Settings(DatabaseSettings):
         greeting: str = "hello"
+        postgres_host: str = "elsewhere"  # says nothing beside a URL
 
     database = Database("reports")
-    database.settings = Settings(database_url="postgresql://first/name")
+    database.settings = DatabaseSettings(database_url="postgresql://first/name")
     assert database.sync_engine.url.host == "first"
     database.settings = Settings(database_url="postgresql://first/name", greeting="goodbye")
     with pytest.raises(InvalidSettings, match=r"reports\.settings is assigned too late"):

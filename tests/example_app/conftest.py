@@ -21,6 +21,8 @@ from example_app.main import create_app
 from example_app.settings import get_settings
 from example_app.worker import app as celery_app
 from fastapi_chatdify_db import db
+from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.unit_of_work import note_error
 from tests.serving import serve
 
 API_TOKEN = "api-token"
@@ -57,7 +59,9 @@ def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Co
         CELERY_RETRY_COUNTDOWN="0",
     )
     assert celery_app.conf.broker_url == "memory://localhost"
-    # What create_app() tells the one database is not for the tests that follow.
+    # What create_app() tells the one database is not for the tests that follow, nor theirs for it.
+    monkeypatch.setattr(db, "_settings", get_settings())
+    monkeypatch.setattr(db, "engines", Engines(lambda: db.settings, on_error=note_error))
     monkeypatch.setattr(db, "services", {})
     monkeypatch.setattr(db, "creates_tables", False)
     yield configure
