@@ -1,0 +1,211 @@
+"""Each step is tried again as often as it takes, and does its work once."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+
+import pytest
+
+from example_app import steps
+from example_app.clients import get_chatwoot
+from example_app.clients.dify import StillAnswering
+from example_app.clients.http import Busy, OutsideError
+from example_app.fakes.faults import Fault
+from tests.example_app.conftest import Configure, Outside, rows, write
+from tests.example_app.stepping import ASK, ask, ask_in_vain, dispatched, receive, respond, run, until_answered
+
+
+@pytest.mark.parametrize("mode", ["blocking", "streaming"])
+@pytest.mark.parametrize(("status", "retry_after"), [(429, "0"), (503, "Wed, 21 Oct 2015 07:28:00 GMT"), (500, None)])
+async def test_passing_faults_are_retried(
+    outside: Outside, configure: Configure, mode: str, status: int, retry_after: str | None
+) -> None:
+    """After a 429, 503 or 500 Dify is asked again, until it answers."""
+    configure(DIFY_RESPONSE_MODE=mode)
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, status, times=2, retry_after=retry_after))
+    while await run(ask, message) != "answered":
+        pass
+    [conversation] = outside.dify.conversations.values()
+    assert len(conversation.messages) == 1
+
+
+async def test_lost_answer_is_found_again(outside: Outside) -> None:
+    """Dify answered, and its answer did not arrive: it is looked up, not asked for again."""
+    for message in await receive(outside, "Hello", "Hello"):
+        outside.dify.faults.add(Fault(*ASK, 504, too_late=True, delay=1.5))
+        assert [await run(ask, message), await run(ask, message)] == ["again", "answered"]
+    [conversation] = outside.dify.conversations.values()
+    assert [message.query for message in conversation.messages] == ["Hello", "Hello"]
+    assert await rows("SELECT count(DISTINCT dify_message_id) FROM message") == [(2,)]
+
+
+async def test_old_answer_is_none_to_a_new_question(outside: Outside) -> None:
+    """The same words as yesterday, whose answer nobody knows of: Dify is asked."""
+    first, second = await receive(outside, "Hello", "Hello")
+    await run(ask, first)
+    await write(f"UPDATE message SET dify_message_id = NULL WHERE id = {first}")
+    outside.dify.faults.add(Fault(*ASK, 500))
+    [conversation] = outside.dify.conversations.values()
+    conversation.messages[0].created_at -= 86400
+    assert [await run(ask, second), await run(ask, second)] == ["again", "answered"]
+    assert len(conversation.messages) == 2
+
+
+@pytest.mark.parametrize("header", ["9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+async def test_nobody_waits_for_years(outside: Outside, header: str) -> None:
+    """Whoever asks to wait longer than an hour is not believed."""
+    outside.chatwoot.conversation(7)
+    outside.chatwoot.faults.add(Fault("GET", "", 429, retry_after=header))
+    chatwoot = await get_chatwoot()
+    with pytest.raises(Busy) as caught:
+        await chatwoot.conversation(7)
+    assert caught.value.retry_after == 3600
+
+
+async def test_post_whose_answer_was_lost_is_not_repeated(outside: Outside) -> None:
+    """Chatwoot took the answer and said 502: it is found there, not posted again."""
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
+    outside.chatwoot.faults.add(Fault("POST", "/messages", 502, too_late=True))
+    assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
+    assert len(outside.chatwoot.conversation(7).answers()) == 1
+
+
+@pytest.mark.parametrize("step", ["ask", "respond"])
+async def test_what_a_proxy_may_have_passed_on_is_not_repeated(outside: Outside, step: str) -> None:
+    """A 503 does not say that nothing was done: it is looked up first."""
+    [message] = await receive(outside, "Hello")
+    if step == "ask":
+        outside.dify.faults.add(Fault(*ASK, 503, too_late=True))
+        assert [await run(ask, message), await run(ask, message)] == ["again", "answered"]
+    else:
+        await run(ask, message)
+        outside.chatwoot.faults.add(Fault("POST", "/messages", 503, too_late=True))
+        assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
+    [conversation] = outside.dify.conversations.values()
+    assert len(conversation.messages) == 1
+    assert len(outside.chatwoot.conversation(7).answers()) == (step == "respond")
+
+
+async def test_post_that_chatwoot_refused_is_repeated(outside: Outside) -> None:
+    """Chatwoot said 500 and did nothing: the answer is posted in the second attempt."""
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
+    outside.chatwoot.faults.add(Fault("POST", "/messages", 500))
+    assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
+    assert len(outside.chatwoot.conversation(7).answers()) == 1
+
+
+async def test_conversation_that_replaced_a_forgotten_one_is_found_again(outside: Outside) -> None:
+    """An answer that was lost together with the new conversation's id is found in that conversation."""
+    first, second = await receive(outside, "Hello", "again")
+    await run(ask, first)
+    outside.dify.forget(*outside.dify.conversations)
+    outside.dify.faults.add(Fault(*ASK, 500, every=2, too_late=True))  # the first one answers 404
+    assert [await run(ask, second), await run(ask, second)] == ["again", "answered"]
+    [conversation] = outside.dify.conversations.values()
+    assert [message.query for message in conversation.messages] == ["again"]
+    assert await rows("SELECT dify_conversation_id FROM dialogue") == [(conversation.id,)]
+
+
+@pytest.mark.parametrize("error", [Busy("Dify", "answered 429", 3.0), StillAnswering("Dify", "has no answer yet")])
+def test_errors_travel_between_processes(error: OutsideError) -> None:
+    """The pool of a worker pickles what its tasks raise."""
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), copy.retry_after) == (type(error), str(error), error.retry_after)
+
+
+async def test_retries_end(outside: Outside) -> None:
+    """After CELERY_TASK_MAX_RETRIES more attempts Dify's failure is for good."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 500, times=1000))
+    assert [await run(ask, message) for _ in range(4)] == ["again"] * 3 + ["failed"]
+    assert len(await dispatched()) == 1
+
+
+async def test_worker_that_dies_over_a_message_each_time(outside: Outside) -> None:
+    """A message over which its worker died four times is given up."""
+    [message] = await receive(outside, "Hello")
+    await write("UPDATE message SET attempts = 4")
+    assert await run(ask, message) == "failed"
+    assert outside.dify.conversations == {}
+
+
+async def test_unforeseen_exception_is_an_attempt(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug of ours is tried again too, and in the end a human gets the message."""
+    [message] = await receive(outside, "Hello")
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "Question", None)
+        for _ in range(3):
+            with pytest.raises(TypeError):
+                await run(ask, message)
+        assert await run(ask, message) == "failed"
+
+
+async def test_answer_that_takes_too_long_is_an_attempt(outside: Outside, configure: Configure) -> None:
+    """After CELERY_TASK_SOFT_TIME_LIMIT an attempt ends, and is followed by another."""
+    configure(CELERY_TASK_SOFT_TIME_LIMIT="0.2", HTTPX_READ_TIMEOUT="60")
+    [message] = await receive(outside, "Hello")
+    outside.dify.answering.clear()
+    with pytest.raises(TimeoutError):
+        await run(ask, message)
+    outside.dify.answering.set()
+    await until_answered(outside)
+    assert await run(ask, message) == "answered"
+
+
+async def test_worker_that_died_while_dify_answered(outside: Outside) -> None:
+    """The attempt that follows does not ask again, and waits for the answer to come."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.answering.clear()
+    died = asyncio.create_task(run(ask, message))
+    await outside.dify.asked.wait()
+    died.cancel()
+    await asyncio.gather(died, return_exceptions=True)
+    assert await run(ask, message) == "again"
+    outside.dify.answering.set()
+    await until_answered(outside)
+    assert await run(ask, message) == "answered"
+    [conversation] = outside.dify.conversations.values()
+    assert len(conversation.messages) == 1
+
+
+async def test_question_that_dify_failed_over_is_asked_again(outside: Outside) -> None:
+    """At once, whatever of an answer Dify has kept."""
+    message, conversation = await ask_in_vain(outside, 500)
+    conversation.messages[0].answer, conversation.messages[0].status = "You sa", "error"
+    assert await run(ask, message) == "answered"
+    assert await rows("SELECT answer FROM message") == [("You said: Hello",)]
+
+
+async def test_answer_that_never_comes_is_asked_for_again(outside: Outside) -> None:
+    """While Dify may still answer, its answer is waited for; one that died is asked again in the same conversation."""
+    message, conversation = await ask_in_vain(outside, 504)
+    conversation.messages[0].answer = ""
+    assert [await run(ask, message) for _ in range(6)] == ["again"] * 6
+    assert len(conversation.messages) == 1
+    await write("UPDATE message SET created_at = created_at - interval '5 minutes'")
+    conversation.messages[0].created_at -= 300
+    assert await run(ask, message) == "answered"
+    assert [*outside.dify.conversations.values()] == [conversation]
+    assert len(conversation.messages) == 2
+
+
+async def test_slow_answer_is_waited_for(outside: Outside) -> None:
+    """However often a proxy gives up before Dify does, the question is asked once."""
+    message, conversation = await ask_in_vain(outside, 504)
+    late, conversation.messages[0].answer = conversation.messages[0].answer, ""
+    assert [await run(ask, message) for _ in range(6)] == ["again"] * 6
+    conversation.messages[0].answer = late
+    assert await run(ask, message) == "answered"
+    assert len(conversation.messages) == 1
+
+
+async def test_attempts_are_counted_for_each_step(outside: Outside) -> None:
+    """A question that was answered in the last attempt leaves its answer as many."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 500, times=3))
+    assert [await run(ask, message) for _ in range(4)] == ["again"] * 3 + ["answered"]
+    assert await run(respond, message) == "posted"
