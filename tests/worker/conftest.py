@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import asyncpg
 import pytest
@@ -66,4 +67,13 @@ def unheard(rows: Observer) -> Iterator[Celery[celery_ext.Task]]:
     app = create_app("memory://", "cache+memory://", "nowhere")
     app.finalize()
     yield app
+    app.close()
+
+
+@pytest.fixture
+def eager() -> Iterator[dict[str, Any]]:
+    """The tasks, run at once where they are sent."""
+    app = create_app("memory://", "cache+memory://", "eager")
+    app.conf.task_always_eager = True
+    yield {name.rpartition(".")[2]: task for name, task in app.tasks.items()}
     app.close()

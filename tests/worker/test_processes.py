@@ -1,0 +1,176 @@
+"""Tasks in any process: a forked one, one that is interrupted, one that goes on after its worker."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+from celery import Celery
+from celery.signals import worker_shutdown
+from sqlalchemy import text
+
+import celery_ext
+from celery_ext import event_loop
+from fastapi_chatdify_db import Database, DatabaseSettings
+from tests.forking import in_a_new_process
+from tests.observing import Observer
+
+
+def test_fork_after_use() -> None:
+    """A forked child has an event loop, and a thread that sends, of its own: its parent's do not run in it."""
+    in_a_new_process(
+        """
+import signal
+from celery_ext import event_loop
+from celery_ext.sender import send_within
+from tests.forking import fork_and_wait
+
+async def nothing(): pass
+
+def both():
+    assert send_within(2, bool) is None
+    event_loop.run(nothing())
+
+def child():
+    signal.alarm(5)
+    both()
+
+both()
+assert fork_and_wait(child) == 0
+"""
+    )
+
+
+def test_late_shared_task_of_two_applications() -> None:
+    """Each application's task has that application's database, whatever base they share."""
+    in_a_new_process(
+        """
+from celery import Celery, shared_task
+import celery_ext
+from fastapi_chatdify_db import Database
+
+databases = {}
+for name in ("a", "b"):
+    app = Celery(name, broker="memory://", set_as_current=False)
+    databases[app] = Database(name)
+    celery_ext.init_app(app, db=databases[app])
+    app.finalize()
+
+@shared_task(base=celery_ext.Task, name="late")
+def late(): ...
+
+assert {app: app.tasks["late"].database for app in databases} == databases
+"""
+    )
+
+
+def test_fork_while_the_broker_hangs() -> None:
+    """The messages that its parent's threads wait with do not keep a forked child from sending its own."""
+    in_a_new_process(
+        """
+import threading
+from celery_ext.sender import send_within
+from tests.forking import fork_and_wait
+
+hang = threading.Event().wait
+while "already" not in str(send_within(0.001, hang)): pass
+
+def child():
+    assert send_within(2, bool) is None
+
+assert fork_and_wait(child) == 0
+"""
+    )
+
+
+def test_interrupt_that_a_coroutine_survives() -> None:
+    """What ends the waiting thread, unlike a soft time limit, ends it although the coroutine has returned."""
+    in_a_new_process(
+        """
+import asyncio, os, signal
+from celery_ext import event_loop
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+ended = []
+
+async def survive():
+    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        ended.append("cancelled")
+
+try:
+    event_loop.run(survive())
+except KeyboardInterrupt:
+    ended.append("interrupted")
+assert ended == ["cancelled", "interrupted"], ended
+"""
+    )
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_interrupt_while_a_coroutine_is_scheduled(scheduled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time limit can come at any instruction: the coroutine does not go on with nobody waiting for it."""
+    loop = event_loop.run(_running_loop())
+    schedule = loop.call_soon_threadsafe
+
+    def interrupted(callback: Callable[[], object]) -> None:
+        monkeypatch.undo()
+        if scheduled:
+            schedule(callback)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        event_loop.run(asyncio.Event().wait())
+
+    assert asyncio.run_coroutine_threadsafe(_other_tasks(), loop).result() == 0
+
+
+async def _running_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
+
+
+async def _other_tasks() -> int:
+    return len(asyncio.all_tasks()) - 1
+
+
+async def test_worker_in_a_process_that_goes_on(empty_tables: Observer) -> None:
+    """At its shutdown, as of ``celery.contrib.testing``'s, it closes its connections; tasks may be run after it."""
+    own = Database("own", settings=DatabaseSettings(db_application_name="shut down"))
+    app = Celery("shut down", backend="cache+memory://", set_as_current=False)
+    celery_ext.init_app(app, db=own)
+
+    @app.task(shared=False)
+    async def ask() -> int:
+        return int(await own.session.scalar(text("SELECT 42")))
+
+    for _ in range(2):
+        assert ask.apply().get() == 42
+        assert await empty_tables.connections("shut down") == 1
+        await asyncio.to_thread(worker_shutdown.send, None)
+        async with asyncio.timeout(10):
+            await empty_tables.until_connections("shut down", 0)
+        assert not [thread for thread in threading.enumerate() if thread.name == "celery_ext.event_loop"]
+    app.close()
+
+
+def test_worker_imports_no_web_framework() -> None:
+    """Neither ``celery_ext`` nor a module of tasks brings FastAPI or Starlette along."""
+    code = """
+import sys, celery_ext
+from celery import Celery
+from fastapi_chatdify_db import Base, db, get_sync_session
+app = Celery("worker", task_cls=celery_ext.Task)
+celery_ext.init_app(app)
+@app.task
+def task() -> None: db.sync_session
+app.finalize()
+assert not {"fastapi", "starlette"} & set(sys.modules), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
