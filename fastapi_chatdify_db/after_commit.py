@@ -11,6 +11,7 @@ from typing import Final
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.session import SessionTransactionState
 
 logger: Final = logging.getLogger(__name__)
 
@@ -35,9 +36,11 @@ class CallbackQueue:
 
     def add(self, callback: AfterCommit, session: Session | None) -> None:
         """Register a callback, bound to the innermost transaction or savepoint of ``session`` if there is one."""
-        transaction = None
-        if session is not None and session.in_transaction():
-            transaction = innermost(session)
+        transaction = None if session is None else innermost(session)
+        if transaction is not None and transaction._state is SessionTransactionState.COMMITTED:
+            self._due.append(callback)  # called by a handler of after_commit
+            return
+        if session is not None and transaction is not None:
             self._watch(session)
         self._pending.append(_Pending(callback, transaction))
 

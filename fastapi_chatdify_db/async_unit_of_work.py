@@ -18,7 +18,8 @@ from sqlalchemy.orm import Session
 from fastapi_chatdify_db.after_commit import AfterCommit, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
-from fastapi_chatdify_db.session_end import asks_at_end, end_reads
+from fastapi_chatdify_db.refused_commits import prepare_commit
+from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, end_reads
 from fastapi_chatdify_db.surroundings import in_event_loop
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, logger, roll_back_or_discard
 
@@ -41,6 +42,7 @@ class AsyncUnitOfWork(UnitOfWork):
         if session is None:
             session = engines.new_async_session(self.isolation_level)
             self._async_sessions = {**self._async_sessions, engines: session}
+            assert isinstance(session.sync_session, FollowedSession)
             self._sessions = (*self._sessions, session.sync_session)
             self.untouched = False
         return session
@@ -82,6 +84,7 @@ class AsyncUnitOfWork(UnitOfWork):
                 end = end_reads if commit and not self.rollback_only else roll_back_or_discard
                 for session in begun:
                     end(session)
+                self._forget_blocks()
                 return
         await run_to_completion(self._finish_async(commit=commit))
 
@@ -105,6 +108,7 @@ class AsyncUnitOfWork(UnitOfWork):
             else:
                 await self._rollback_async()
         finally:
+            self._forget_blocks()
             await self._run_due_callbacks_async()
 
     async def _commit_async(self) -> None:
@@ -113,9 +117,9 @@ class AsyncUnitOfWork(UnitOfWork):
         try:
             if len(async_sessions) + len(sync_sessions) > 1:
                 for async_session in async_sessions:
-                    await async_session.flush()
+                    await async_session.run_sync(prepare_commit)
                 for sync_session in sync_sessions:
-                    await _in_thread(sync_session.flush)
+                    await _in_thread(partial(prepare_commit, sync_session))
             # The async ones last: if the process dies in between, a durable task, whose mark is in there, runs again.
             for sync_session in sync_sessions:
                 await _in_thread(sync_session.commit)

@@ -35,6 +35,8 @@ class ConnectionState:
     """Whether anything but plain reads has succeeded since the checkout, which a rollback would undo."""
     failure: str | None = None
     """What a later statement failed with: PostgreSQL may have given up the transaction."""
+    failed_in_vain: bool = False
+    """Whether one of our statements failed before there were effects."""
     given_up: Callable[[], bool] = bool
     """Whether PostgreSQL has given up the transaction. Only psycopg2 knows without asking."""
     was_cut_off: bool = False
@@ -46,6 +48,17 @@ class ConnectionState:
     def has_something_to_lose(self) -> bool:
         """Whether a rollback in place of the commit would lose anything."""
         return self.has_effects or self.failure is not None
+
+    @property
+    def lost_something(self) -> bool:
+        """Whether PostgreSQL, which answered the commit with a rollback, has undone anything."""
+        # If none of our statements failed it was one of the driver's own cursor, and its others are not known.
+        return self.has_something_to_lose or not self.failed_in_vain
+
+    @property
+    def in_drivers_transaction(self) -> bool:
+        """Whether the transaction is one of asyncpg's own connection, so that the adapter has none to commit."""
+        return getattr(self.connection, "_transaction", ...) is None and self.in_transaction()
 
     def note_drivers_work(self) -> None:
         """Take a transaction that none of our statements began for one with effects: the driver's cursor did it."""
@@ -104,7 +117,7 @@ def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:
     state = state_in(record)
     if connection is not None and (state.in_flight() or state.in_transaction()):
         record.invalidate()
-    state.started = state.has_effects = False
+    state.started = state.has_effects = state.failed_in_vain = False
     state.failure = None
     state.idle_since = time.monotonic()
 

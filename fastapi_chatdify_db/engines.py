@@ -16,7 +16,6 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 
 from fastapi_chatdify_db.connecting import tell_of_refusals
@@ -161,7 +160,7 @@ class Engines:
             bind = bind.execution_options(isolation_level=isolation_level)
         return AsyncSession(bind, sync_session_class=FollowedSession, **_SESSION_OPTIONS)
 
-    def new_sync_session(self, isolation_level: str | None) -> Session:
+    def new_sync_session(self, isolation_level: str | None) -> FollowedSession:
         """A ``Session``; nothing is connected before its first statement."""
         bind = self.sync_engine
         if isolation_level is not None:
@@ -210,9 +209,8 @@ class Engines:
             event.listen(engine, "begin", partial(_set_locally, timeouts))
 
 
-# Objects stay readable after the commit, since responses and background tasks read them then; a session that
-# outlives its unit of work refuses to begin a transaction that nobody would end.
-_SESSION_OPTIONS: Final[dict[str, Any]] = {"expire_on_commit": False, "close_resets_only": False}
+# Objects stay readable after the commit, since responses and background tasks read them then.
+_SESSION_OPTIONS: Final[dict[str, Any]] = {"expire_on_commit": False}
 
 
 def _engine_options(settings: DatabaseSettings, target: DriverTarget, poolclass: type[Pool]) -> dict[str, Any]:

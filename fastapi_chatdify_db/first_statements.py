@@ -16,6 +16,9 @@ from fastapi_chatdify_db.sqlstates import sqlstate
 
 # query_canceled (statement_timeout) and lock_not_available (lock_timeout): to run it again would wait as long again.
 _TIMED_OUT: Final = ("57014", "55P03")
+# Of a connection without a level of its own, or whose level was reset: by asyncpg's adapter, and by psycopg2's number
+# (https://www.psycopg.org/docs/extensions.html#isolation-level-constants).
+_ORDINARY: Final = (None, "read_committed", 1)
 
 
 class FirstStatements:
@@ -110,7 +113,7 @@ def _begins_ordinarily(state: ConnectionState) -> bool:
     connection = state.connection
     return (
         not connection.autocommit
-        and connection.isolation_level in (None, "read_committed")  # asyncpg's adapter keeps one that was reset
+        and connection.isolation_level in _ORDINARY
         and not connection.readonly
         and not connection.deferrable
         and not state.in_transaction()

@@ -15,7 +15,7 @@ _EFFECTS: Final = re.compile(
     )\b""",
     re.IGNORECASE | re.VERBOSE,
 )
-_BEFORE_PARENTHESIS: Final = re.compile(r'([\w.$"]*)\s*\(')
+_BEFORE_PARENTHESIS: Final = re.compile(r'(?:(?<![\w.$"])([\w.$"]++)\s*+)?\(')  # in linear time
 
 # Whatever else stands before a parenthesis may be a function with effects: of PostgreSQL (nextval, pg_advisory_lock,
 # set_config, now), of an extension or of the user.
@@ -40,7 +40,10 @@ _FUNCTIONS: Final = """
 _HARMLESS: Final = frozenset(f"{_KEYWORDS} {_TYPES} {_FUNCTIONS}".split()) | {""}
 
 
-@lru_cache(maxsize=2048)
+_REMEMBERED: Final = 8192
+"""Characters up to which a SELECT is remembered: long ones have lists of values, and seldom come again."""
+
+
 def is_plain_read(select: str) -> bool:
     """Whether a SELECT takes no locks, writes nothing, calls nothing with effects and asks for no transaction's time.
 
@@ -49,6 +52,13 @@ def is_plain_read(select: str) -> bool:
     Parameters:
         select: The text of a SELECT as SQLAlchemy compiled it.
     """
+    return _judge_once(select) if len(select) <= _REMEMBERED else _judge(select)
+
+
+def _judge(select: str) -> bool:
     if _EFFECTS.search(select):
         return False
     return all(name.lower() in _HARMLESS for name in _BEFORE_PARENTHESIS.findall(select))
+
+
+_judge_once = lru_cache(maxsize=2048)(_judge)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from weakref import ref
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, text
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.connection_state import ConnectionState, state_of
 from fastapi_chatdify_db.exceptions import SessionInUse, TransactionAborted
@@ -31,13 +33,37 @@ def _note_failure(context: ExceptionContext) -> None:
     if connection is None or connection.closed or connection.invalidated:
         return
     state = state_of(connection)
-    if state is None or state.failure is not None:
+    if state is None:
+        return
+    is_refused = was_given_up(context.original_exception)
+    if is_refused and state.failure is not None:
         return
     # A transaction that has done nothing yet loses nothing, until a later statement is refused.
-    if state.has_effects or was_given_up(context.original_exception):
+    state.failed_in_vain |= not state.has_effects
+    if state.has_effects or is_refused:
         kind = type(context.sqlalchemy_exception or context.original_exception).__name__
         code = sqlstate(context.original_exception)
         state.failure = f"{kind}, SQLSTATE {code}" if code else kind
+
+
+def prepare_commit(session: Session) -> None:
+    """Do, and raise, before any of several sessions commits, what would fail this one's commit but for COMMIT itself.
+
+    Raises:
+        TransactionAborted: A statement has failed.
+        sqlalchemy.exc.SQLAlchemyError: The flush failed, now or before.
+    """
+    assert isinstance(session, FollowedSession)
+    session.flush()
+    if not session.is_active:
+        session.connection()  # raises what the commit would
+    for state in states(session):
+        _refuse_on(state)
+        if state.failure is not None:  # perhaps in a savepoint; asyncpg does not know without asking
+            try:
+                session.execute(text("SELECT 1"))
+            except DBAPIError as error:
+                raise (refusal(state) if was_given_up(error.orig) else error) from None
 
 
 def _refuse(session: FollowedSession) -> None:
@@ -57,8 +83,13 @@ def _refuse_on(state: ConnectionState) -> None:
             "the commit came while another task or thread was in the middle of a statement of the same session; wait "
             "for it first, or give it a session of its own: async with db.transaction() as session: ..."
         )
+    if state.in_drivers_transaction:
+        raise TransactionAborted(
+            "nothing was committed, because the driver's own connection began a transaction and did not end it; let it "
+            "end there: async with connection.transaction(): ..."
+        )
     state.note_drivers_work()
-    if state.has_something_to_lose and state.given_up():  # for asyncpg, WatchedConnection tells
+    if state.given_up() and state.lost_something:  # for asyncpg, WatchedConnection tells
         raise refusal(state)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Final
 from weakref import ReferenceType
 
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.orm.state_changes import _StateChangeStates
 from sqlalchemy.pool import QueuePool
 
 from fastapi_chatdify_db.connection_state import ConnectionState, has_begun, state_of
+
+logger: Final = logging.getLogger(__name__)
 
 _OURS: Final = 1
 """How many listeners to a session's ``before_commit``, and to its ``after_commit``, are ours; they ask nothing."""
@@ -27,6 +31,24 @@ class FollowedSession(Session):
     committing: ReferenceType[SessionTransaction] | None = None
     """The transaction that its latest COMMIT is ending, or has ended; weak, since it refers to the session."""
 
+    def close(self) -> None:
+        """SQLAlchemy's, for the application: the session can be used again. The unit of work ends it by ``end``."""
+        if not self._is_clean() or any(state.has_something_to_lose for state in states(self)):
+            logger.warning(
+                "a session was closed within its unit of work, and what it had not committed is rolled back; the unit "
+                "closes it, so leave out close() and the like of: async with db.session"
+            )
+        super().close()
+
+    def end(self) -> None:
+        """Close the session for good: nobody would end a transaction that it began later."""
+        self._close_state = _SessionCloseState.ACTIVE  # which close_resets_only=False gives it from the start
+        super().close()
+
+    def forget_block(self) -> None:
+        """Let a ``with session.begin():`` around the running code go on in another transaction, after ours ended."""
+        self._trans_context_manager = None
+
 
 def states(session: FollowedSession) -> Iterator[ConnectionState]:
     """The states of the connections that the session holds."""
@@ -35,28 +57,23 @@ def states(session: FollowedSession) -> Iterator[ConnectionState]:
             yield state
 
 
-def asks_at_end(session: Session) -> bool:
+def asks_at_end(session: FollowedSession) -> bool:
     """Whether a commit or a rollback of the session may have to wait for the server; True when in doubt."""
-    assert isinstance(session, FollowedSession)
+    hooks = session.dispatch
     return (
         any(map(_asks, session.connections))
         or not session._is_clean()  # as the commit asks; its public parts are properties that copy
         or not session.is_active
         or session.in_nested_transaction()
-        or len(session.dispatch.before_commit) > _OURS  # the application's may write
-        or len(session.dispatch.after_commit) > _OURS
+        or len(hooks.before_commit) > _OURS  # the application's may write
+        or len(hooks.after_commit) > _OURS
+        or bool(hooks.after_rollback)
+        or bool(hooks.after_soft_rollback)
     )
 
 
-def has_committed(session: Session) -> bool:
-    """Whether a transaction that did more than read was committed, be it by the application's own ``commit()``."""
-    assert isinstance(session, FollowedSession)
-    return session.has_committed
-
-
-def in_use(session: Session) -> bool:
+def in_use(session: FollowedSession) -> bool:
     """Whether a task or thread is in the middle of an operation of the session."""
-    assert isinstance(session, FollowedSession)
     transaction = session._transaction
     if transaction is None:
         return False
@@ -84,13 +101,14 @@ def end_reads(session: Session) -> None:
 def _asks(connection: Connection) -> bool:
     if connection.closed:
         return False
-    engine = connection.engine
-    pool, hooks = engine.pool, connection.dispatch
+    if has_begun(connection):
+        return True
+    engine, hooks = connection.engine, connection.dispatch
+    pool = connection.connection._pool  # the engine's may be a later one, after dispose()
     return (
-        has_begun(connection)
-        # A connection beyond the pool's size is closed when it is given back.
-        or not isinstance(pool, QueuePool)
-        or (pool.overflow() > 0 and pool.checkedin() >= pool.size())
+        # A connection that is given back to a full pool is closed.
+        not isinstance(pool, QueuePool)
+        or pool.checkedin() >= pool.size()
         # The application's hooks may ask, too. Looking for them is costly, so as SQLAlchemy does, look at flags first.
         or bool(pool.dispatch.reset)
         or ((connection._has_events or engine._has_events) and bool(hooks.commit or hooks.rollback))
@@ -120,4 +138,4 @@ def _has_effects(connection: Connection) -> bool:
 
 
 event.listen(FollowedSession, "after_begin", _remember)
-event.listen(FollowedSession, "after_commit", _note_commit)
+event.listen(FollowedSession, "after_commit", _note_commit, insert=True)  # the application's may raise

@@ -22,7 +22,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit, OutsideUnitOfWork
-from fastapi_chatdify_db.session_end import asks_at_end, cut_off, has_committed, in_use
+from fastapi_chatdify_db.refused_commits import prepare_commit
+from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, cut_off, in_use
 from fastapi_chatdify_db.sqlstates import asks_to_retry
 from fastapi_chatdify_db.surroundings import in_event_loop, in_generator
 
@@ -100,8 +101,8 @@ class UnitOfWork:
     asked_to_retry = False
     _has_committed_inside = False
     _callbacks: CallbackQueue | None = None
-    _sync_sessions: Mapping[Engines, Session] = {}
-    _sessions: tuple[Session, ...] = ()
+    _sync_sessions: Mapping[Engines, FollowedSession] = {}
+    _sessions: tuple[FollowedSession, ...] = ()
     """Every session, including those behind async ones."""
 
     def __init__(self, only: Engines | None = None) -> None:
@@ -154,7 +155,7 @@ class UnitOfWork:
     @property
     def has_committed(self) -> bool:
         """Whether part of the unit, or a unit within it, is committed already, whatever becomes of the rest."""
-        return self._has_committed_inside or any(map(has_committed, self._sessions))
+        return self._has_committed_inside or any(session.has_committed for session in self._sessions)
 
     def open(self) -> None:
         """Make this the current unit of the running task or thread."""
@@ -176,7 +177,7 @@ class UnitOfWork:
         self.closed = True
         for session in self._sessions:
             try:
-                session.close()
+                session.end()
             except IllegalStateChangeError:
                 logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
                 event.listen(session, "after_begin", _refuse)
@@ -200,6 +201,7 @@ class UnitOfWork:
             else:
                 self._rollback()
         finally:
+            self._forget_blocks()
             self._run_due_callbacks()
 
     def __enter__(self) -> Self:
@@ -228,8 +230,12 @@ class UnitOfWork:
                 self._sessions = (*self._sessions, session)
                 self.untouched = False
                 if self.closed:  # while this thread was on its way here
-                    session.close()
+                    session.end()
         return session
+
+    def _forget_blocks(self) -> None:
+        for session in self._sessions:
+            session.forget_block()
 
     def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
         self.untouched = False
@@ -247,9 +253,9 @@ class UnitOfWork:
     def _commit(self) -> None:
         sessions = [session for session in self._sync_sessions.values() if session.in_transaction()]
         try:
-            if len(sessions) > 1:  # so that a statement can only fail before any database has committed
+            if len(sessions) > 1:
                 for session in sessions:
-                    session.flush()
+                    prepare_commit(session)
             for session in sessions:
                 session.commit()
         except BaseException:

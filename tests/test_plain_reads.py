@@ -61,3 +61,9 @@ def test_plain_read(statement: Select[*tuple[object, ...]]) -> None:
 def test_not_a_plain_read(statement: Select[*tuple[object, ...]]) -> None:
     """Locks, functions that are not known to be harmless, and the transaction's own time."""
     assert not is_plain_read(sql(statement))
+
+
+def test_long_statement_is_judged_in_linear_time() -> None:
+    """A literal of 100,000 letters, for which a pattern that looks back at each would take minutes."""
+    assert is_plain_read(f"SELECT 1 FROM item WHERE name = '{'x' * 100_000}'")
+    assert not is_plain_read(f"SELECT f('{'x' * 100_000}')")

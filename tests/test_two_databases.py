@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 from fastapi import FastAPI, HTTPException
 from sqlalchemy import UniqueConstraint, func, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
@@ -81,6 +84,45 @@ async def test_statement_that_fails_on_the_second_keeps_the_first_from_committin
     async with serve(app_on_both(reports)) as client:
         assert (await client.post("/200", params={"title": "\0"})).status_code == 500
     assert await observer.names() == []
+
+
+async def fail(session: AsyncSession) -> None:
+    with suppress(DBAPIError):
+        await session.execute(text("SELECT 1 / 0"))
+
+
+async def fail_in_a_flush(session: AsyncSession) -> None:
+    session.add(Report("\0"))
+    with suppress(ValueError, DBAPIError):
+        await session.flush()
+
+
+@pytest.mark.parametrize("failing", [fail, fail_in_a_flush])
+async def test_failure_that_was_swallowed_keeps_the_first_from_committing(
+    reports: Database, observer: Observer, failing: Callable[[AsyncSession], Awaitable[None]]
+) -> None:
+    """What is known to end in a rollback is told before any database commits; a savepoint's failure is none."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/{safely}")
+    async def handler(safely: bool) -> None:
+        db.session.add(Item("a"))
+        reports.session.add(Report("a"))
+        await reports.session.flush()
+        if safely:
+            with suppress(DBAPIError):
+                async with reports.session.begin_nested():
+                    await reports.session.execute(text("SELECT 1 / 0"))
+        else:
+            await failing(reports.session)
+
+    async with serve(app) as client:
+        assert (await client.post("/false")).status_code == 500
+        assert await observer.names() == []
+        assert (await client.post("/true")).status_code == 200
+    assert await observer.names() == ["a"]
+    assert await count(reports) == 1
 
 
 async def test_second_commit_that_fails_is_an_error_though_the_first_stays(

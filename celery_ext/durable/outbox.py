@@ -6,7 +6,7 @@ import json
 from typing import Final
 
 from sqlalchemy import event
-from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
+from sqlalchemy.orm import Session, SessionTransaction
 
 from celery_ext.durable import statements
 from celery_ext.durable.row import Row
@@ -46,7 +46,9 @@ class Outbox:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._rows: list[tuple[Row, SessionTransaction | None]] = []
+        self._added_in_flush = False
         event.listen(session, "before_commit", self._store)
+        event.listen(session, "after_transaction_end", self._store_what_a_flush_added)
         event.listen(session, "after_soft_rollback", self._forget)
 
     def add(self, row: Row) -> None:
@@ -55,8 +57,7 @@ class Outbox:
         if not session.in_transaction():
             session.begin()
         self._rows.append((row, innermost(session)))
-        if session._flushing:  # called by a handler of the flush's events, and it may be the COMMIT's own flush
-            event.listen(session, "after_flush_postexec", self._store_what_it_added, once=True)
+        self._added_in_flush |= session._flushing  # by a handler of its events, and it may be the COMMIT's own flush
 
     def keys(self) -> set[str]:
         """The ordering keys of its rows."""
@@ -69,7 +70,13 @@ class Outbox:
         rows, self._rows = [row for row, began in self._rows if root in self_and_parents(began)], []
         _insert(session, rows)
 
-    def _store_what_it_added(self, session: Session, _: UOWTransaction) -> None:
+    def _store_what_a_flush_added(self, session: Session, ended: SessionTransaction) -> None:
+        # A flush has a transaction of its own within the session's, which ends after the last of its events.
+        if not self._added_in_flush or ended.nested or ended.parent is None:
+            return
+        self._added_in_flush = False
+        if not session.is_active:
+            return  # it failed; the rollback forgets them
         flushed = innermost(session)
         rows = [row for row, began in self._rows if began is flushed]
         self._rows = [(row, began) for row, began in self._rows if began is not flushed]

@@ -11,8 +11,8 @@ from uuid import uuid4
 import pytest
 from celery import Celery
 from fastapi import FastAPI, HTTPException
-from sqlalchemy import inspect
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy import event, inspect
+from sqlalchemy.orm import DeclarativeBase, Session
 
 import celery_ext
 from celery_ext import ArgumentsNotSerializable, DurableDispatchUnsupported
@@ -102,6 +102,35 @@ async def test_savepoint_around_a_released_one(unheard: Celery[Any], rows: Obser
             task(unheard, "record").delay_durably("x")
         await outer.rollback()
     assert await rows.durable_tasks() == []
+
+
+@pytest.mark.parametrize("name", ["before_flush", "after_flush", "after_flush_postexec"])
+@pytest.mark.parametrize("explicit", [False, True])
+async def test_stored_by_a_handler_of_a_flush(unheard: Celery[Any], rows: Observer, name: str, explicit: bool) -> None:
+    """Be it the COMMIT's own flush, or one before; each task once."""
+
+    def store(session: Session, *_: object) -> None:
+        if not session.info.setdefault("stored", False):
+            session.info["stored"] = True
+            task(unheard, "record").delay_durably("by a handler")
+
+    def in_thread() -> None:
+        with db.sync_transaction() as session:
+            session.add(Item("b"))
+            if explicit:
+                session.flush()
+
+    event.listen(Session, name, store)
+    try:
+        async with db.transaction() as session:
+            session.add(Item("a"))
+            if explicit:
+                await session.flush()
+        await asyncio.to_thread(in_thread)
+    finally:
+        event.remove(Session, name, store)
+    assert await rows.names() == ["a", "b"]
+    assert await rows.connection.fetchval("SELECT count(*) FROM durable_task") == 2
 
 
 async def test_relays_are_told_of_each_commit(unheard: Celery[Any], rows: Observer) -> None:
