@@ -10,6 +10,7 @@ from typing import Any, Final
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +31,8 @@ _START: Final = "http.response.start"
 _WITHOUT_BODY: Final = (204, 304)  # https://www.rfc-editor.org/rfc/rfc9110#section-6.4.1
 _NO_CONNECTION: Final = (PoolTimeout, DatabaseUnavailable)
 _ENDS: Final = ("http.response.body", "http.response.pathsend")
+_BODY_LIMIT: Final = "starlette.max_body_size"
+"""What Starlette's ``RequestBodyLimitMiddleware`` calls its limit in the scope."""
 
 
 class TryAgain(Exception):
@@ -44,6 +47,8 @@ class HTTPExchange(AsyncUnitOfWork):
         may_retry: Whether ``run`` raises ``TryAgain`` instead of answering with a serialization failure.
     """
 
+    # uvicorn begins a pipelined request in the context of the one before.
+    stands_alone = True
     _started = False
     _complete = False
     _keeps = True
@@ -93,7 +98,7 @@ class HTTPExchange(AsyncUnitOfWork):
             if not self.untouched or self.has_inner:
                 if not self._body_is_under_way(message):
                     return self._settle_and_send(message)
-                self._keeps = self._commit_on(message["status"])
+                self._keeps = self._is_kept_by(message)
                 for block in self._blocks():
                     block.awaits_response = True
             self._started = True
@@ -105,7 +110,7 @@ class HTTPExchange(AsyncUnitOfWork):
 
     async def _settle_and_send(self, message: Message) -> None:
         starts = message["type"] == _START
-        commit = self._commit_on(message["status"]) if starts else self._keeps
+        commit = self._is_kept_by(message) if starts else self._keeps
         if not starts and self._has_producer:
             # A producer that failed ends the stream one turn of the loop before its task group cancels this task.
             await asyncio.sleep(0)
@@ -125,9 +130,23 @@ class HTTPExchange(AsyncUnitOfWork):
         self._started, self._complete = True, not starts
         await self._send(message)
 
+    def _is_kept_by(self, start: Message) -> bool:
+        if not self._commit_on(start["status"]):
+            return False
+        # Starlette's limit, also FastAPI's max_body_size=, stands outside and puts a 413 in place of any response.
+        limit = self._scope.get(_BODY_LIMIT)
+        if limit is None:
+            return True
+        length = Headers(scope=self._scope).get("content-length", "")
+        return not (length.isdecimal() and int(length) > limit)
+
     def _tell_of_loss(self) -> None:
         if self.asks_at_end:
-            logger.warning("a client left, and what its response wrote is rolled back; path %s", self._scope["path"])
+            logger.warning(
+                "a response was not completed, since its client left or it was never sent, and what it wrote is "
+                "rolled back; path %s",
+                self._scope["path"],
+            )
 
     def _body_is_under_way(self, start: Message) -> bool:
         """Whether another task produces a stream already (FastAPI's server-sent events), whose end then commits."""
@@ -199,6 +218,7 @@ class WebSocketExchange(AsyncUnitOfWork):
     for the session or read from the client. Messages that other tasks push leave the session alone.
     """
 
+    stands_alone = True
     _accepted = False
 
     def __init__(self, receive: Receive, send: Send, commit_on: CommitOn) -> None:
@@ -228,15 +248,18 @@ class WebSocketExchange(AsyncUnitOfWork):
         """Run the application until its handler ends; what it raises rolls back and goes on to the caller."""
         async with self:
             await app(scope, self._receive_settled, self._send_settled)
+            self._note_failures()
 
     async def _receive_settled(self) -> Message:
         self._reader = asyncio.current_task()
+        self._note_failures()
         # A task whose messages another one reads settles when it answers.
         if not (self.in_use or (self.rollback_only and self._another_works())):
             await self._settle(commit=True)
         return await self._receive()
 
     async def _send_settled(self, message: Message) -> None:
+        self._note_failures()
         if self._is_answering():
             await self._settle(commit=self._is_yes(message))
         self._accepted |= message["type"] == "websocket.accept"
@@ -247,10 +270,18 @@ class WebSocketExchange(AsyncUnitOfWork):
         task = asyncio.current_task()
         if task is self._reader or task in (self._workers or {self._handler}):
             return True
-        return None in self._workers and not self.in_use
+        if None in self._workers:
+            return not self.in_use
+        # Of those that are done, another task may tell the client.
+        return bool(self._workers) and all(worker is not None and worker.done() for worker in self._workers)
 
     def _note_worker(self) -> None:
         self._workers.add(asyncio.current_task() if in_event_loop() else None)
+
+    def _note_failures(self) -> None:
+        """Keep nothing of a task that ended in an exception which nobody has asked it for."""
+        if any(worker is not None and worker.done() and worker._log_traceback for worker in self._workers):
+            self.rollback_only = True
 
     def _another_works(self) -> bool:
         return any(task not in (None, self._reader) and not task.done() for task in self._workers)

@@ -85,6 +85,8 @@ class UnitOfWork:
 
     # Values of the class, so that a unit which nobody asks for anything costs little.
     only: Engines | None = None
+    stands_alone = False
+    """Whether code that outlives the unit is left without one, even if another was open where this one began."""
     outer: UnitOfWork | None = None
     isolation_level: str | None = None
     """PostgreSQL's name of the level that the unit's transactions run at; None is the server's default."""
@@ -100,6 +102,7 @@ class UnitOfWork:
     rollback_only = False
     asked_to_retry = False
     _has_committed_inside = False
+    _before: UnitOfWork | None = None
     _callbacks: CallbackQueue | None = None
     _sync_sessions: Mapping[Engines, FollowedSession] = {}
     _sessions: tuple[FollowedSession, ...] = ()
@@ -159,8 +162,8 @@ class UnitOfWork:
 
     def open(self) -> None:
         """Make this the current unit of the running task or thread."""
-        outer = innermost_unit()
-        if outer is not None:
+        self._before = outer = innermost_unit()
+        if outer is not None and not self.stands_alone:
             self.outer = outer
             outer.has_inner = True
             # FastAPI runs a def dependency that yields in a thread, whose context nobody sees again.
@@ -183,7 +186,7 @@ class UnitOfWork:
                 event.listen(session, "after_begin", _refuse)
         # Not reset by a token: a generator that is finalized late runs in another context than it began in.
         if _current.get() is self:
-            _current.set(self.outer)
+            _current.set(self._before)
 
     def finish(self, *, commit: bool) -> None:
         """Commit, unless the unit is marked for rollback, or roll back; then run the callbacks that are due.

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -170,6 +171,26 @@ async def test_base_http_middleware_of_a_part_is_reported(caplog: pytest.LogCapt
         pass
     reports = [each.getMessage() for each in caplog.records if each.name == "fastapi_chatdify_db.middleware"]
     assert sorted(each.partition(" ")[0].rpartition(".")[2] for each in reports) == ["dispatch", "of_the_mounted"]
+
+
+@pytest.mark.parametrize("by_fastapi", [False, True])
+async def test_limit_of_the_body_outside(observer: Observer, by_fastapi: bool) -> None:
+    """Starlette puts a 413 in place of the answer of an endpoint that does not read its body."""
+    app = FastAPI(max_body_size=10) if by_fastapi else FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    if not by_fastapi:
+        app.add_middleware(RequestBodyLimitMiddleware, max_body_size=10)
+    told: list[str] = []
+
+    @app.post("/")
+    async def handler(name: str) -> None:
+        db.session.add(Item(name))
+        db.on_commit(lambda: told.append(name))
+
+    async with serve(app) as client:
+        assert (await client.post("/?name=long", content=b"x" * 11)).status_code == 413
+        assert (await client.post("/?name=short", content=b"x" * 10)).status_code == 200
+    assert (await observer.names(), told) == (["short"], ["short"])
 
 
 async def test_most_specific_handler_answers(app: FastAPI, observer: Observer) -> None:

@@ -8,7 +8,7 @@ import weakref
 from typing import Annotated
 
 import pytest
-from fastapi import Depends, FastAPI
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -166,6 +166,42 @@ async def test_session_that_outlives_its_request_is_refused(observer: Observer) 
     ended.set()
     await tasks[0]
     assert await observer.in_transaction() == 0
+
+
+async def test_pipelined_request_is_none_of_the_one_before(observer: Observer) -> None:
+    """A server may begin it in the context of that one's response; whoever outlives it has no unit all the same."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    ended = asyncio.Event()
+    outcome: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
+
+    async def outlive() -> None:
+        await ended.wait()
+        outcome.set_result(await asyncio.gather(write(), return_exceptions=True))
+
+    async def write() -> None:
+        db.session.add(Item("late"))
+
+    @app.get("/first")
+    async def first(background: BackgroundTasks) -> None:
+        db.session.add(Item("first"))
+        background.add_task(asyncio.wait_for, outcome, 10)
+
+    @app.get("/second")
+    async def second() -> None:
+        app.state.task = asyncio.create_task(outlive())
+        raise HTTPException(400)
+
+    async with serve(app) as client:
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(b"".join(b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % path for path in (b"first", b"second")))
+        await reader.readuntil(b" 200 ")
+        await reader.readuntil(b" 400 ")
+        ended.set()
+        [raised] = await outcome
+        writer.close()
+    assert isinstance(raised, OutsideUnitOfWork)
+    assert await observer.names() == ["first"]
 
 
 @pytest.mark.parametrize("kind", ["thread", "task"])

@@ -290,6 +290,76 @@ async def test_session_of_a_dependency_in_a_thread(app: FastAPI, observer: Obser
         assert await observer.names() == ["a"]
 
 
+def receive_and_start(
+    app: FastAPI, work: Callable[[WebSocket, str], Awaitable[None]], *, handled: bool = False
+) -> None:
+    """Have each message worked on by a task of its own; what it raises is handled, or nobody ever asks for it."""
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        tasks: list[asyncio.Future[None]] = []
+        async for name in socket.iter_text():
+            if name != "ping":
+                tasks.append(asyncio.ensure_future(work(socket, name)))
+                await asyncio.wait(tasks)
+                if handled and tasks[-1].exception():
+                    await socket.send_text("handled")
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+
+
+@pytest.mark.parametrize("last", ["ping", "close"])
+@pytest.mark.parametrize("handled", [False, True])
+async def test_task_that_fails(app: FastAPI, observer: Observer, last: str, handled: bool) -> None:
+    """What it did is not kept by whatever comes next, unless somebody has dealt with its exception."""
+
+    async def fail(socket: WebSocket, name: str) -> None:
+        db.session.add(Item(name))
+        await db.session.flush()
+        raise ZeroDivisionError
+
+    receive_and_start(app, fail, handled=handled)
+    async with connected(app) as socket:
+        await socket.send("a")
+        if handled:
+            assert await socket.recv() == "handled"
+        if last == "ping":
+            await socket.send("ping")
+    assert await observer.names() == (["a"] if handled else [])
+
+
+async def test_answer_that_another_task_gives(app: FastAPI, observer: Observer) -> None:
+    """As a library's writer does with what handlers, in tasks of their own, return: it follows their commit."""
+    answers: asyncio.Queue[str] = asyncio.Queue()
+
+    async def work(socket: WebSocket, name: str) -> None:
+        db.session.add(Item(name))
+        await db.session.flush()
+        answers.put_nowait(name)
+
+    receive_and_start(app, work)
+    [route] = app.router.routes
+    handler = route.endpoint  # type: ignore[attr-defined]
+
+    async def with_writer(socket: WebSocket) -> None:
+        async def write() -> None:
+            while True:
+                await socket.send_text(await answers.get())
+
+        writer = asyncio.create_task(write())
+        await handler(socket)
+        writer.cancel()
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", with_writer)
+    async with connected(app) as socket:
+        await socket.send("a")
+        assert await socket.recv() == "a"
+        assert await observer.names() == ["a"]
+        assert await observer.in_transaction() == 0
+
+
 async def test_task_that_works_in_threads_is_answering(app: FastAPI, observer: Observer) -> None:
     """Whose a thread's work is nobody knows: whoever sends next commits it first."""
 
