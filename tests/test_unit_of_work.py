@@ -173,7 +173,7 @@ async def test_pipelined_request_is_none_of_the_one_before(observer: Observer) -
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware)
     ended = asyncio.Event()
-    outcome: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
+    outcome: asyncio.Future[tuple[object]] = asyncio.get_running_loop().create_future()
 
     async def outlive() -> None:
         await ended.wait()
