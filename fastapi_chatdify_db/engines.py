@@ -11,11 +11,13 @@ from threading import Lock
 from typing import Any, Final, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
+import sqlalchemy
 from anyio import from_thread
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.base import OptionEngine
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 
 from fastapi_chatdify_db.connecting import tell_of_refusals
@@ -135,7 +137,10 @@ class Engines:
             from fastapi_chatdify_db.watched_asyncpg import WatchedConnection  # no driver before it is used
 
             target.connect_args["connection_class"] = WatchedConnection
-        engine = create_async_engine(target.url, **_engine_options(settings, target, AsyncAdaptedQueuePool))
+        # Tracing tools (OpenTelemetry) put functions of their own in the place of these two, perhaps after our import.
+        engine = sqlalchemy_asyncio.create_async_engine(
+            target.url, **_engine_options(settings, target, AsyncAdaptedQueuePool)
+        )
         self._listen(engine.sync_engine)
         return self._first("async_engine", PerLoopAsyncEngine(engine))
 
@@ -144,7 +149,7 @@ class Engines:
         """The psycopg2 (or sqlite3) engine."""
         settings = self._settings()
         target = sync_target(settings)
-        engine = create_engine(target.url, **_engine_options(settings, target, ThreadLendingPool))
+        engine = sqlalchemy.create_engine(target.url, **_engine_options(settings, target, ThreadLendingPool))
         self._listen(engine)
         return self._first("sync_engine", engine)
 

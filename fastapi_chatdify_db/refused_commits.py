@@ -10,8 +10,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.connection_state import ConnectionState, state_of
-from fastapi_chatdify_db.exceptions import SessionInUse, TransactionAborted
-from fastapi_chatdify_db.session_end import FollowedSession, states
+from fastapi_chatdify_db.exceptions import OutsideUnitOfWork, SessionInUse, TransactionAborted
+from fastapi_chatdify_db.session_end import IN_USE, FollowedSession, states
 from fastapi_chatdify_db.sqlstates import sqlstate, was_given_up
 
 
@@ -69,6 +69,8 @@ def prepare_commit(session: Session) -> None:
 def _refuse(session: FollowedSession) -> None:
     if session.in_nested_transaction():
         return  # PostgreSQL refuses to release a savepoint itself
+    if session.abandoned:
+        raise OutsideUnitOfWork("the unit of work of this thread was cancelled, and is rolled back")
     if (transaction := session.get_transaction()) is not None:
         session.committing = ref(transaction)
     for state in states(session):
@@ -79,10 +81,7 @@ def _refuse_on(state: ConnectionState) -> None:
     if state.in_flight():
         # The driver does not know yet that the other statement began a transaction, and would not send the COMMIT.
         state.cut_off()
-        raise SessionInUse(
-            "the commit came while another task or thread was in the middle of a statement of the same session; wait "
-            "for it first, or give it a session of its own: async with db.transaction() as session: ..."
-        )
+        raise SessionInUse(IN_USE)
     if state.in_drivers_transaction:
         raise TransactionAborted(
             "nothing was committed, because the driver's own connection began a transaction and did not end it; let it "

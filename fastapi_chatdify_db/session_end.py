@@ -14,8 +14,14 @@ from sqlalchemy.orm.state_changes import _StateChangeStates
 from sqlalchemy.pool import QueuePool
 
 from fastapi_chatdify_db.connection_state import ConnectionState, has_begun, state_of
+from fastapi_chatdify_db.exceptions import SessionInUse
 
 logger: Final = logging.getLogger(__name__)
+
+IN_USE: Final = (
+    "the commit came while another task or thread was in the middle of a statement of the same session; wait for it "
+    "first, or give it a session of its own: async with db.transaction() as session: ..."
+)
 
 _OURS: Final = 1
 """How many listeners to a session's ``before_commit``, and to its ``after_commit``, are ours; they ask nothing."""
@@ -28,8 +34,20 @@ class FollowedSession(Session):
     """Those on which its transactions began; some may be closed by now."""
     has_committed = False
     """Whether one of its transactions did more than read and was committed, by the unit or by the application."""
+    abandoned = False
+    """Whether it was rolled back while a thread was in the middle of a statement, which can only be waited for."""
     committing: ReferenceType[SessionTransaction] | None = None
     """The transaction that its latest COMMIT is ending, or has ended; weak, since it refers to the session."""
+
+    def commit(self) -> None:
+        """SQLAlchemy's.
+
+        Raises:
+            SessionInUse: A task or thread is waiting for the session's connection.
+        """
+        if _is_changing(self) and not self.abandoned:
+            raise SessionInUse(IN_USE)  # SQLAlchemy's error would say less
+        super().commit()
 
     def close(self) -> None:
         """SQLAlchemy's, for the application: the session can be used again. The unit of work ends it by ``end``."""
@@ -74,21 +92,17 @@ def asks_at_end(session: FollowedSession) -> bool:
 
 def in_use(session: FollowedSession) -> bool:
     """Whether a task or thread is in the middle of an operation of the session."""
-    transaction = session._transaction
-    if transaction is None:
+    if session._transaction is None:
         return False
-    return (
-        session._flushing
-        or transaction._next_state is _StateChangeStates.CHANGE_IN_PROGRESS  # e.g. waits for a connection
-        or any(_in_flight(session))
-    )
+    return session._flushing or _is_changing(session) or any(_in_flight(session))
 
 
 def cut_off(session: Session) -> None:
-    """End the connections on which a task is in the middle of a statement of the session."""
+    """End the connections on which a task is in the middle of a statement; a thread there will not commit any more."""
     assert isinstance(session, FollowedSession)
     for state in _in_flight(session):
         state.cut_off()
+        session.abandoned |= not state.was_cut_off
 
 
 def end_reads(session: Session) -> None:
@@ -113,6 +127,12 @@ def _asks(connection: Connection) -> bool:
         or bool(pool.dispatch.reset)
         or ((connection._has_events or engine._has_events) and bool(hooks.commit or hooks.rollback))
     )
+
+
+def _is_changing(session: Session) -> bool:
+    """Whether the session's transaction is about to begin or to end, e.g. waits for a connection."""
+    transaction = session._transaction
+    return transaction is not None and transaction._next_state is _StateChangeStates.CHANGE_IN_PROGRESS
 
 
 def _in_flight(session: FollowedSession) -> Iterator[ConnectionState]:

@@ -6,15 +6,18 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import event, insert, select, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -221,6 +224,41 @@ async def test_cancellation_during_the_commit_waits_for_its_answer(
     assert await observer.names() == expected
     assert await observer.in_transaction() == 0
     await database.dispose()
+
+
+async def test_thread_of_a_cancelled_request_commits_nothing(observer: Observer) -> None:
+    """``asyncio.timeout`` does not wait for a ``def`` endpoint, whose own commit is then refused: nothing is there."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+    loop = asyncio.get_running_loop()
+
+    @app.post("/")
+    def work() -> None:
+        db.sync_session.add(Item("a"))
+        db.sync_session.flush()
+        db.sync_session.execute(text("SELECT pg_sleep(0.5)"))
+        try:
+            db.sync_session.commit()
+        except Exception as error:
+            loop.call_soon_threadsafe(outcome.set_result, error)
+        else:
+            loop.call_soon_threadsafe(outcome.set_result, "committed")
+
+    async def impatient(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await app(scope, receive, send)
+        await PlainTextResponse("late", 504)(scope, receive, send)
+
+    async with serve(impatient) as client:
+        assert (await client.post("/")).status_code == 504
+        assert isinstance(await outcome, SQLAlchemyError | OutsideUnitOfWork)
+    assert await observer.names() == []
 
 
 async def test_callbacks_of_a_commit_that_is_cancelled_run(observer: Observer, slow_commits: None) -> None:
