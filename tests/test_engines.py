@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
+import sqlalchemy.ext.asyncio
 from fastapi import Depends, FastAPI
 from sqlalchemy import event, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -46,6 +47,17 @@ else:
 """,
         DB_POOL_SIZE="ten",
     )
+
+
+def test_tracing_tool_may_come_after_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenTelemetry's puts functions of its own in the place of those that make engines."""
+    made: list[object] = []
+    for module, name in ((sqlalchemy, "create_engine"), (sqlalchemy.ext.asyncio, "create_async_engine")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, made_by=original, **b: made.append(1) or made_by(*a, **b))
+    database = Database("traced")
+    assert [database.sync_engine, database.async_engine]
+    assert len(made) == 2
 
 
 def test_threads_that_come_at_once_share_an_engine(database_url: str) -> None:
