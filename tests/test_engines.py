@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -52,9 +53,13 @@ else:
 def test_tracing_tool_may_come_after_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenTelemetry's puts functions of its own in the place of those that make engines."""
     made: list[object] = []
+
+    def note(make: Callable[..., object], *arguments: Any, **options: Any) -> object:
+        made.append(make)
+        return make(*arguments, **options)
+
     for module, name in ((sqlalchemy, "create_engine"), (sqlalchemy.ext.asyncio, "create_async_engine")):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, made_by=original, **b: made.append(1) or made_by(*a, **b))
+        monkeypatch.setattr(module, name, partial(note, getattr(module, name)))
     database = Database("traced")
     assert [database.sync_engine, database.async_engine]
     assert len(made) == 2
