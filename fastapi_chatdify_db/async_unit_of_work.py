@@ -19,7 +19,7 @@ from fastapi_chatdify_db.after_commit import AfterCommit, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
 from fastapi_chatdify_db.refused_commits import prepare_commit
-from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, end_reads
+from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, asks_at_rollback, end_reads
 from fastapi_chatdify_db.surroundings import in_event_loop
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, logger, roll_back_or_discard
 
@@ -79,12 +79,13 @@ class AsyncUnitOfWork(UnitOfWork):
         self.ended_in_commit = False
         if self._callbacks is None and not self._sync_sessions:
             begun = [session for session in self._sessions if session.in_transaction()]
-            if not any(map(asks_at_end, begun)):
+            keeps = commit and not self.rollback_only
+            if not any(map(asks_at_end, begun)) and (keeps or not any(map(asks_at_rollback, begun))):
                 # Nothing here waits: no cancellation can interrupt it, and it needs no greenlet.
-                end = end_reads if commit and not self.rollback_only else roll_back_or_discard
+                end = end_reads if keeps else roll_back_or_discard
                 for session in begun:
                     end(session)
-                self._forget_blocks()
+                    session.forget_block()
                 return
         await run_to_completion(self._finish_async(commit=commit))
 

@@ -85,9 +85,12 @@ def asks_at_end(session: FollowedSession) -> bool:
         or session.in_nested_transaction()
         or len(hooks.before_commit) > _OURS  # the application's may write
         or len(hooks.after_commit) > _OURS
-        or bool(hooks.after_rollback)
-        or bool(hooks.after_soft_rollback)
     )
+
+
+def asks_at_rollback(session: FollowedSession) -> bool:
+    """Whether handlers of the application's may ask the server when the session is rolled back."""
+    return bool(session.dispatch.after_rollback) or bool(session.dispatch.after_soft_rollback)
 
 
 def in_use(session: FollowedSession) -> bool:
@@ -118,11 +121,12 @@ def _asks(connection: Connection) -> bool:
     if has_begun(connection):
         return True
     engine, hooks = connection.engine, connection.dispatch
-    pool = connection.connection._pool  # the engine's may be a later one, after dispose()
+    pool = engine.pool
     return (
-        # A connection that is given back to a full pool is closed.
-        not isinstance(pool, QueuePool)
-        or pool.checkedin() >= pool.size()
+        # A connection beyond the pool's size, or of a pool before dispose(), is closed when it is given back.
+        connection.connection._pool is not pool
+        or not isinstance(pool, QueuePool)
+        or (pool.overflow() > 0 and pool.checkedin() >= pool.size())
         # The application's hooks may ask, too. Looking for them is costly, so as SQLAlchemy does, look at flags first.
         or bool(pool.dispatch.reset)
         or ((connection._has_events or engine._has_events) and bool(hooks.commit or hooks.rollback))
