@@ -21,7 +21,7 @@ from example_app.settings import get_settings
 from fastapi_chatdify_db import db
 
 _CLOCKS: Final = 60.0
-"""Seconds by which Dify's clock may be behind ours."""
+"""Seconds by which Dify's clock may differ from ours."""
 
 
 def dify_user(chatwoot_conversation_id: str | int) -> str:
@@ -74,10 +74,12 @@ async def _earlier_answer(question: Question, message: Message) -> Answer | None
         since = message.created_at.timestamp() - _CLOCKS
         return await dify.find_answer(question.query, question.user, question.conversation_id, ids, since)
     except StillAnswering as error:
-        if error.asked_at + get_settings().celery_task_soft_time_limit < time.time():
+        seconds_ago = time.time() - error.asked_at
+        if seconds_ago > get_settings().celery_task_soft_time_limit:
             return None  # it never will
-        message.attempts -= 1  # to wait for the answer is no attempt at it
-        await db.release()
+        if seconds_ago >= -_CLOCKS:  # a time to come would be waited for without end
+            message.attempts -= 1  # to wait for the answer is no attempt at it
+            await db.release()
         raise
 
 

@@ -26,7 +26,7 @@ class DifyMessage:
     answer: str = ""
     status: str = "normal"
     id: str = field(default_factory=lambda: str(uuid4()))
-    created_at: int = field(default_factory=lambda: int(time.time()))
+    created_at: float = field(default_factory=lambda: int(time.time()))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 
 import pytest
 
@@ -201,6 +202,23 @@ async def test_slow_answer_is_waited_for(outside: Outside) -> None:
     conversation.messages[0].answer = late
     assert await run(ask, message) == "answered"
     assert len(conversation.messages) == 1
+
+
+@pytest.mark.parametrize("created_at", [time.time() + 3600, time.time() * 1000, 1e300], ids=["ahead", "ms", "endless"])
+async def test_dify_whose_clock_is_wrong(outside: Outside, created_at: float) -> None:
+    """A question from a time to come is not waited for until then: each look for its answer is an attempt."""
+    message, conversation = await ask_in_vain(outside, 504)
+    conversation.messages[0].answer, conversation.messages[0].created_at = "", created_at
+    assert [await run(ask, message) for _ in range(3)] == ["again", "again", "failed"]
+    assert len(conversation.messages) == 1
+
+
+async def test_dify_whose_clock_is_a_little_ahead(outside: Outside) -> None:
+    """Within a minute clocks may differ, and its answer is waited for."""
+    message, conversation = await ask_in_vain(outside, 504)
+    conversation.messages[0].answer = ""
+    conversation.messages[0].created_at += 50
+    assert [await run(ask, message) for _ in range(6)] == ["again"] * 6
 
 
 async def test_attempts_are_counted_for_each_step(outside: Outside) -> None:
