@@ -47,7 +47,7 @@ class Settings(DatabaseSettings):
         celery_result_backend: In place of ``redis_backend``.
         celery_task_default_queue: The queue of the tasks.
         celery_worker_concurrency: Processes of a worker.
-        celery_task_time_limit: Seconds until a task's process is killed.
+        celery_task_time_limit: Seconds until a task's process is killed; without effect in a pool of threads.
         celery_task_soft_time_limit: Seconds until an attempt to ask or to post is cancelled, and made again; and until
             Dify, which has a question and no answer, is asked again.
         celery_task_max_retries: How often a failed call to Dify or Chatwoot is made again.

@@ -52,8 +52,8 @@ async def ask(message: Message) -> MessageState:
                 raise
             # Dify forgot the conversation: begin anew.
             answer = await dify.ask(question.model_copy(update={"conversation_id": None}))
-    # What PostgreSQL does not store: NUL, and half of a surrogate pair.
-    message.answer = answer.answer.replace("\0", "").encode("utf-8", "replace").decode()
+    # A pair of surrogates may come in two events. What PostgreSQL does not store: NUL, and half of a pair.
+    message.answer = answer.answer.replace("\0", "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     message.dify_message_id = answer.message_id
     dialogue.dify_conversation_id = answer.conversation_id
     return MessageState.ANSWERED

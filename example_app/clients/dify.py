@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Collection
-from typing import Final
+from typing import Annotated, Final
 
 import httpx
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, Field, JsonValue
 
-from example_app.clients.http import NotFound, OutsideAPI, OutsideError, Unanswered, as_outside_error, plain_code, read
+from example_app.clients.http import (
+    NotFound,
+    OutsideAPI,
+    OutsideError,
+    Unanswered,
+    as_outside_error,
+    pieces,
+    plain_code,
+    read,
+    whole,
+)
 from example_app.settings import Settings
 
 _NAME: Final = "Dify"
 _ASK: Final = "Dify, POST /chat-messages"
 _PAUSED: Final = "workflow_paused"
+
+ID = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
+"""What Dify calls a thing; anything else could be neither stored nor asked for."""
 
 
 class StillAnswering(OutsideError):
@@ -54,13 +67,13 @@ class Question(BaseModel):
 class Answer(BaseModel):
     """What Dify answered."""
 
-    conversation_id: str
-    message_id: str
+    conversation_id: ID
+    message_id: ID
     answer: str = ""
 
 
 class _Conversation(BaseModel):
-    id: str
+    id: ID
 
 
 class _Conversations(BaseModel):
@@ -68,8 +81,8 @@ class _Conversations(BaseModel):
 
 
 class _Message(BaseModel):
-    id: str
-    conversation_id: str
+    id: ID
+    conversation_id: ID
     query: str
     answer: str | None = None
     status: str = "normal"
@@ -156,66 +169,68 @@ class Dify(OutsideAPI):
         except NotFound:
             return
 
+    def parse(self, content: bytes | str, call: str) -> JsonValue:
+        """What was answered; half of a surrogate pair may be in it, whose other half is in the next event.
+
+        Raises:
+            Unanswered: It is no JSON, or nested too deeply.
+        """
+        try:
+            parsed: JsonValue = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise Unanswered(call, "answered no JSON") from error
+        return parsed
+
     async def _ask_streaming(self, body: JsonValue) -> Answer:
         try:
             async with self.client.stream("POST", "/chat-messages", json=body) as response:
                 if not response.is_success:
-                    await response.aread()
-                self.check(response)
+                    self.check(response, await whole(response, _ASK))
                 return await self._assemble(response)
         except httpx.RequestError as error:
             raise as_outside_error(_ASK, error) from error
 
     async def _assemble(self, response: httpx.Response) -> Answer:
         """Put a streamed answer together out of its server-sent events."""
-        pieces: list[str] = []
-        async for line in _lines(response):
+        texts: list[str] = []
+        async for line in _lines(pieces(response, _ASK)):
             if not line.startswith("data:"):
                 continue
-            event = read(_Event, _parse(line.removeprefix("data:")), _NAME)
+            event = read(_Event, self.parse(line.removeprefix("data:"), _ASK), _NAME)
             if event.event == "error":
                 raise self.failure(_ASK, event.status if isinstance(event.status, int) else 500, plain_code(event.code))
             if event.event in ("message", "agent_message"):
-                pieces.append(event.answer or "")
+                texts.append(event.answer or "")
             if event.event == "message_replace":  # by Dify's moderation
-                pieces = [event.answer or ""]
+                texts = [event.answer or ""]
             if event.event in ("message_end", _PAUSED):
                 return _answer(
                     {
                         "event": event.event,
                         "conversation_id": event.conversation_id,
                         "message_id": event.message_id,
-                        "answer": "".join(pieces),
+                        "answer": "".join(texts),
                     }
                 )
         raise Unanswered(_ASK, "ended before the answer did")
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[str]:
     """The lines of an event stream; ``aiter_lines`` would also end one at, say, a U+2028 within a JSON string.
 
     https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
     """
-    rest = b""
-    async for chunk in response.aiter_bytes():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line.decode("utf-8", "replace").rstrip("\r")
-    yield rest.decode("utf-8", "replace")
+    line: list[bytes] = []
+    async for piece in stream:
+        end, *others = piece.split(b"\n")
+        line.append(end)
+        for other in others:
+            yield b"".join(line).decode("utf-8", "replace").rstrip("\r")
+            line = [other]
+    yield b"".join(line).decode("utf-8", "replace")
 
 
 def _answer(content: JsonValue) -> Answer:
     if isinstance(content, dict) and content.get("event") == _PAUSED:
         raise Paused(_ASK, "waits for a human within the workflow")
-    answer = read(Answer, content, _NAME)
-    if not answer.conversation_id:
-        raise Unanswered(_ASK, "answered without a conversation")
-    return answer
-
-
-def _parse(data: str) -> JsonValue:
-    try:
-        content: JsonValue = json.loads(data)
-    except ValueError as error:
-        raise Unanswered(_ASK, "sent an event that is no JSON") from error
-    return content
+    return read(Answer, content, _NAME)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import ClassVar, Final, TypeVar
 
 import httpx
 from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic_core import from_json
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from example_app.settings import Settings
@@ -17,6 +20,8 @@ from example_app.settings import Settings
 M = TypeVar("M", bound=BaseModel)
 
 TRIES: Final = 3
+ANSWER_LIMIT: Final = 8 * 1024 * 1024
+"""Bytes of an answer, decompressed."""
 LONGEST_PAUSE: Final = 10.0
 """Seconds that a call waits for ``Retry-After``; if it is told to wait longer, it fails."""
 _LONGEST_WAIT: Final = 3600.0
@@ -93,14 +98,19 @@ class OutsideAPI:
     """Codes of errors that may pass although their status says otherwise."""
 
     def __init__(self, name: str, base_url: str, headers: dict[str, str], settings: Settings) -> None:
-        timeout = httpx.Timeout(
-            connect=settings.httpx_connect_timeout,
-            read=settings.httpx_read_timeout,
-            write=settings.httpx_write_timeout,
-            pool=settings.httpx_pool_timeout,
-        )
+        waits = {
+            "connect": settings.httpx_connect_timeout,
+            "read": settings.httpx_read_timeout,
+            "write": settings.httpx_write_timeout,
+            "pool": settings.httpx_pool_timeout,
+        }
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # the client serves all customers
         self.name = name
-        self.client = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout)
+        self.client = httpx.AsyncClient(
+            base_url=base_url, headers=headers, timeout=httpx.Timeout(**waits), cookies=no_cookies
+        )
+        # A byte now and then stays within each of the time-outs, and may come for ever.
+        self._time_limit = sum(waits.values())
 
     async def call(
         self,
@@ -129,8 +139,12 @@ class OutsideAPI:
         retrying = self._retrying(lambda error: error.never_began)
         return await retrying(self._try, method, path, json=json)
 
-    def check(self, response: httpx.Response) -> None:
+    def check(self, response: httpx.Response, content: bytes) -> None:
         """Turn a status that tells of a failure into its error.
+
+        Parameters:
+            response: What was answered.
+            content: Its body.
 
         Raises:
             OutsideError: One of its subclasses.
@@ -138,7 +152,7 @@ class OutsideAPI:
         if response.is_success:
             return
         call = f"{self.name}, {response.request.method} {response.request.url.path}"
-        status, code = response.status_code, error_code(response)
+        status, code = response.status_code, error_code(content)
         if status == 404 and not response.headers.get("Content-Type", "").startswith("application/json"):
             # It comes from a proxy whose server is away.
             raise Unanswered(call, f"answered 404 {code}".rstrip())
@@ -158,6 +172,22 @@ class OutsideAPI:
         kind = kinds.get(status, Unanswered if passes else Rejected)
         return kind(call, f"answered {status} {code}".rstrip(), retry_after if status in (429, 503) else 0.0)
 
+    def parse(self, content: bytes | str, call: str) -> JsonValue:
+        """What was answered, if it can be passed on: halves of surrogate pairs cannot, nor what is nested too deeply.
+
+        Parameters:
+            content: JSON.
+            call: What was asked of whom, for the log.
+
+        Raises:
+            Unanswered: It is something else.
+        """
+        try:
+            parsed: JsonValue = from_json(content, allow_inf_nan=False)
+        except ValueError as error:
+            raise Unanswered(call, "answered no JSON") from error
+        return parsed
+
     async def _try(
         self,
         method: str,
@@ -169,17 +199,17 @@ class OutsideAPI:
     ) -> JsonValue:
         call = f"{self.name}, {method} {path}"
         try:
-            response = await self.client.request(method, path, json=json, params=params, headers=headers)
+            async with (
+                asyncio.timeout(self._time_limit),
+                self.client.stream(method, path, json=json, params=params, headers=headers) as response,
+            ):
+                content = await whole(response, call)
+        except TimeoutError as error:
+            raise Unanswered(call, "took too long") from error
         except httpx.RequestError as error:
             raise as_outside_error(call, error) from error
-        self.check(response)
-        if not response.content.strip():
-            return None
-        try:
-            content: JsonValue = response.json()
-        except ValueError as error:
-            raise Unanswered(call, "answered no JSON") from error
-        return content
+        self.check(response, content)
+        return self.parse(content, call) if content.strip() else None
 
     def _retrying(self, predicate: Callable[[OutsideError], bool]) -> AsyncRetrying:
         return AsyncRetrying(
@@ -206,13 +236,36 @@ def read(model: type[M], content: JsonValue, service: str) -> M:
         raise Unanswered(service, f"answered no {model.__name__.lstrip('_')}") from error
 
 
-def error_code(response: httpx.Response) -> str:
+async def pieces(response: httpx.Response, call: str) -> AsyncIterator[bytes]:
+    """An answer's body as it comes.
+
+    Raises:
+        Unanswered: It is larger than ``ANSWER_LIMIT``.
+    """
+    size = 0
+    async for piece in response.aiter_bytes():
+        size += len(piece)
+        if size > ANSWER_LIMIT:
+            raise Unanswered(call, f"answered more than {ANSWER_LIMIT} bytes")
+        yield piece
+
+
+async def whole(response: httpx.Response, call: str) -> bytes:
+    """An answer's body.
+
+    Raises:
+        Unanswered: It is larger than ``ANSWER_LIMIT``.
+    """
+    return b"".join([piece async for piece in pieces(response, call)])
+
+
+def error_code(content: bytes) -> str:
     """The code in an error's JSON, which names its kind and nothing of ours; empty when there is none."""
     try:
-        content = response.json()
+        error = from_json(content, allow_inf_nan=False)
     except ValueError:
         return ""
-    return plain_code(content.get("code")) if isinstance(content, dict) else ""
+    return plain_code(error.get("code")) if isinstance(error, dict) else ""
 
 
 def plain_code(code: object) -> str:

@@ -1,0 +1,165 @@
+"""Whatever Dify and Chatwoot answer, it costs a bounded time and room, and a human gets the conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import httpx
+import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from example_app.clients import close_clients, get_chatwoot, get_dify
+from example_app.clients.dify import Question
+from example_app.clients.http import ANSWER_LIMIT, Unanswered
+from example_app.fakes.serving import served
+from tests.example_app.conftest import Configure, Outside, rows
+from tests.example_app.stepping import ask, receive, run
+
+Be = Callable[[ASGIApp], Awaitable[None]]
+
+QUESTION = Question(query="Hello", user="customer")
+
+
+@pytest.fixture
+async def both_are(configure: Configure, outside: Outside) -> AsyncIterator[Be]:
+    """Let an application be Dify and Chatwoot."""
+    async with AsyncExitStack() as servers:
+
+        async def be(app: ASGIApp) -> None:
+            url = await servers.enter_async_context(served(app))
+            configure(CHATWOOT_API_URL=f"{url}/api/v1", DIFY_API_URL=f"{url}/v1")
+
+        yield be
+        await close_clients()
+
+
+def events(*contents: object) -> bytes:
+    """An event stream."""
+    return b"".join(f"data: {json.dumps(content)}\n\n".encode() for content in contents)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("mode", ["blocking", "streaming"])
+async def test_endless_answer(both_are: Be, configure: Configure, mode: str, status: int, encoding: str) -> None:
+    """An answer is read up to 8 MiB, which are counted after decompression."""
+    content = b" " * (ANSWER_LIMIT + 1)
+    body = gzip.compress(content) if encoding == "gzip" else content
+    await both_are(Response(body, status, {"Content-Encoding": encoding}, "application/json"))
+    configure(DIFY_RESPONSE_MODE=mode)
+    with pytest.raises(Unanswered, match="answered more than 8388608 bytes"):
+        await (await get_dify()).ask(QUESTION)
+    with pytest.raises(Unanswered, match="answered more than 8388608 bytes"):
+        await (await get_chatwoot()).send_message(7, "Hello")
+
+
+async def test_answer_that_drips(both_are: Be, configure: Configure) -> None:
+    """A byte now and then keeps no call waiting for longer than all time-outs together."""
+
+    async def drip() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.02)
+
+    await both_are(StreamingResponse(drip()))
+    configure(**{f"HTTPX_{wait}_TIMEOUT": "0.2" for wait in ("CONNECT", "READ", "WRITE", "POOL")})
+    async with asyncio.timeout(20):
+        with pytest.raises(Unanswered, match="took too long"):
+            await (await get_chatwoot()).send_message(7, "Hello")
+
+
+async def test_cookies_are_not_kept(both_are: Be) -> None:
+    """What an API sets for one customer's call is not sent with another's."""
+    sent: list[str | None] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        sent.append(Request(scope).headers.get("Cookie"))
+        await JSONResponse([], headers={"Set-Cookie": f"customer={len(sent)}; Path=/"})(scope, receive, send)
+
+    await both_are(app)
+    chatwoot = await get_chatwoot()
+    assert [await chatwoot.teams() for _ in range(2)] == [[], []]
+    assert sent == [None, None]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        {"conversation_id": "a\0b", "message_id": "1"},
+        {"conversation_id": "1", "message_id": "a\0b"},
+        {"conversation_id": "1" * 256, "message_id": "1"},
+        {"conversation_id": "\ud800", "message_id": "1"},
+        {"conversation_id": "", "message_id": "1"},
+        {"conversation_id": "1", "message_id": "a b"},
+    ],
+    ids=ascii,
+)
+async def test_ids_that_are_none(outside: Outside, both_are: Be, ids: dict[str, str]) -> None:
+    """An answer whose ids can be neither stored nor asked for is tried again, and handed over in the end."""
+    await both_are(Response(json.dumps({"answer": "Hello"} | ids), media_type="application/json"))
+    [message] = await receive(outside, "Hello")
+    assert [await run(ask, message) for _ in range(4)] == ["again"] * 3 + ["failed"]
+
+
+@pytest.mark.parametrize("mode", ["blocking", "streaming"])
+async def test_answer_nested_too_deeply_for_dify(both_are: Be, configure: Configure, mode: str) -> None:
+    """It counts as no answer, whether or not Python's parser gives up over it."""
+    nested = b'{"answer": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    await both_are(Response(nested if mode == "blocking" else b"data: " + nested + b"\n\n"))
+    configure(DIFY_RESPONSE_MODE=mode)
+    with pytest.raises(Unanswered):
+        await (await get_dify()).ask(QUESTION)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [r'["\ud800"]', r'{"\udfff": 1}', "[" * 300 + "]" * 300, "[" * 100_000 + "]" * 100_000, "[NaN]", "\ufeff[", "["],
+    ids=lambda content: str(content)[:10].encode("ascii", "backslashreplace").decode(),
+)
+async def test_answers_that_cannot_be_passed_on(client: httpx.AsyncClient, both_are: Be, content: str) -> None:
+    """Chatwoot's answer to a caller of the API is passed on, or is a 502 that says what is not known."""
+    await both_are(Response(content, media_type="application/json"))
+    response = await client.post("/api/v1/update-labels/7", json=["vip"])
+    assert (response.status_code, response.json()["detail"]) == (
+        502,
+        "Whether Chatwoot did it is not known; look before you repeat it.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("halves", "answer"),
+    [(("Hi \ud83d", "\ude00!"), "Hi 😀!"), (("Hi \ud83d", "!"), "Hi \ufffd!"), (("Hi", "\0!"), "Hi!")],
+    ids=["pair", "half", "NUL"],
+)
+async def test_emoji_in_two_events(
+    outside: Outside, both_are: Be, configure: Configure, halves: tuple[str, str], answer: str
+) -> None:
+    """A pair of surrogates that was cut in two is one character again; a half alone is replaced."""
+    ids = {"conversation_id": "1", "message_id": "1"}
+    pieces = [{"event": "message", "answer": half} | ids for half in halves]
+    await both_are(Response(events(*pieces, {"event": "message_end"} | ids), media_type="text/event-stream"))
+    configure(DIFY_RESPONSE_MODE="streaming")
+    [message] = await receive(outside, "Hello")
+    assert await run(ask, message) == "answered"
+    assert await rows("SELECT answer FROM message") == [(answer,)]
+
+
+async def test_lines_in_pieces(both_are: Be, configure: Configure) -> None:
+    """A stream may be cut anywhere, also within a character, and have CR LF at its lines' ends."""
+    ids = {"conversation_id": "1", "message_id": "1"}
+    said = json.dumps({"event": "message", "answer": "Hi 😀!"} | ids, ensure_ascii=False)
+    content = f"data: {said}\r\n\r\n".encode() + events({"event": "message_end"} | ids).rstrip()
+
+    async def bytewise() -> AsyncIterator[bytes]:
+        for byte in content:
+            yield bytes([byte])
+
+    await both_are(StreamingResponse(bytewise()))
+    configure(DIFY_RESPONSE_MODE="streaming")
+    assert (await (await get_dify()).ask(QUESTION)).answer == "Hi 😀!"
