@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +14,8 @@ from starlette.responses import JSONResponse
 from example_app.api.doors import WEBHOOK
 from example_app.clients.http import Busy, NotFound, OutsideError, Unanswered
 from example_app.logs import logger
+
+_PARTS_TOLD: Final = 20
 
 
 class InvalidPart(BaseModel):
@@ -73,7 +75,7 @@ def _http_error(request: Request, error: Exception) -> ProblemResponse:
 def _invalid_request(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RequestValidationError)
     # Without the input: it may be anything, a secret as well.
-    parts = [InvalidPart(part=".".join(map(str, e["loc"])), reason=e["msg"]) for e in error.errors()]
+    parts = [InvalidPart(part=".".join(map(str, e["loc"])), reason=e["msg"]) for e in error.errors()[:_PARTS_TOLD]]
     _note(request, 422, *(f"{each.part}: {each.reason}" for each in parts))
     return _problem(422, "The request cannot be used; see 'invalid'.", invalid=parts)
 

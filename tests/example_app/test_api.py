@@ -210,6 +210,14 @@ async def test_what_only_pythons_json_has(client: httpx.AsyncClient, outside: Ou
     assert response.json()["invalid"][0]["part"].startswith("body.")
 
 
+async def test_many_errors_in_one_body(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    """Twenty are named, in the answer and in the log."""
+    caplog.set_level("INFO", "chatdify")
+    response = await post(client, "update-labels/7", [1] * 10_000)
+    assert (response.status_code, len(response.json()["invalid"])) == (422, 20)
+    assert [len(record.getMessage()) < 2000 for record in caplog.records if record.name == "chatdify"] == [True]
+
+
 async def test_unexpected_error_says_nothing(
     client: httpx.AsyncClient, outside: Outside, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
