@@ -7,16 +7,18 @@ import re
 from importlib import import_module
 from typing import Any, Final
 
+from example_app.api.doors import WEBHOOK
 from example_app.settings import Settings
 from fastapi_chatdify_db import InvalidSettings
 
 logger: Final = logging.getLogger("chatdify")
 
-_SECRET: Final = re.compile(r"(?<![^?&])secret=[^&\s]*")
+# The name may be spelled in other ways, as %73ecret, so nothing that the webhook is asked is kept.
+_SECRET: Final = re.compile(rf"(?<={WEBHOOK}\?)\S+|(?<=\bsecret=)[^&\s]+")
 
 
 def _without(text: object) -> object:
-    return _SECRET.sub("secret=***", text) if isinstance(text, str) else text
+    return _SECRET.sub("***", text) if isinstance(text, str) else text
 
 
 class _WithoutSecret(logging.Filter):
