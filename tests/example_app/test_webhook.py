@@ -254,9 +254,10 @@ async def test_ten_megabytes_are_refused(client: httpx.AsyncClient, chunked: boo
             yield b" " * 65536
 
     body = chunks() if chunked else b" " * 10 * 2**20
-    response = await client.post(PATH, content=body)
+    response = await client.post(PATH, content=body, headers=signed(b"", str(int(time.time()))))
     assert response.status_code == 413
     assert response.json()["status"] == 413
+    assert response.headers["Connection"] == "close"
 
 
 async def test_long_message_in_a_large_payload(client: httpx.AsyncClient) -> None:

@@ -1,0 +1,76 @@
+"""Who is refused costs little: what need not be read is not, and a connection that would send it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+
+import httpx
+import pytest
+
+from tests.example_app.conftest import WEBHOOK_SECRET, signed
+
+PATH = "/api/v1/chatwoot-webhook"
+
+
+@asynccontextmanager
+async def begun(
+    client: httpx.AsyncClient, headers: Mapping[str, str], length: int, path: str = PATH
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A POST whose headers are sent, and of whose body nothing yet."""
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    lines = [f"{name}: {value}" for name, value in {"Host": "localhost", "Content-Length": length, **headers}.items()]
+    writer.write("\r\n".join([f"POST {path} HTTP/1.1", *lines, "", ""]).encode())
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"X-Chatwoot-Signature": "sha256=0"},
+        signed(b"", "1"),
+        signed(b"", "soon"),
+    ],
+    ids=["none", "without time", "old", "no time"],
+)
+async def test_what_headers_refuse_is_not_read(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    """Without a signature of now, or the secret, a body is not waited for."""
+    async with asyncio.timeout(10), begun(client, headers, length=1000) as (reader, _):
+        answer = await reader.read()  # to its end: the server has closed the connection
+    assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+async def test_endless_body_is_cut_off(client: httpx.AsyncClient) -> None:
+    """Behind the limit a body is not received any more."""
+    sent, piece = 0, b" " * 2**16
+    async with begun(client, {}, length=2**40, path=f"{PATH}?secret={WEBHOOK_SECRET}") as (_, writer):
+        with suppress(ConnectionError):
+            while sent < 2**26:
+                writer.write(piece)
+                await writer.drain()
+                sent += len(piece)
+    assert 2**23 < sent < 2**26
+
+
+async def test_client_that_leaves_during_the_upload(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It costs a line in the log, and no traceback."""
+    caplog.set_level("INFO", "chatdify")
+    async with begun(client, signed(b"", str(int(time.time()))), length=1000) as (_, writer):
+        writer.write(b"{")
+        await writer.drain()
+    async with asyncio.timeout(10):
+        while not (told := [record for record in caplog.records if record.name in ("chatdify", "uvicorn.error")]):
+            await asyncio.sleep(0.01)
+    assert [(record.levelname, record.getMessage().split(" (")[0]) for record in told] == [
+        ("INFO", f"POST '{PATH}' answered 400")
+    ]
