@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import celery_ext
 from example_app import logs, worker
@@ -16,7 +18,7 @@ from example_app.api import conversations, health, problems, webhook
 from example_app.api.doors import BodyLimit
 from example_app.clients import close_clients
 from example_app.page import routes as page
-from example_app.settings import get_settings
+from example_app.settings import Settings, get_settings
 from fastapi_chatdify_db import db, health_router
 
 PREFIX: Final = "/api/v1"
@@ -45,7 +47,12 @@ def create_app() -> FastAPI:
     db.creates_tables = settings.in_development  # elsewhere "alembic upgrade head" has made them
     import_module("example_app.tasks")  # registers the tasks for the dispatch
     celery_ext.init_app(worker.app, relay=True)
-    app = FastAPI(title="Chatdify", summary="Answers Chatwoot's conversations with Dify", lifespan=lifespan)
+    app = FastAPI(
+        title="Chatdify",
+        summary="Answers Chatwoot's conversations with Dify",
+        lifespan=lifespan,
+        redirect_slashes=False,  # to whatever Host the request names
+    )
     db.init_app(app)
     app.add_middleware(BodyLimit)
     problems.init_app(app)
@@ -54,8 +61,15 @@ def create_app() -> FastAPI:
     app.include_router(health_router)
     if settings.in_development:
         page.init_app(app)
+        # Doors may be open: a web site must not come in by a name of its own that it has made this machine's.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI's documentation extends it
     return app
+
+
+def _hosts(settings: Settings) -> list[str]:
+    """The names by which this application is known in development."""
+    return ["localhost", "127.0.0.1", "[::1]", *filter(None, [urlsplit(settings.api_base_url).hostname])]
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Settings(DatabaseSettings):
     Parameters:
         environment: ``development`` runs without secrets; with any other value the web does not start without them.
         log_level: Of the root logger.
-        api_base_url: Where Chatwoot and Dify reach this application.
+        api_base_url: Where Chatwoot and Dify reach this application; in development it answers under this name too.
         chatdify_api_token: The bearer token of the API.
         chatwoot_webhook_secret: Chatwoot's signing secret; older versions carry it in the webhook's URL.
         chatwoot_webhook_max_age: Seconds after which a signed webhook is refused.

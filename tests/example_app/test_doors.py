@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager, suppress
 import httpx
 import pytest
 
-from tests.example_app.conftest import WEBHOOK_SECRET, signed
+from example_app.main import create_app
+from tests.example_app.conftest import WEBHOOK_SECRET, Configure, signed
+from tests.serving import serve
 
 PATH = "/api/v1/chatwoot-webhook"
 
@@ -74,3 +76,26 @@ async def test_client_that_leaves_during_the_upload(
     assert [(record.levelname, record.getMessage().split(" (")[0]) for record in told] == [
         ("INFO", f"POST '{PATH}' answered 400")
     ]
+
+
+async def test_no_redirect_to_whatever_host(client: httpx.AsyncClient) -> None:
+    """A path with a slash too many does not exist."""
+    response = await client.get("/api/v1/health/", headers={"Host": "attacker.example"})
+    assert response.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("tunnel.example", 200),
+        ("attacker.example", 400),
+        ("localhost.attacker.example", 400),
+    ],
+)
+async def test_names_in_development(configure: Configure, tables: None, host: str, status: int) -> None:
+    """Where doors may be open, a site whose name leads to this machine is no way in."""
+    configure(ENVIRONMENT="development", API_BASE_URL="https://tunnel.example/api/v1")
+    async with serve(create_app()) as client:
+        assert (await client.get("/api/v1/health", headers={"Host": host})).status_code == status
