@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from kombu import Connection
-from kombu.exceptions import OperationalError
 
 
 class Confirms:
@@ -21,42 +20,42 @@ class Confirms:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._unconfirmed: set[int] = set()
-        self._published = 0
-        self._refused = False
+        self._refused: set[int] = set()
+        self.published = 0
+        """How many messages there were, which is the number of the last one."""
         channel: Any = connection.default_channel
-        self._confirming = hasattr(channel, "confirm_select")
-        if self._confirming:
+        if hasattr(channel, "confirm_select"):
             channel.events["basic_ack"].add(self._acknowledged)
             channel.events["basic_nack"].add(self._not_acknowledged)
             channel.confirm_select()
+            # The broker counts every message of the channel; with task_send_sent_event, Celery adds one to each task's.
+            self._publish, channel.basic_publish = channel.basic_publish, self._publish_counted
 
-    def published(self) -> None:
-        """Count one more message, as the broker does."""
-        if self._confirming:
-            self._published += 1
-            self._unconfirmed.add(self._published)
-
-    def wait(self, timeout: float) -> None:
-        """Return when every message is confirmed.
+    def wait(self, timeout: float) -> set[int]:
+        """Return when the broker has said of every message whether it took it; the numbers of those it refused.
 
         Parameters:
             timeout: Seconds in which the broker has to say something.
 
         Raises:
-            OperationalError: The broker refused a message.
             OSError: It said nothing in time.
         """
         while self._unconfirmed:
             self._connection.drain_events(timeout=timeout)
-        if self._refused:
-            raise OperationalError("the broker did not take every message")
+        refused, self._refused = self._refused, set()
+        return refused
+
+    def _publish_counted(self, *args: Any, **kwargs: Any) -> None:
+        self._publish(*args, **kwargs)
+        self.published += 1
+        self._unconfirmed.add(self.published)
 
     def _acknowledged(self, delivery_tag: int, multiple: bool) -> None:
-        if multiple:
-            self._unconfirmed = {tag for tag in self._unconfirmed if tag > delivery_tag}
-        else:
-            self._unconfirmed.discard(delivery_tag)
+        self._unconfirmed -= self._confirmed(delivery_tag, multiple)
 
     def _not_acknowledged(self, delivery_tag: int, multiple: bool) -> None:
-        self._refused = True
+        self._refused |= self._confirmed(delivery_tag, multiple)
         self._acknowledged(delivery_tag, multiple)
+
+    def _confirmed(self, delivery_tag: int, multiple: bool) -> set[int]:
+        return {tag for tag in self._unconfirmed if tag <= delivery_tag} if multiple else {delivery_tag}

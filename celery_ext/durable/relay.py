@@ -135,9 +135,15 @@ class Relay:
 
     def _send_together(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
         line = self._line or self._connect()
-        sent = [row for row in rows if self._send(line, row)]
-        line.confirms.wait(_BROKER_LIMIT)
-        return sent
+        sent: list[tuple[int, Row[Any]]] = []
+        for row in rows:
+            number = line.confirms.published + 1  # of the task; its event, if there is one, is the next
+            if self._send(line, row):
+                sent.append((number, row))
+        refused = line.confirms.wait(_BROKER_LIMIT)
+        for row in (row for number, row in sent if number in refused):
+            logger.error("task %s[%s] can not be sent: the broker refused it; is its queue full?", row.name, row.id)
+        return [row for number, row in sent if number not in refused]
 
     def _send_one_by_one(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
         """Leave out what the broker refuses: a queue or an exchange that is missing or declared otherwise."""
@@ -172,7 +178,6 @@ class Relay:
         except Exception:  # whatever is wrong with this row, the others are sent
             logger.exception("task %s[%s] can not be sent", row.name, row.id)
             return False
-        line.confirms.published()
         return True
 
     def _wait(self, connection: Connection) -> None:

@@ -15,6 +15,7 @@ from threading import Condition, Thread
 from typing import Any
 from uuid import uuid4
 
+import pytest
 from celery import Celery
 from celery.app.trace import trace_task
 from kombu import Queue
@@ -58,6 +59,13 @@ def task(app: Celery[Any], name: str) -> celery_ext.Task:
 def deliver(task: celery_ext.Task, task_id: str) -> None:
     """Do with a durable task's message what a worker does, in this process."""
     trace_task(task, task_id, (), {}, {"id": task_id, "durable": task_id}, app=task.app)
+
+
+async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    """Return when a thread of this process, such as a relay, has logged it."""
+    async with asyncio.timeout(PATIENCE):
+        while text not in caplog.text:
+            await asyncio.sleep(0.01)
 
 
 class Worker:

@@ -11,21 +11,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import pytest
 from celery import Celery
 from fastapi import FastAPI
-from kombu import Queue
 
 import celery_ext
 from celery_ext.durable import administration, statements
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db, health_router
-from tests.observing import PATIENCE, Observer
+from tests.observing import Observer
 from tests.serving import serve
 from tests.worker.application import create_app
-from tests.worker.running import Worker, brokers, deliver, task, urls
+from tests.worker.running import Worker, deliver, task, until_logged
 
 
 @asynccontextmanager
@@ -50,13 +48,6 @@ async def forwarding(door: socket.socket, port: int | None) -> AsyncIterator[Non
             for end in ends:
                 end.close()
                 await end.wait_closed()
-
-
-async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
-    """Return when the relay of this process has logged it."""
-    async with asyncio.timeout(PATIENCE):
-        while text not in caplog.text:
-            await asyncio.sleep(0.01)
 
 
 async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> None:
@@ -124,24 +115,6 @@ async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: p
             async with forwarding(door, there.port):
                 await rows.until_status(task_id, "done")
         app.close()
-
-
-@pytest.mark.skipif("rabbitmq" not in brokers(), reason="needs RabbitMQ")
-async def test_message_that_the_broker_does_not_keep(rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
-    """RabbitMQ says so only afterwards (https://www.rabbitmq.com/docs/maxlength): the row is still to be sent."""
-    name = f"chatdify-test-{uuid4().hex}"
-    app = create_app(urls("rabbitmq")[0], "cache+memory://", name)
-    app.finalize()
-    full = Queue(name, queue_arguments={"x-max-length": 0, "x-overflow": "reject-publish"})
-    app.conf.task_queues = [full]
-    with app.connection_for_write() as broker:
-        with relaying(app, db, grace=3600):
-            async with db.transaction():
-                task(app, "add_item").delay_durably("x")
-            await until_logged(caplog, "did not take every message")
-            await rows.until("(SELECT rings = 0 AND ring_at <= now() FROM durable_task)")
-        full.bind(broker.default_channel).delete()
-    app.close()
 
 
 async def test_locked_row_holds_nothing_up(prefork: Worker, rows: Observer) -> None:
