@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
+from celery.worker import state
 from sqlalchemy import Row, event
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -106,7 +107,7 @@ class Delivery:
     def ended_by(self, error: BaseException) -> BaseException:
         """Record how the body ended, after its rollback; returns what to tell Celery.
 
-        A failure of the database rather than of the task is no end: the row stays, and will be run again.
+        A failure of the database or the worker rather than of the task is no end: the row stays, and will be run again.
         """
         if isinstance(error, Dropped) or _is_redelivered(error):  # the row of a duplicate is another delivery's
             return error
@@ -194,13 +195,15 @@ def _is_redelivered(error: BaseException) -> bool:
 
 
 def _is_passing(error: BaseException | None) -> bool:
-    """Whether the database is to blame, be it by way of an exception that the task made of its error."""
+    """Whether the database or the worker is to blame, be it by way of an exception that the task made of its error."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(_is_passing, error.exceptions))
     if error is None or isinstance(error, TaskPredicate):  # Retry, Ignore and Reject are the task's decision
         return False
     if isinstance(error, (PoolTimeout, DatabaseUnavailable)):
         return True
+    if isinstance(error, NotImplementedError) and state.should_terminate:
+        return True  # a cold shutdown's signal handler says that the pool solo cannot end a task, within the task
     if isinstance(error, DBAPIError):
         original = error.orig
         return error.connection_invalidated or asks_to_retry(original) or _is_of_the_server(original)

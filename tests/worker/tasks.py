@@ -173,6 +173,14 @@ def sleep_after_insert(name: str, seconds: float) -> None:
 
 
 @shared_task
+async def sleep_after_insert_async(name: str, seconds: float) -> None:
+    """The same in a coroutine."""
+    db.session.add(Item(name))
+    await db.session.flush()
+    await asyncio.sleep(seconds)
+
+
+@shared_task
 def pid_after_insert(name: str) -> int:
     """Insert and tell the process."""
     insert(name)

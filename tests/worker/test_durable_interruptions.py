@@ -45,6 +45,21 @@ async def test_database_lost_before_the_commit(relayed: Worker, rows: Observer, 
     assert await rows.names() == ["x"]
 
 
+@pytest.mark.parametrize("name", ["sleep_after_insert", "sleep_after_insert_async"])
+async def test_cold_shutdown_of_the_pool_solo(rows: Observer, name: str) -> None:
+    """Celery, which cannot end a task there, raises an error in its midst; that is no failure of the task."""
+    in_body = "EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'INSERT%')"
+    cold = worker(brokers()[-1], pool="solo", environment={"REMAP_SIGTERM": "SIGQUIT"})
+    with cold as ending, relaying(ending.app, db):
+        async with db.transaction():
+            task_id = ending.task(name).delay_durably("x", 2)
+        await rows.until(in_body)
+    assert "NotImplementedError" in ending.log
+    with worker(brokers()[-1], pool="solo") as other, relaying(other.app, db):
+        await rows.until_status(task_id, "done")
+    assert await rows.names() == ["x"]
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
