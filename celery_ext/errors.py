@@ -23,7 +23,7 @@ class ArgumentsNotSerializable(ChatdifyDBError, TypeError):
 
 
 class ResultNotSerializable(ChatdifyDBError, TypeError):
-    """A task that wrote returned what its result backend cannot store; its unit was rolled back."""
+    """A task that wrote returned, or was given, what its result backend cannot store; its unit was rolled back."""
 
 
 class CoroutineReturned(ChatdifyDBError, TypeError):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_result(task: Task, request: Context, result: object) -> None:
-    """Encode a result as the result backend will, to see whether it can.
+    """Encode a result as the result backend will, to see whether it can; with ``result_extended``, the arguments too.
 
     Parameters:
         task: The task.
@@ -24,7 +24,8 @@ def check_result(task: Task, request: Context, result: object) -> None:
     Raises:
         ResultNotSerializable: The backend cannot store it.
     """
-    if result is None or _is_ignored(task, request):
+    extended = task.app.conf.result_extended
+    if (result is None and not extended) or _is_ignored(task, request):
         return
     backend = task.backend
     if isinstance(backend, DisabledBackend):
@@ -35,10 +36,19 @@ def check_result(task: Task, request: Context, result: object) -> None:
         # Celery dumps the model that a def task with pydantic=True returns, but not what a coroutine will return.
         model = hasattr(result, "model_dump")
         instead = 'return m.model_dump(mode="json")' if model else "return ids, or set ignore_result=True"
-        raise ResultNotSerializable(
-            f"{task.name} was rolled back: {task.app.conf.result_serializer} does not carry its result ({error}); "
-            f"{instead}"
-        ) from error
+        raise _refused(task, "result", error, instead) from error
+    if extended:
+        try:
+            backend.encode([request.args, request.kwargs])
+        except Exception as error:
+            raise _refused(task, "arguments", error, "send ids, or set result_extended=False") from error
+
+
+def _refused(task: Task, what: str, error: Exception, instead: str) -> ResultNotSerializable:
+    serializer = task.app.conf.result_serializer
+    return ResultNotSerializable(
+        f"{task.name} was rolled back: {serializer} does not carry its {what} ({error}); {instead}"
+    )
 
 
 def _is_ignored(task: Task, request: Context) -> bool:

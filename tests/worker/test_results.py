@@ -45,6 +45,26 @@ async def test_coroutine_that_returns_a_model(empty_tables: Observer) -> None:
     app.close()
 
 
+@pytest.mark.parametrize("extended", [False, True])
+async def test_arguments_that_the_result_includes(empty_tables: Observer, extended: bool) -> None:
+    """With ``result_extended`` they are stored after the COMMIT, too, so that they are tried before it."""
+    app = Celery("extended", backend="cache+memory://", set_as_current=False)
+    app.conf.result_extended = extended
+    celery_ext.init_app(app)
+    app.finalize()
+
+    @app.task(shared=False)
+    def takes(anything: object) -> None:
+        db.sync_session.add(Item("x"))
+        db.sync_session.flush()
+
+    arguments = (object(),)  # as of a pickled message
+    outcome = trace_task(takes, "id", arguments, {}, {"id": "id", "args": arguments, "kwargs": {}}, app=app)
+    assert await empty_tables.names() == ([] if extended else ["x"])
+    assert ("does not carry its arguments" in str(outcome.retval)) is extended
+    app.close()
+
+
 @contextmanager
 def written_and_returned(
     result: Callable[[Celery], object],
