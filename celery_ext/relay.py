@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Final
+from typing import Annotated
 
 import typer
 from celery import Celery
@@ -16,11 +16,11 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from celery_ext.binding import database_of
 from celery_ext.durable import administration
+from celery_ext.durable.dispatch import check_dialect
 from celery_ext.durable.relay import GRACE, Relay
+from celery_ext.durable.table import MISSING, is_missing
 from fastapi_chatdify_db.database import Database
-from fastapi_chatdify_db.sqlstates import sqlstate
-
-_UNDEFINED_TABLE: Final = "42P01"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
+from fastapi_chatdify_db.exceptions import ChatdifyDBError
 
 cli = typer.Typer(
     help="Send durable tasks to the broker, and look after them.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -36,12 +36,20 @@ def _application(
     try:
         context.obj = find_app(app)
     except (ImportError, AttributeError) as error:
-        raise _failure(f"{app} cannot be imported: {type(error).__name__}: {error}") from None
+        # Of worker:missing, Celery says in the end that there is no module of that name.
+        why = (":" in app and error.name == app and error.__context__) or error
+        raise _failure(f"{app} cannot be imported: {type(why).__name__}: {why}") from None
+    if not isinstance(context.obj, Celery):
+        raise _failure(f"{app} is no Celery application, but {context.obj!r}")
 
 
 def _database(context: typer.Context) -> Database:
-    application: Celery[Any] = context.obj
-    return database_of(application)
+    try:
+        database = database_of(context.obj)
+        check_dialect(database)
+    except ChatdifyDBError as error:
+        raise _failure(str(error)) from None
+    return database
 
 
 @contextmanager
@@ -49,9 +57,9 @@ def _with_tables(context: typer.Context) -> Iterator[Database]:
     try:
         yield _database(context)
     except ProgrammingError as error:
-        if sqlstate(error.orig) != _UNDEFINED_TABLE:
+        if not is_missing(error):
             raise
-        raise _failure("there is no table durable_task here; create the tables") from None
+        raise _failure(MISSING) from None
     except OperationalError as error:
         raise _failure(f"the database cannot be asked: {error.orig}".partition("\n")[0]) from None
 
@@ -109,6 +117,8 @@ def retry(
         raise typer.BadParameter("name one task by its ID, or say --all")
     with _with_tables(context) as database:
         number = administration.retry(database, task_id)
+    if task_id is not None and number == 0:
+        raise _failure(f"{task_id} has not failed, or is not known")
     typer.echo(f"{number} to be run again")
 
 

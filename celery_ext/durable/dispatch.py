@@ -10,6 +10,7 @@ from celery_ext.dispatch import check_arguments, inherited, refuse_durable_optio
 from celery_ext.durable import outbox
 from celery_ext.durable.row import new_row
 from celery_ext.errors import DurableDispatchUnsupported
+from fastapi_chatdify_db.database import Database
 from fastapi_chatdify_db.exceptions import OutsideUnitOfWork
 from fastapi_chatdify_db.unit_of_work import current_unit
 
@@ -46,8 +47,7 @@ def store(
         )
     if not task.db_session:
         raise DurableDispatchUnsupported(f"{task.name} has db_session=False; its end is marked in the session it lacks")
-    if engines.sync_engine.dialect.name != "postgresql":
-        raise DurableDispatchUnsupported("durable dispatch needs PostgreSQL; write task.delay_on_commit(...)")
+    check_dialect(task.database)
     check_arguments(task, args, kwargs)
     options = options or {}
     _refuse_useless(task, options)
@@ -66,6 +66,16 @@ def store(
         return send_on_commit(task, args, kwargs, "raise", {**options, "task_id": row.id})
     outbox.add(unit.session_of_writes(engines), row)
     return row.id
+
+
+def check_dialect(database: Database) -> None:
+    """Refuse a database that cannot keep durable tasks.
+
+    Raises:
+        DurableDispatchUnsupported: It is not PostgreSQL.
+    """
+    if database.sync_engine.dialect.name != "postgresql":
+        raise DurableDispatchUnsupported("durable dispatch needs PostgreSQL; write task.delay_on_commit(...)")
 
 
 def _refuse_useless(task: Task, options: Mapping[str, Any]) -> None:

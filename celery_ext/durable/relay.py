@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_ext.durable import statements
 from celery_ext.durable.confirms import Confirms
 from celery_ext.durable.row import deserialize
+from celery_ext.durable.table import MISSING, is_missing
 from fastapi_chatdify_db.connecting import reason
 from fastapi_chatdify_db.database import Database
 
@@ -91,7 +92,8 @@ class Relay:
                 except Exception as error:
                     self._failures += 1
                     foreseen = isinstance(error, (SQLAlchemyError, OSError, *self._broker_errors))
-                    logger.warning("relay pauses (%d): %s", self._failures, reason(error), exc_info=not foreseen)
+                    why = MISSING if is_missing(error) else reason(error)
+                    logger.warning("relay pauses (%d): %s", self._failures, why, exc_info=not foreseen)
                     self._pause(min(_LONGEST_PAUSE, 0.1 * 2 ** min(self._failures, 10)))
         finally:
             self._disconnect()

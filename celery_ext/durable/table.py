@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Final
 
 from sqlalchemy import BigInteger, Column, DateTime, Identity, Index, Integer, MetaData, Table, Text, text
+from sqlalchemy.exc import ProgrammingError
+
+from fastapi_chatdify_db.sqlstates import sqlstate
 
 metadata: Final = MetaData(info={"dialect": "postgresql"})
 """For ``create_db_tables`` (which ``celery_ext.init_app`` tells of it) and Alembic's ``target_metadata``."""
 
+MISSING: Final = (
+    "there is no table durable_task here; create the tables, or run the migration of celery_ext.durable.table.metadata"
+)
+_UNDEFINED_TABLE: Final = "42P01"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PENDING: Final = text("status = 'pending'")
 
 durable_task: Final = Table(
@@ -40,3 +47,8 @@ durable_task: Final = Table(
     Index("ix_durable_task_failed", "finished_at", postgresql_where=text("status = 'failed'")),
     Index("ix_durable_task_finished_at", "finished_at", postgresql_where=text("status IN ('done', 'cancelled')")),
 )
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether one of our statements failed because the table was not made."""
+    return isinstance(error, ProgrammingError) and sqlstate(error.orig) == _UNDEFINED_TABLE

@@ -158,6 +158,9 @@ async def test_command_line(prefork: Worker, rows: Observer) -> None:
     assert (await asyncio.to_thread(run, "cancel", cancelled)).returncode == 0
     assert (await asyncio.to_thread(run, "cancel", done)).returncode == 1
     assert (await asyncio.to_thread(run, "retry", failing)).stdout == "1 to be run again\n"
+    unknown = await asyncio.to_thread(run, "retry", "nobody")
+    assert (unknown.returncode, unknown.stderr) == (1, "nobody has not failed, or is not known\n")
+    assert (await asyncio.to_thread(run, "retry", "--all")).stdout == "0 to be run again\n"
     assert (await asyncio.to_thread(run, "retry")).returncode == 2
     assert (await asyncio.to_thread(run, "prune", "--days", "0")).stdout == "2 deleted\n"
     assert [status for status, _ in await rows.durable_tasks()] == ["pending"]

@@ -19,7 +19,7 @@ SECRET = "s3cr3t"
 
 
 def test_pauses_grow(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A relay that was started before the tables exist asks for them less and less often."""
+    """A relay that was started before the tables exist asks for them less and less often, and says what to do."""
     app = Celery(broker="memory://", set_as_current=False)
     database = Database(settings=DatabaseSettings(database_url=f"{database_url}?options=-csearch_path=pg_temp"))
     celery_ext.init_app(app, db=database)
@@ -27,6 +27,9 @@ def test_pauses_grow(database_url: str, caplog: pytest.LogCaptureFixture) -> Non
     with relaying(app, database):
         while "relay pauses (3)" not in caplog.text:
             assert caplog.text.count("relay pauses (1)") <= 1
+    assert (
+        "relay pauses (3): there is no table durable_task here; create the tables, or run the migration" in caplog.text
+    )
     database.engines.dispose_sync()
     app.close()
 
@@ -80,23 +83,51 @@ def test_database_that_is_not_there(tmp_path: Path) -> None:
 
 def test_application_that_init_app_has_not_seen(tmp_path: Path) -> None:
     """The error says what to write."""
-    assert "call celery_ext.init_app(app)" in status(tmp_path, "import celery\n\napp = celery.Celery()\n")
+    said = status(tmp_path, "import celery\n\napp = celery.Celery()\n")
+    assert "call celery_ext.init_app(app)" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("subcommand", ["run", "status"])
+def test_database_that_keeps_no_durable_tasks(tmp_path: Path, subcommand: str) -> None:
+    """One line says what is needed, instead of a relay's pauses for ever."""
+    (tmp_path / "worker.py").write_text(
+        "import celery, celery_ext\n\napp = celery.Celery()\ncelery_ext.init_app(app)\n"
+    )
+    said = command(tmp_path, "-A", "worker", subcommand, url=f"sqlite:///{tmp_path}/db")
+    assert said == "durable dispatch needs PostgreSQL; write task.delay_on_commit(...)\n"
 
 
 def test_tables_that_are_not_there(tmp_path: Path, database_url: str) -> None:
     """One line says what is missing."""
     module = "import celery, celery_ext\n\napp = celery.Celery()\ncelery_ext.init_app(app)\n"
     said = status(tmp_path, module, url=f"{database_url}?options=-csearch_path=pg_temp")
-    assert said == "there is no table durable_task here; create the tables\n"
+    assert said.startswith("there is no table durable_task here; create the tables")
+    assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize(("name", "error"), [("nowhere", "ModuleNotFoundError"), ("worker", "AttributeError")])
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("nowhere", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("worker", "AttributeError"),
+        ("worker:missing", "AttributeError: module 'worker' has no attribute 'missing'"),
+        ("worker.missing", "ModuleNotFoundError: No module named 'worker.missing'"),
+    ],
+)
 def test_application_that_cannot_be_imported(tmp_path: Path, name: str, error: str) -> None:
     """One line names it."""
     (tmp_path / "worker.py").touch()
     said = command(tmp_path, "-A", name, "status", url="postgresql://127.0.0.1:1/name")
     assert said.startswith(f"{name} cannot be imported: {error}")
     assert said.count("\n") == 1
+
+
+def test_application_that_is_none(tmp_path: Path) -> None:
+    """One line says what was found in its place."""
+    (tmp_path / "worker.py").write_text("app = 3\n")
+    said = command(tmp_path, "-A", "worker:app", "status", url="postgresql://127.0.0.1:1/name")
+    assert said == "worker:app is no Celery application, but 3\n"
 
 
 @pytest.mark.parametrize(
