@@ -126,6 +126,9 @@ def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError, un
         return
     error = _send(task, send, unit)
     if error is None:
+        execution = Execution.current()
+        if execution is not None and execution.task.trail:  # as Celery does, by thread
+            execution.request.children.append(task.AsyncResult(task_id))  # type: ignore[arg-type]  # wrong in the stubs
         return
     message = f"task {task.name}[{task_id}] was not sent: {type(error).__name__}: {error}"
     if on_error == "raise":

@@ -7,12 +7,15 @@ import io
 import logging
 import subprocess
 import sys
+from contextlib import suppress
+from typing import Any
 
 import pytest
 from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
 from celery import Celery
 from celery.app.trace import trace_task
 from celery.signals import before_task_publish
+from celery.utils import uuid
 from fastapi import FastAPI
 from opentelemetry import context, propagate
 from opentelemetry.trace import get_current_span
@@ -22,7 +25,7 @@ from fastapi_chatdify_db import DBSessionMiddleware, UnitOfWorkFilter, db
 from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
 from tests.observing import Observer
 from tests.serving import serve
-from tests.worker.running import Worker
+from tests.worker.running import Worker, task
 
 REQUEST_ID = "6f1c7c52-3c1d-4f0a-9d55-2f1f1d2e3a4b"
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -71,6 +74,33 @@ def test_context_ends_with_the_task(unheard: Celery[celery_ext.Task]) -> None:
 
     assert delivered(CORRELATION_ID=REQUEST_ID, traceparent=TRACE) == [REQUEST_ID] * 2 + [int(TRACE.split("-")[1], 16)]
     assert delivered() == [None, None, 0]
+
+
+@pytest.mark.parametrize("trail", [True, False])
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_children_of_a_result(unheard: Celery[celery_ext.Task], kind: str, trail: bool) -> None:
+    """They are the tasks that it sent on its commit, without those of a rolled back savepoint; none without trail."""
+    child = task(unheard, "seen_context")
+
+    @unheard.task(shared=False, trail=trail)
+    def parent() -> str:
+        with suppress(ValueError), db.sync_session.begin_nested():
+            child.delay_on_commit()
+            raise ValueError
+        return child.delay_on_commit()
+
+    @unheard.task(shared=False, trail=trail)
+    async def async_parent() -> str:
+        with suppress(ValueError):
+            async with db.session.begin_nested():
+                child.delay_on_commit()
+                raise ValueError
+        return child.delay_on_commit()
+
+    sender = unheard.AsyncResult(uuid())
+    trace_task(parent if kind == "def" else async_parent, sender.id, (), {}, {"id": sender.id}, app=unheard)
+    children: Any = sender.children
+    assert [result.id for result in children] == ([sender.get()] if trail else [])
 
 
 async def test_log_records_name_their_unit() -> None:
