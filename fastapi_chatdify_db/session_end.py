@@ -53,8 +53,8 @@ class FollowedSession(Session):
         """SQLAlchemy's, for the application: the session can be used again. The unit of work ends it by ``end``."""
         if not self._is_clean() or any(state.has_something_to_lose for state in states(self)):
             logger.warning(
-                "a session was closed within its unit of work, and what it had not committed is rolled back; the unit "
-                "closes it, so leave out close() and the like of: async with db.session"
+                "a session was closed, and what it had not committed is rolled back; a unit of work commits and closes "
+                "its sessions itself: leave out close(), and the with of db.session"
             )
         super().close()
 
