@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,6 +40,15 @@ def test_broker_of_an_unknown_kind() -> None:
     app = Celery(broker="carrier-pigeon://", set_as_current=False)
     with pytest.raises(KeyError, match="carrier-pigeon"), relaying(app, Database()):
         pass
+
+
+def test_database_without_durable_tasks_has_nothing_to_relay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An application that relays on PostgreSQL runs on SQLite too, e.g. in its tests."""
+    app = Celery(broker="memory://", set_as_current=False)
+    threads = threading.active_count()
+    with relaying(app, Database(settings=DatabaseSettings(database_url=f"sqlite:///{tmp_path / 'database'}"))):
+        assert threading.active_count() == threads
+    assert caplog.messages == []
 
 
 def test_relay_goes_on_after_an_unforeseen_error(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
