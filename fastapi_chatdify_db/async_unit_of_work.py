@@ -19,9 +19,15 @@ from fastapi_chatdify_db.after_commit import AfterCommit, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
 from fastapi_chatdify_db.refused_commits import prepare_commit
-from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, asks_at_rollback, end_reads
+from fastapi_chatdify_db.session_end import (
+    FollowedSession,
+    asks_at_end,
+    asks_at_rollback,
+    end_reads,
+    roll_back_or_discard,
+)
 from fastapi_chatdify_db.surroundings import in_event_loop
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, logger, roll_back_or_discard
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, logger
 
 T = TypeVar("T")
 

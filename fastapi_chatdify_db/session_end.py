@@ -1,13 +1,15 @@
-"""Questions at the end of a session's transaction: has the server anything to do, is anybody else using the session?"""
+"""The end of a session's transaction: has the server anything to do, is anybody else using the session?"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 from weakref import ReferenceType
 
 from sqlalchemy import Connection, event
+from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.orm.state_changes import _StateChangeStates
@@ -100,12 +102,21 @@ def in_use(session: FollowedSession) -> bool:
     return session._flushing or _is_changing(session) or any(_in_flight(session))
 
 
-def cut_off(session: Session) -> None:
-    """End the connections on which a task is in the middle of a statement; a thread there will not commit any more."""
+def roll_back_or_discard(session: Session) -> None:
+    """Roll back; where even that fails the connection is broken, and closing it rolls back as well.
+
+    A task in the middle of a statement loses its connection; a thread, which can only be waited for, its commit.
+    """
     assert isinstance(session, FollowedSession)
     for state in _in_flight(session):
         state.cut_off()
         session.abandoned |= not state.was_cut_off
+    try:
+        session.rollback()
+    except Exception:
+        logger.warning("rollback failed; its connection is discarded", exc_info=True)
+        with suppress(IllegalStateChangeError):  # in use elsewhere, which the end of the unit deals with
+            session.invalidate()
 
 
 def end_reads(session: Session) -> None:

@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from contextvars import ContextVar
 from functools import cached_property
 from itertools import count
@@ -23,7 +22,7 @@ from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue, log_fai
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit, OutsideUnitOfWork
 from fastapi_chatdify_db.refused_commits import prepare_commit
-from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, cut_off, in_use
+from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, in_use, roll_back_or_discard
 from fastapi_chatdify_db.sqlstates import asks_to_retry
 from fastapi_chatdify_db.surroundings import in_event_loop, in_generator
 
@@ -288,17 +287,6 @@ class UnitOfWork:
                 log_failed_callback(callback, error)
         if told is not None:
             raise told
-
-
-def roll_back_or_discard(session: Session) -> None:
-    """Roll back; where even that fails the connection is broken, and closing it rolls back as well."""
-    cut_off(session)
-    try:
-        session.rollback()
-    except Exception:
-        logger.warning("rollback failed; its connection is discarded", exc_info=True)
-        with suppress(IllegalStateChangeError):  # in use elsewhere, which the end of the unit deals with
-            session.invalidate()
 
 
 def _refuse(session: Session, _: SessionTransaction, connection: Connection) -> None:
