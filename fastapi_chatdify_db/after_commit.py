@@ -37,8 +37,8 @@ class CallbackQueue:
     def add(self, callback: AfterCommit, session: Session | None) -> None:
         """Register a callback, bound to the innermost transaction or savepoint of ``session`` if there is one."""
         transaction = None if session is None else innermost(session)
-        if transaction is not None and transaction._state is SessionTransactionState.COMMITTED:
-            self._due.append(callback)  # called by a handler of after_commit
+        if transaction is not None and _is_committed(transaction):
+            self._due.append(callback)  # called by a handler of its after_commit
             return
         if session is not None and transaction is not None:
             self._watch(session)
@@ -89,6 +89,11 @@ def self_and_parents(transaction: SessionTransaction | None) -> list[SessionTran
         chain.append(transaction)
         transaction = transaction.parent
     return chain
+
+
+def _is_committed(transaction: SessionTransaction) -> bool:
+    # About a released savepoint, the transaction around it still decides.
+    return transaction.parent is None and transaction._state is SessionTransactionState.COMMITTED
 
 
 def log_failed_callback(callback: AfterCommit, error: BaseException) -> None:

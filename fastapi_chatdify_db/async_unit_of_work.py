@@ -91,7 +91,6 @@ class AsyncUnitOfWork(UnitOfWork):
                 end = end_reads if keeps else roll_back_or_discard
                 for session in begun:
                     end(session)
-                    session.forget_block()
                 return
         await run_to_completion(self._finish_async(commit=commit))
 
@@ -102,6 +101,8 @@ class AsyncUnitOfWork(UnitOfWork):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.abandon()
         try:
             await self.finish_async(commit=self.is_kept(error))
         finally:
@@ -115,7 +116,6 @@ class AsyncUnitOfWork(UnitOfWork):
             else:
                 await self._rollback_async()
         finally:
-            self._forget_blocks()
             await self._run_due_callbacks_async()
 
     async def _commit_async(self) -> None:

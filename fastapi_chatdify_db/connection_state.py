@@ -56,9 +56,9 @@ class ConnectionState:
         return self.has_something_to_lose or not self.failed_in_vain
 
     @property
-    def in_drivers_transaction(self) -> bool:
-        """Whether the transaction is one of asyncpg's own connection, so that the adapter has none to commit."""
-        return getattr(self.connection, "_transaction", ...) is None and self.in_transaction()
+    def adapter_began_none(self) -> bool:
+        """Whether SQLAlchemy's adapter of asyncpg has begun no transaction: one under way is the driver's own."""
+        return getattr(self.connection, "_transaction", ...) is None
 
     def note_drivers_work(self) -> None:
         """Take a transaction that none of our statements began for one with effects: the driver's cursor did it."""

@@ -1,31 +1,25 @@
-"""One run of an ASGI application under a unit of work: when it commits, and what a failed commit becomes."""
+"""A request and its response under a unit of work: when it commits, and what a failed commit becomes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, finish
-from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
-from fastapi_chatdify_db.surroundings import in_event_loop
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, units_inside
 
 logger: Final = logging.getLogger(__name__)
 
 CommitOn = Callable[[int], bool]
-
-_NORMAL_CLOSURES: Final = (1000, 1001)  # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 
 _START: Final = "http.response.start"
 _WITHOUT_BODY: Final = (204, 304)  # https://www.rfc-editor.org/rfc/rfc9110#section-6.4.1
@@ -86,6 +80,7 @@ class HTTPExchange(AsyncUnitOfWork):
                     self._tell_of_loss()
                 await self.finish_async(commit=self._complete)
         except BaseException:
+            self.abandon()
             await self.finish_async(commit=False)
             raise
         finally:
@@ -124,6 +119,9 @@ class HTTPExchange(AsyncUnitOfWork):
         except Exception as error:
             self._failure = error
             raise
+        if starts:
+            for session in self._sessions:
+                session.forget_block()
         self._failure = None
         self._keeps = True
         self.rollback_only = False
@@ -209,91 +207,3 @@ def _is_for_want_of_a_connection(error: Exception) -> bool:
     if isinstance(error, ExceptionGroup):
         return error.split(_NO_CONNECTION)[1] is None
     return isinstance(error, _NO_CONNECTION)
-
-
-class WebSocketExchange(AsyncUnitOfWork):
-    """The unit of work of a websocket, from its handshake to its closing.
-
-    Commits when the handler waits for the client, and before it answers. A task is answering if it sends after it asked
-    for the session or read from the client. Messages that other tasks push leave the session alone.
-    """
-
-    stands_alone = True
-    _accepted = False
-
-    def __init__(self, receive: Receive, send: Send, commit_on: CommitOn) -> None:
-        self._receive = receive
-        self._send = send
-        self._commit_on = commit_on
-        self._handler = self._reader = asyncio.current_task()
-        self._workers: set[asyncio.Task[Any] | None] = set()
-        """Who asked for something since the last commit; None is a thread, of which task is unknown."""
-
-    def async_session(self, engines: Engines) -> AsyncSession:
-        """The unit's session on one database; the task that asks for it is at work until the next commit."""
-        self._note_worker()
-        return super().async_session(engines)
-
-    def sync_session(self, engines: Engines) -> Session:
-        """The same for threads."""
-        self._note_worker()
-        return super().sync_session(engines)
-
-    def roll_back_only(self) -> None:
-        """Roll back what the task that asks for it is at work on."""
-        self._note_worker()
-        super().roll_back_only()
-
-    async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """Run the application until its handler ends; what it raises rolls back and goes on to the caller."""
-        async with self:
-            await app(scope, self._receive_settled, self._send_settled)
-            self._note_failures()
-
-    async def _receive_settled(self) -> Message:
-        self._reader = asyncio.current_task()
-        self._note_failures()
-        # A task whose messages another one reads settles when it answers.
-        if not (self.in_use or (self.rollback_only and self._another_works())):
-            await self._settle(commit=True)
-        return await self._receive()
-
-    async def _send_settled(self, message: Message) -> None:
-        self._note_failures()
-        if self._is_answering():
-            await self._settle(commit=self._is_yes(message))
-        self._accepted |= message["type"] == "websocket.accept"
-        await self._send(message)
-
-    def _is_answering(self) -> bool:
-        # Before Python 3.12, asyncio.wait_for() makes a task for each message that it reads.
-        task = asyncio.current_task()
-        if task is self._reader or task in (self._workers or {self._handler}):
-            return True
-        if None in self._workers:
-            return not self.in_use
-        # Of those that are done, another task may tell the client.
-        return bool(self._workers) and all(worker is not None and worker.done() for worker in self._workers)
-
-    def _note_worker(self) -> None:
-        self._workers.add(asyncio.current_task() if in_event_loop() else None)
-
-    def _note_failures(self) -> None:
-        """Keep nothing of a task that ended in an exception which nobody has asked it for."""
-        if any(worker is not None and worker.done() and worker._log_traceback for worker in self._workers):
-            self.rollback_only = True
-
-    def _another_works(self) -> bool:
-        return any(task not in (None, self._reader) and not task.done() for task in self._workers)
-
-    async def _settle(self, *, commit: bool) -> None:
-        await self.finish_async(commit=commit)
-        self.rollback_only = False
-        self._workers.clear()
-
-    def _is_yes(self, message: Message) -> bool:
-        if message["type"] == "websocket.close":  # before it was accepted, the client gets a 403
-            return self._accepted and message.get("code", 1000) in _NORMAL_CLOSURES
-        if message["type"] == "websocket.http.response.start":
-            return self._commit_on(message["status"])
-        return True

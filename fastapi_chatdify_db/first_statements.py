@@ -16,9 +16,10 @@ from fastapi_chatdify_db.sqlstates import sqlstate
 
 # query_canceled (statement_timeout) and lock_not_available (lock_timeout): to run it again would wait as long again.
 _TIMED_OUT: Final = ("57014", "55P03")
-# Of a connection without a level of its own, or whose level was reset: by asyncpg's adapter, and by psycopg2's number
+# Of a connection without a level of its own, or whose level was reset by asyncpg's adapter, or by psycopg2's
 # (https://www.psycopg.org/docs/extensions.html#isolation-level-constants).
-_ORDINARY: Final = (None, "read_committed", 1)
+_ORDINARY: Final = (None, "read_committed")
+_PSYCOPG2_READ_COMMITTED: Final = 1
 
 
 class FirstStatements:
@@ -113,7 +114,10 @@ def _begins_ordinarily(state: ConnectionState) -> bool:
     connection = state.connection
     return (
         not connection.autocommit
-        and connection.isolation_level in _ORDINARY
+        and (
+            connection.isolation_level in _ORDINARY
+            or (connection.isolation_level == _PSYCOPG2_READ_COMMITTED and state.reads_alone)
+        )
         and not connection.readonly
         and not connection.deferrable
         and not state.in_transaction()

@@ -42,6 +42,8 @@ class _SelfCommittingSession(FollowedSession):
         try:
             if kind is None:
                 self.commit()
+            else:
+                self.rollback()
         finally:
             self.close()
 

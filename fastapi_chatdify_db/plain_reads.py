@@ -40,8 +40,8 @@ _FUNCTIONS: Final = """
 _HARMLESS: Final = frozenset(f"{_KEYWORDS} {_TYPES} {_FUNCTIONS}".split()) | {""}
 
 
-_REMEMBERED: Final = 8192
-"""Characters up to which a SELECT is remembered: long ones have lists of values, and seldom come again."""
+_REMEMBERED: Final = 65_536
+"""Characters up to which a SELECT is remembered: longer ones have lists of values, and seldom come again."""
 
 
 def is_plain_read(select: str) -> bool:
@@ -61,4 +61,4 @@ def _judge(select: str) -> bool:
     return all(name.lower() in _HARMLESS for name in _BEFORE_PARENTHESIS.findall(select))
 
 
-_judge_once = lru_cache(maxsize=2048)(_judge)
+_judge_once = lru_cache(maxsize=1024)(_judge)

@@ -82,7 +82,7 @@ def _refuse_on(state: ConnectionState) -> None:
         # The driver does not know yet that the other statement began a transaction, and would not send the COMMIT.
         state.cut_off()
         raise SessionInUse(IN_USE)
-    if state.in_drivers_transaction:
+    if state.adapter_began_none and state.in_transaction():
         raise TransactionAborted(
             "nothing was committed, because the driver's own connection began a transaction and did not end it; let it "
             "end there: async with connection.transaction(): ..."

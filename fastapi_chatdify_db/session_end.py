@@ -9,7 +9,7 @@ from typing import Final
 from weakref import ReferenceType
 
 from sqlalchemy import Connection, event
-from sqlalchemy.exc import IllegalStateChangeError
+from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.orm.state_changes import _StateChangeStates
@@ -25,6 +25,9 @@ IN_USE: Final = (
     "first, or give it a session of its own: async with db.transaction() as session: ..."
 )
 
+_IN_USE_ELSEWHERE: Final = "isce"
+"""SQLAlchemy's code for it: https://docs.sqlalchemy.org/en/20/errors.html#illegalstatechangeerror-and-concurrency-exceptions."""
+
 _OURS: Final = 1
 """How many listeners to a session's ``before_commit``, and to its ``after_commit``, are ours; they ask nothing."""
 
@@ -37,7 +40,7 @@ class FollowedSession(Session):
     has_committed = False
     """Whether one of its transactions did more than read and was committed, by the unit or by the application."""
     abandoned = False
-    """Whether it was rolled back while a thread was in the middle of a statement, which can only be waited for."""
+    """Whether its unit is about to end by a rollback, and somebody was in the middle of an operation of it."""
     committing: ReferenceType[SessionTransaction] | None = None
     """The transaction that its latest COMMIT is ending, or has ended; weak, since it refers to the session."""
 
@@ -47,16 +50,19 @@ class FollowedSession(Session):
         Raises:
             SessionInUse: A task or thread is waiting for the session's connection.
         """
-        if _is_changing(self) and not self.abandoned:
-            raise SessionInUse(IN_USE)  # SQLAlchemy's error would say less
-        super().commit()
+        try:
+            super().commit()
+        except InvalidRequestError as error:
+            if error.code != _IN_USE_ELSEWHERE or self.abandoned:
+                raise
+            raise SessionInUse(IN_USE) from error
 
     def close(self) -> None:
         """SQLAlchemy's, for the application: the session can be used again. The unit of work ends it by ``end``."""
-        if not self._is_clean() or any(state.has_something_to_lose for state in states(self)):
+        if not self._is_clean():
             logger.warning(
-                "a session was closed, and what it had not committed is rolled back; a unit of work commits and closes "
-                "its sessions itself: leave out close(), and the with of db.session"
+                "a session was closed, and what was added to it is lost; a unit of work commits and closes its "
+                "sessions itself: leave out close(), and the with of db.session"
             )
         super().close()
 
@@ -103,14 +109,10 @@ def in_use(session: FollowedSession) -> bool:
 
 
 def roll_back_or_discard(session: Session) -> None:
-    """Roll back; where even that fails the connection is broken, and closing it rolls back as well.
-
-    A task in the middle of a statement loses its connection; a thread, which can only be waited for, its commit.
-    """
+    """Roll back; where even that fails the connection is broken, and closing it rolls back as well."""
     assert isinstance(session, FollowedSession)
     for state in _in_flight(session):
         state.cut_off()
-        session.abandoned |= not state.was_cut_off
     try:
         session.rollback()
     except Exception:

@@ -149,6 +149,11 @@ class UnitOfWork:
         """Whether another task or thread is in the middle of an operation of one of the sessions."""
         return any(map(in_use, self._sessions))
 
+    def abandon(self) -> None:
+        """Before the rollback that ends the unit: refuse the commit of whoever is in the middle of an operation."""
+        for session in self._sessions:
+            session.abandoned = in_use(session)
+
     @property
     def asks_at_end(self) -> bool:
         """Whether ending the unit may have to wait for the server; True when in doubt."""
@@ -172,10 +177,10 @@ class UnitOfWork:
 
     def close(self) -> None:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
-        if self.outer is not None:
-            self.outer._has_committed_inside |= self.has_committed
-            if self in self.outer.suspended:
-                self.outer.suspended.remove(self)
+        if self._before is not None:
+            self._before._has_committed_inside |= self.has_committed
+        if self.outer is not None and self in self.outer.suspended:
+            self.outer.suspended.remove(self)
         self.closed = True
         for session in self._sessions:
             try:
@@ -203,7 +208,6 @@ class UnitOfWork:
             else:
                 self._rollback()
         finally:
-            self._forget_blocks()
             self._run_due_callbacks()
 
     def __enter__(self) -> Self:
@@ -211,6 +215,8 @@ class UnitOfWork:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            self.abandon()
         try:
             self.finish(commit=self.is_kept(error))
         finally:
@@ -234,10 +240,6 @@ class UnitOfWork:
                 if self.closed:  # while this thread was on its way here
                     session.end()
         return session
-
-    def _forget_blocks(self) -> None:
-        for session in self._sessions:
-            session.forget_block()
 
     def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
         self.untouched = False

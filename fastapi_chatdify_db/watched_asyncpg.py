@@ -18,6 +18,8 @@ class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ha
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         """The answer to a query, as asyncpg gives it."""
         answer: str = await super().execute(query, *args, timeout=timeout)
-        if answer == "ROLLBACK" and query.startswith("COMMIT") and self.state and self.state.lost_something:
-            raise refusal(self.state)
+        if answer == "ROLLBACK" and query.startswith("COMMIT"):
+            state = self.state
+            if state is not None and not state.adapter_began_none and state.lost_something:
+                raise refusal(state)
         return answer

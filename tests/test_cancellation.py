@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from sqlalchemy import event, insert, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
-from starlette.responses import PlainTextResponse
+from starlette.background import BackgroundTask
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
@@ -259,6 +260,29 @@ async def test_thread_of_a_cancelled_request_commits_nothing(observer: Observer)
         assert (await client.post("/")).status_code == 504
         assert isinstance(await outcome, SQLAlchemyError | OutsideUnitOfWork)
     assert await observer.names() == []
+
+
+async def test_session_goes_on_after_a_thread_that_nobody_waited_for(observer: Observer) -> None:
+    """A background task writes to the session whose statement, in a thread, took too long for the response."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    def slow() -> None:
+        db.sync_session.execute(text("SELECT pg_sleep(0.5)"))
+
+    def note() -> None:
+        db.sync_session.add(Item("noted"))
+
+    @app.post("/")
+    async def handler() -> Response:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await asyncio.to_thread(slow)
+        return PlainTextResponse("late", 504, background=BackgroundTask(note))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 504
+    assert await observer.names() == ["noted"]
 
 
 async def test_callbacks_of_a_commit_that_is_cancelled_run(observer: Observer, slow_commits: None) -> None:

@@ -104,6 +104,9 @@ async def test_transaction_that_the_driver_did_not_end(
         connection = await raw(session)
         async with connection.transaction():
             await connection.execute(INSERT)
+        async with connection.transaction():
+            with suppress(asyncpg.DivisionByZeroError):
+                await connection.execute("SELECT 1 / 0")
     assert await observer.in_transaction() == 0
     assert await observer.names() == ["x"]
 

@@ -129,6 +129,27 @@ async def test_request_that_committed_a_block_is_not_run_again(observer: Observe
     assert await observer.names() == ["audited", "audited in a thread"]
 
 
+async def test_request_that_committed_another_one_is_not_run_again(observer: Observer) -> None:
+    """A handler asks an application in its own process, whose unit is not of this one: its rows are there."""
+    inner, app = FastAPI(), FastAPI()
+    inner.add_middleware(DBSessionMiddleware)
+    app.add_middleware(DBSessionMiddleware, retries=2)
+
+    @inner.post("/")
+    async def insert() -> None:
+        db.session.add(Item("inner"))
+
+    @app.post("/")
+    async def handler() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(inner), base_url="http://inner") as client:
+            assert (await client.post("/")).status_code == 200
+        await db.session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
+    assert await observer.names() == ["inner"]
+
+
 async def test_savepoint_is_no_commit(observer: Observer) -> None:
     """What was written in it is rolled back with the request, which is run again."""
     app = FastAPI()

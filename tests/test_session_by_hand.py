@@ -70,7 +70,7 @@ async def test_closed_session_begins_anew(app: FastAPI, observer: Observer, capl
         assert caplog.messages == []
         await client.post("/forgetful")
     assert await observer.names() == [*"abcde"]
-    assert "what it had not committed is rolled back" in caplog.text
+    assert "what was added to it is lost" in caplog.text
 
 
 async def whole() -> AsyncIterator[None]:
@@ -176,8 +176,18 @@ async def test_callback_of_a_handler_of_the_commit(observer: Observer) -> None:
             session.add(Item("a"))
         assert ran == ["ran"]
         await asyncio.to_thread(in_thread)
+        assert ran == ["ran"] * 2
+        with pytest.raises(ZeroDivisionError):
+            await in_savepoint_of_a_failure()
     assert ran == ["ran"] * 2
     assert await observer.names() == ["a", "b"]
+
+
+async def in_savepoint_of_a_failure() -> None:
+    async with db.transaction() as session:
+        async with session.begin_nested():
+            session.add(Item("lost"))
+        raise ZeroDivisionError
 
 
 async def test_engine_that_is_disposed_of_under_way(observer: Observer, caplog: pytest.LogCaptureFixture) -> None:

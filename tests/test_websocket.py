@@ -332,6 +332,67 @@ async def test_task_that_fails(app: FastAPI, observer: Observer, last: str, hand
     assert await observer.names() == (["a"] if handled else [])
 
 
+async def test_heartbeat_is_no_answer(app: FastAPI, observer: Observer) -> None:
+    """What another task sends while the handler works on a message commits nothing of it."""
+
+    async def handler(socket: WebSocket) -> None:
+        async def beat() -> None:
+            while True:
+                await socket.send_text("beat")
+                await asyncio.sleep(0.01)
+
+        async def save(name: str) -> None:
+            db.session.add(Item(name))
+            await db.session.flush()
+
+        await socket.accept()
+        beating = asyncio.create_task(beat())
+        await asyncio.create_task(save(await socket.receive_text()))
+        await asyncio.sleep(0.1)
+        beating.cancel()
+        await socket.close(1008)
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    async with connected(app) as socket:
+        await socket.send("a")
+        with suppress(websockets.ConnectionClosed):
+            while True:
+                await socket.recv()
+    assert await observer.names() == []
+
+
+async def test_failure_that_is_handled_later(app: FastAPI, observer: Observer) -> None:
+    """What the client is told meanwhile stays true."""
+
+    async def handler(socket: WebSocket) -> None:
+        async def fail() -> None:
+            await db.session.execute(text("SELECT 1"))
+            raise ZeroDivisionError
+
+        async def save(name: str) -> None:
+            db.session.add(Item(name))
+            await db.session.flush()
+            await socket.send_text(f"saved {name}")
+
+        await socket.accept()
+        async for name in socket.iter_text():
+            await asyncio.gather(fail(), return_exceptions=True)
+            await asyncio.gather(save(name), return_exceptions=True)
+            failing = asyncio.create_task(fail())
+            await asyncio.wait([failing])
+            await save(f"{name} again")
+            with suppress(ZeroDivisionError):
+                await failing
+
+    app.router.routes.clear()
+    app.add_api_websocket_route("/", handler)
+    async with connected(app) as socket:
+        await socket.send("a")
+        assert [await socket.recv(), await socket.recv()] == ["saved a", "saved a again"]
+    assert await observer.names() == ["a", "a again"]
+
+
 async def test_answer_that_another_task_gives(app: FastAPI, observer: Observer) -> None:
     """As a library's writer does with what handlers, in tasks of their own, return: it follows their commit."""
     answers: asyncio.Queue[str] = asyncio.Queue()

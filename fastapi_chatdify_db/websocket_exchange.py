@@ -1,0 +1,122 @@
+"""A websocket under a unit of work: when it commits, and who may do so."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Final
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.exchange import CommitOn
+from fastapi_chatdify_db.surroundings import in_event_loop
+
+logger: Final = logging.getLogger(__name__)
+
+_NORMAL_CLOSURES: Final = (1000, 1001)  # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
+
+
+class WebSocketExchange(AsyncUnitOfWork):
+    """The unit of work of a websocket, from its handshake to its closing.
+
+    Commits when the handler waits for the client, and before it answers. A task is answering if it sends after it asked
+    for the session or read from the client. Messages that other tasks push leave the session alone.
+    """
+
+    stands_alone = True
+    _accepted = False
+    _receiving = False
+    """Whether the handler waits for the client."""
+
+    def __init__(self, receive: Receive, send: Send, commit_on: CommitOn) -> None:
+        self._receive = receive
+        self._send = send
+        self._commit_on = commit_on
+        self._handler = self._reader = asyncio.current_task()
+        self._workers: set[asyncio.Task[Any] | None] = set()
+        """Who asked for something since the last commit; None is a thread, of which task is unknown."""
+
+    def async_session(self, engines: Engines) -> AsyncSession:
+        """The unit's session on one database; the task that asks for it is at work until the next commit."""
+        self._note_worker()
+        return super().async_session(engines)
+
+    def sync_session(self, engines: Engines) -> Session:
+        """The same for threads."""
+        self._note_worker()
+        return super().sync_session(engines)
+
+    def roll_back_only(self) -> None:
+        """Roll back what the task that asks for it is at work on."""
+        self._note_worker()
+        super().roll_back_only()
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        """Run the application until its handler ends; what it raises rolls back and goes on to the caller."""
+        async with self:
+            await app(scope, self._receive_settled, self._send_settled)
+            await self._note_failures()
+
+    async def _receive_settled(self) -> Message:
+        self._reader = asyncio.current_task()
+        await self._note_failures()
+        # A task whose messages another one reads settles when it answers.
+        if not (self.in_use or (self.rollback_only and self._another_works())):
+            await self._settle(commit=True)
+        self._receiving = True
+        try:
+            return await self._receive()
+        finally:
+            self._receiving = False
+
+    async def _send_settled(self, message: Message) -> None:
+        if self._receiving:
+            await self._note_failures()
+        if self._is_answering():
+            await self._settle(commit=self._is_yes(message))
+        self._accepted |= message["type"] == "websocket.accept"
+        await self._send(message)
+
+    def _is_answering(self) -> bool:
+        # Before Python 3.12, asyncio.wait_for() makes a task for each message that it reads.
+        task = asyncio.current_task()
+        if task is self._reader or task in (self._workers or {self._handler}):
+            return True
+        if None in self._workers:
+            return not self.in_use
+        # While the handler waits for the next message, another task may tell the client of those that are done.
+        workers = self._workers if self._receiving else ()
+        return bool(workers) and all(worker is not None and worker.done() for worker in workers)
+
+    def _note_worker(self) -> None:
+        self._workers.add(asyncio.current_task() if in_event_loop() else None)
+
+    async def _note_failures(self) -> None:
+        """Keep nothing of a task that ended in an exception which nobody has asked it for."""
+        if self._has_failed():
+            await asyncio.sleep(0)  # whoever awaits the task gets its exception in this turn of the loop
+            if self._has_failed():
+                logger.warning("a task of a websocket failed, and what was done since the last commit is rolled back")
+                self.rollback_only = True
+
+    def _has_failed(self) -> bool:
+        return any(worker is not None and worker.done() and worker._log_traceback for worker in self._workers)
+
+    def _another_works(self) -> bool:
+        return any(task not in (None, self._reader) and not task.done() for task in self._workers)
+
+    async def _settle(self, *, commit: bool) -> None:
+        await self.finish_async(commit=commit)
+        self.rollback_only = False
+        self._workers.clear()
+
+    def _is_yes(self, message: Message) -> bool:
+        if message["type"] == "websocket.close":  # before it was accepted, the client gets a 403
+            return self._accepted and message.get("code", 1000) in _NORMAL_CLOSURES
+        if message["type"] == "websocket.http.response.start":
+            return self._commit_on(message["status"])
+        return True
