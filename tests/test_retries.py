@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from itertools import count
 
 import httpx
 import pytest
@@ -131,13 +132,13 @@ async def test_request_that_committed_a_block_is_not_run_again(observer: Observe
 
 async def test_request_that_committed_another_one_is_not_run_again(observer: Observer) -> None:
     """A handler asks an application in its own process, whose unit is not of this one: its rows are there."""
-    inner, app = FastAPI(), FastAPI()
+    inner, app, numbers = FastAPI(), FastAPI(), count()
     inner.add_middleware(DBSessionMiddleware)
     app.add_middleware(DBSessionMiddleware, retries=2)
 
     @inner.post("/")
     async def insert() -> None:
-        db.session.add(Item("inner"))
+        db.session.add(Item(f"inner {next(numbers)}"))
 
     @app.post("/")
     async def handler() -> None:
@@ -147,7 +148,7 @@ async def test_request_that_committed_another_one_is_not_run_again(observer: Obs
 
     async with serve(app) as client:
         assert (await client.post("/")).status_code == 500
-    assert await observer.names() == ["inner"]
+    assert await observer.names() == ["inner 0"]
 
 
 async def test_savepoint_is_no_commit(observer: Observer) -> None:
