@@ -84,10 +84,6 @@ class Observer:
         """Return when another session is in the middle of a statement."""
         await self._until_another("state = 'active'")
 
-    async def until_idle_in_transaction(self) -> None:
-        """Return when another session is in a transaction, between two statements."""
-        await self._until_another("state = 'idle in transaction'")
-
     async def _until_another(self, condition: str) -> None:
         await self.until(
             f"""EXISTS (SELECT FROM pg_stat_activity

@@ -315,9 +315,12 @@ def receive_and_start(
 async def test_task_that_fails(app: FastAPI, observer: Observer, last: str, handled: bool) -> None:
     """What it did is not kept by whatever comes next, unless somebody has dealt with its exception."""
 
+    failing = asyncio.Event()
+
     async def fail(socket: WebSocket, name: str) -> None:
         db.session.add(Item(name))
         await db.session.flush()
+        failing.set()
         raise ZeroDivisionError
 
     receive_and_start(app, fail, handled=handled)
@@ -326,7 +329,7 @@ async def test_task_that_fails(app: FastAPI, observer: Observer, last: str, hand
         if handled:
             assert await socket.recv() == "handled"
         else:
-            await observer.until_idle_in_transaction()
+            await failing.wait()
         if last == "ping":
             await socket.send("ping")
     assert await observer.names() == (["a"] if handled else [])
