@@ -292,12 +292,12 @@ async def test_session_of_a_dependency_in_a_thread(app: FastAPI, observer: Obser
 
 def receive_and_start(
     app: FastAPI, work: Callable[[WebSocket, str], Awaitable[None]], *, handled: bool = False
-) -> None:
-    """Have each message worked on by a task of its own; what it raises is handled, or nobody ever asks for it."""
+) -> list[asyncio.Future[None]]:
+    """Have each message worked on by a task of its own, which are returned; what it raises may be handled at once."""
+    tasks: list[asyncio.Future[None]] = []
 
     async def handler(socket: WebSocket) -> None:
         await socket.accept()
-        tasks: list[asyncio.Future[None]] = []
         async for name in socket.iter_text():
             if name != "ping":
                 tasks.append(asyncio.ensure_future(work(socket, name)))
@@ -308,6 +308,7 @@ def receive_and_start(
 
     app.router.routes.clear()
     app.add_api_websocket_route("/", handler)
+    return tasks
 
 
 @pytest.mark.parametrize("last", ["ping", "close"])
@@ -323,7 +324,7 @@ async def test_task_that_fails(app: FastAPI, observer: Observer, last: str, hand
         failing.set()
         raise ZeroDivisionError
 
-    receive_and_start(app, fail, handled=handled)
+    tasks = receive_and_start(app, fail, handled=handled)
     async with connected(app) as socket:
         await socket.send("a")
         if handled:
@@ -333,6 +334,7 @@ async def test_task_that_fails(app: FastAPI, observer: Observer, last: str, hand
         if last == "ping":
             await socket.send("ping")
     assert await observer.names() == (["a"] if handled else [])
+    assert isinstance(tasks[0].exception(), ZeroDivisionError)
 
 
 async def test_heartbeat_is_no_answer(app: FastAPI, observer: Observer) -> None:
