@@ -45,15 +45,10 @@ class ConnectionState:
     """When it was last given back, in seconds of the monotonic clock; infinity before that."""
 
     @property
-    def has_something_to_lose(self) -> bool:
-        """Whether a rollback in place of the commit would lose anything."""
-        return self.has_effects or self.failure is not None
-
-    @property
     def lost_something(self) -> bool:
         """Whether PostgreSQL, which answered the commit with a rollback, has undone anything."""
         # If none of our statements failed it was one of the driver's own cursor, and its others are not known.
-        return self.has_something_to_lose or not self.failed_in_vain
+        return self.has_effects or self.failure is not None or not self.failed_in_vain
 
     @property
     def adapter_began_none(self) -> bool:

@@ -103,9 +103,14 @@ def asks_at_rollback(session: FollowedSession) -> bool:
 
 def in_use(session: FollowedSession) -> bool:
     """Whether a task or thread is in the middle of an operation of the session."""
-    if session._transaction is None:
+    transaction = session._transaction
+    if transaction is None:
         return False
-    return session._flushing or _is_changing(session) or any(_in_flight(session))
+    return (
+        session._flushing
+        or transaction._next_state is _StateChangeStates.CHANGE_IN_PROGRESS  # e.g. waits for a connection
+        or any(_in_flight(session))
+    )
 
 
 def roll_back_or_discard(session: Session) -> None:
@@ -144,12 +149,6 @@ def _asks(connection: Connection) -> bool:
         or bool(pool.dispatch.reset)
         or ((connection._has_events or engine._has_events) and bool(hooks.commit or hooks.rollback))
     )
-
-
-def _is_changing(session: Session) -> bool:
-    """Whether the session's transaction is about to begin or to end, e.g. waits for a connection."""
-    transaction = session._transaction
-    return transaction is not None and transaction._next_state is _StateChangeStates.CHANGE_IN_PROGRESS
 
 
 def _in_flight(session: FollowedSession) -> Iterator[ConnectionState]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -89,8 +89,7 @@ class WebSocketExchange(AsyncUnitOfWork):
         if None in self._workers:
             return not self.in_use
         # While the handler waits for the next message, another task may tell the client of those that are done.
-        workers = self._workers if self._receiving else ()
-        return bool(workers) and all(worker is not None and worker.done() for worker in workers)
+        return self._receiving and bool(self._workers) and all(map(_is_done, self._workers))
 
     def _note_worker(self) -> None:
         self._workers.add(asyncio.current_task() if in_event_loop() else None)
@@ -104,7 +103,7 @@ class WebSocketExchange(AsyncUnitOfWork):
                 self.rollback_only = True
 
     def _has_failed(self) -> bool:
-        return any(worker is not None and worker.done() and worker._log_traceback for worker in self._workers)
+        return any(_is_done(worker) and worker._log_traceback for worker in self._workers)
 
     def _another_works(self) -> bool:
         return any(task not in (None, self._reader) and not task.done() for task in self._workers)
@@ -120,3 +119,7 @@ class WebSocketExchange(AsyncUnitOfWork):
         if message["type"] == "websocket.http.response.start":
             return self._commit_on(message["status"])
         return True
+
+
+def _is_done(worker: asyncio.Task[Any] | None) -> TypeGuard[asyncio.Task[Any]]:
+    return worker is not None and worker.done()
