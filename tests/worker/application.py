@@ -29,4 +29,4 @@ def create_app(broker: str, backend: str, queue: str) -> Celery[celery_ext.Task]
 if "TEST_BROKER" in os.environ:
     app = create_app(os.environ["TEST_BROKER"], os.environ["TEST_BACKEND"], os.environ["TEST_QUEUE"])
     if "TEST_USE_BEFORE_FORK" in os.environ:
-        tasks.read_item.apply(("x",)).get()
+        tasks.dispatching.read_item.apply(("x",)).get()

@@ -145,7 +145,7 @@ def test_headers_of_the_callers_own(unheard: Celery[celery_ext.Task], header: di
     token = context.attach(propagate.extract({"traceparent": OTHER_TRACE}))
     try:
         with carried_request_id(REQUEST_ID):
-            unheard.tasks["tests.worker.tasks.seen_context"].apply_async(headers=header)
+            task(unheard, "seen_context").apply_async(headers=header)
     finally:
         context.detach(token)
         before_task_publish.disconnect(note)

@@ -149,7 +149,7 @@ async def test_broker_that_is_down(
     with caplog.at_level(logging.ERROR, "celery_ext"):
         async with serve(app) as client:
             assert (await client.post("/log", timeout=10)).status_code == 200
-            assert "task tests.worker.tasks.read_item[" in caplog.text
+            assert "task tests.worker.tasks.dispatching.read_item[" in caplog.text
             assert (await client.post("/raise", timeout=10)).status_code == 503
     assert await empty_tables.names() == ["log", "raise"]
     assert "secret" not in caplog.text

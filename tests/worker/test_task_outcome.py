@@ -76,7 +76,7 @@ async def test_handlers_whose_commit_fails_are_logged(prefork: Worker, empty_tab
     """The task's state can't change any more; the log has the error with its traceback."""
     result = prefork.task("handled").delay("handler fails", "succeed")
     await asyncio.to_thread(result.get, timeout=20)
-    await asyncio.to_thread(prefork.until_logged, "what the handlers of task tests.worker.tasks.handled")
+    await asyncio.to_thread(prefork.until_logged, "what the handlers of task tests.worker.tasks.callbacks.handled")
     await asyncio.to_thread(prefork.until_logged, "UniqueViolation")
     assert await empty_tables.names() == ["handler fails 0"]
 
