@@ -1,0 +1,117 @@
+"""A websocket whose messages each have a task: what one did is kept when it is answered, not when it failed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import pytest
+from fastapi import WebSocket
+from sqlalchemy import text
+
+from fastapi_chatdify_db import db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import connected, websocket_app
+
+
+def receive_and_start(
+    work: Callable[[WebSocket, str], Awaitable[None]], *, handled: bool = False
+) -> tuple[Callable[[WebSocket], Awaitable[None]], list[asyncio.Future[None]]]:
+    """Have each message worked on by a task of its own, which are returned; what it raises may be handled at once."""
+    tasks: list[asyncio.Future[None]] = []
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        async for name in socket.iter_text():
+            if name != "ping":
+                tasks.append(asyncio.ensure_future(work(socket, name)))
+            if handled:
+                with suppress(ZeroDivisionError):
+                    await tasks[-1]
+                await socket.send_text("handled")
+
+    return handler, tasks
+
+
+@pytest.mark.parametrize("last", ["ping", "close"])
+@pytest.mark.parametrize("handled", [False, True])
+async def test_task_that_fails(observer: Observer, last: str, handled: bool) -> None:
+    """What it did is not kept by whatever comes next, unless somebody has dealt with its exception."""
+
+    failing = asyncio.Event()
+
+    async def fail(socket: WebSocket, name: str) -> None:
+        db.session.add(Item(name))
+        await db.session.flush()
+        failing.set()
+        raise ZeroDivisionError
+
+    handler, tasks = receive_and_start(fail, handled=handled)
+    async with connected(websocket_app(handler)) as socket:
+        await socket.send("a")
+        if handled:
+            assert await socket.recv() == "handled"
+        else:
+            await failing.wait()
+        if last == "ping":
+            await socket.send("ping")
+    assert await observer.names() == (["a"] if handled else [])
+    assert isinstance(tasks[0].exception(), ZeroDivisionError)
+
+
+async def test_failure_that_is_handled_later(observer: Observer) -> None:
+    """What the client is told meanwhile stays true."""
+
+    async def handler(socket: WebSocket) -> None:
+        async def fail() -> None:
+            await db.session.execute(text("SELECT 1"))
+            raise ZeroDivisionError
+
+        async def save(name: str) -> None:
+            db.session.add(Item(name))
+            await db.session.flush()
+            await socket.send_text(f"saved {name}")
+
+        await socket.accept()
+        async for name in socket.iter_text():
+            await asyncio.gather(fail(), return_exceptions=True)
+            await asyncio.gather(save(name), return_exceptions=True)
+            failing = asyncio.create_task(fail())
+            await asyncio.wait([failing])
+            await save(f"{name} again")
+            with suppress(ZeroDivisionError):
+                await failing
+
+    async with connected(websocket_app(handler)) as socket:
+        await socket.send("a")
+        assert [await socket.recv(), await socket.recv()] == ["saved a", "saved a again"]
+    assert await observer.names() == ["a", "a again"]
+
+
+async def test_answer_that_another_task_gives(observer: Observer) -> None:
+    """As a library's writer does with what handlers, in tasks of their own, return: it follows their commit."""
+    answers: asyncio.Queue[str] = asyncio.Queue()
+
+    async def work(socket: WebSocket, name: str) -> None:
+        db.session.add(Item(name))
+        await db.session.flush()
+        answers.put_nowait(name)
+
+    handler, _ = receive_and_start(work)
+
+    async def with_writer(socket: WebSocket) -> None:
+        async def write() -> None:
+            while True:
+                await socket.send_text(await answers.get())
+
+        writer = asyncio.create_task(write())
+        await handler(socket)
+        writer.cancel()
+
+    async with connected(websocket_app(with_writer)) as socket:
+        await socket.send("a")
+        assert await socket.recv() == "a"
+        assert await observer.names() == ["a"]
+        assert await observer.in_transaction() == 0
