@@ -121,6 +121,13 @@ async def observer(tables: None, database_url: str) -> AsyncIterator[Observer]:
 
 
 @pytest.fixture
+async def counter(observer: Observer) -> Observer:
+    """The observer, of a database with a counter that is at 0."""
+    await observer.connection.execute("INSERT INTO counter (id, value) VALUES (1, 0)")
+    return observer
+
+
+@pytest.fixture
 async def small_pool(tables: None) -> AsyncIterator[Database]:
     """The same database through a pool of two connections, for which a request waits 0.5 s."""
     database = Database("small", settings=DatabaseSettings(db_pool_size=2, db_max_overflow=0, db_pool_timeout=0.5))

@@ -23,12 +23,7 @@ def proxy(database_url: str) -> Iterator[CountingProxy]:
 
 
 @pytest.fixture
-async def counter(observer: Observer) -> None:
-    await observer.connection.execute("INSERT INTO counter (id, value) VALUES (1, 0)")
-
-
-@pytest.fixture
-async def database(proxy: CountingProxy, counter: None) -> AsyncIterator[Database]:
+async def database(proxy: CountingProxy, counter: Observer) -> AsyncIterator[Database]:
     url = proxy.url.render_as_string(hide_password=False)
     # However slow the machine that runs the tests is, the pool counts as busy.
     made = Database(settings=DatabaseSettings(database_url=url, db_ping_after=60))
@@ -107,7 +102,7 @@ async def test_round_trips_of_a_request(database: Database, proxy: CountingProxy
 
 
 @pytest.mark.parametrize("path", ["/read", "/read-def"])
-async def test_idle_connection_is_tested_in_one_round_trip(counter: None, proxy: CountingProxy, path: str) -> None:
+async def test_idle_connection_is_tested_in_one_round_trip(counter: Observer, proxy: CountingProxy, path: str) -> None:
     """Beyond DB_PING_AFTER, which is here at once, a checkout asks whether the connection is alive."""
     url = proxy.url.render_as_string(hide_password=False)
     database = Database(settings=DatabaseSettings(database_url=url, db_ping_after=0))
@@ -119,7 +114,7 @@ async def test_idle_connection_is_tested_in_one_round_trip(counter: None, proxy:
     await database.dispose()
 
 
-async def test_begin_at_once_costs_two_more(counter: None, proxy: CountingProxy) -> None:
+async def test_begin_at_once_costs_two_more(counter: Observer, proxy: CountingProxy) -> None:
     """Without DB_LAZY_BEGIN a read is BEGIN, SELECT, COMMIT, and still no ping."""
     url = proxy.url.render_as_string(hide_password=False)
     database = Database(settings=DatabaseSettings(database_url=url, db_lazy_begin=False, db_ping_after=60))
