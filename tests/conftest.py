@@ -18,7 +18,7 @@ from sqlalchemy import URL, make_url
 from fastapi_chatdify_db import Database, DatabaseSettings, db
 from fastapi_chatdify_db.embedded import embedded_postgres
 from tests import models as models
-from tests.observing import Observer
+from tests.observing import Observer, Other
 
 _resources = ExitStack()
 _server: URL
@@ -118,6 +118,15 @@ async def observer(tables: None, database_url: str) -> AsyncIterator[Observer]:
     connection = await asyncpg.connect(database_url)
     yield Observer(connection)
     await connection.close()
+
+
+@pytest.fixture
+def other(tables: None, database_url: str) -> Iterator[Other]:
+    """Another client, which synchronous work may ask."""
+    connection = psycopg2.connect(database_url)
+    connection.autocommit = True
+    yield Other(connection)
+    connection.close()
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
+import psycopg2
+from psycopg2.extensions import connection as PsycopgConnection  # noqa: N812  # a class, whatever its name
 
 PATIENCE: Final = 60.0
 """Seconds until what does not happen is a failure."""
@@ -96,3 +98,24 @@ class Observer:
             """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                WHERE datname = current_database() AND pid <> pg_backend_pid()"""
         )
+
+
+class Other:
+    """Another client, of synchronous work: it sees what is committed, and asks for locks without waiting."""
+
+    def __init__(self, connection: PsycopgConnection) -> None:
+        self._connection = connection
+
+    def ask(self, statement: str) -> Any:
+        """Execute, committing at once; returns the first value, or the class of the error."""
+        with self._connection.cursor() as cursor:
+            try:
+                cursor.execute(statement)
+            except psycopg2.Error as error:
+                return type(error)
+            row = cursor.fetchone() if cursor.description else None
+            return row and row[0]
+
+    def names(self) -> str:
+        """The names of the committed items, in alphabetical order, in one string."""
+        return str(self.ask("SELECT coalesce(string_agg(name, ',' ORDER BY name), '') FROM item"))

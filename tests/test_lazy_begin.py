@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
 import psycopg2
 import pytest
-from psycopg2.extensions import connection as PsycopgConnection  # noqa: N812  # a class, whatever its name
-from sqlalchemy import Connection, delete, func, insert, literal, make_url, select, text, update
+from sqlalchemy import func, insert, literal, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db import Database, DatabaseSettings, db
+from fastapi_chatdify_db import Database, DatabaseSettings
+from tests.either_driver import in_transaction, names, run
 from tests.models import Counter, Item
-from tests.observing import Observer
+from tests.observing import Other
 
-Scenario = Callable[[Session, "Other"], None]
+Scenario = Callable[[Session, Other], None]
 SCENARIOS: list[Scenario] = []
 
 
@@ -25,60 +24,11 @@ def scenario(function: Scenario) -> Scenario:
     return function
 
 
-class Other:
-    """Another client, which sees what is committed and asks for locks without waiting."""
-
-    def __init__(self, connection: PsycopgConnection) -> None:
-        self._connection = connection
-
-    def ask(self, statement: str) -> Any:
-        """Execute, committing at once; returns the first value, or the class of the error."""
-        with self._connection.cursor() as cursor:
-            try:
-                cursor.execute(statement)
-            except psycopg2.Error as error:
-                return type(error)
-            row = cursor.fetchone() if cursor.description else None
-            return row and row[0]
-
-    def names(self) -> str:
-        return str(self.ask("SELECT coalesce(string_agg(name, ',' ORDER BY name), '') FROM item"))
-
-
-@pytest.fixture
-def other(tables: None, database_url: str) -> Iterator[Other]:
-    connection = psycopg2.connect(database_url)
-    connection.autocommit = True
-    yield Other(connection)
-    connection.close()
-
-
 @pytest.fixture(params=[True, False], ids=["lazy", "eager"])
 async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     made = Database(settings=DatabaseSettings(db_lazy_begin=request.param))
     yield made
     await made.dispose()
-
-
-async def run(database: Database, driver: str, work: Callable[[Session], None]) -> None:
-    """Run synchronous work in a unit on either driver: SQLAlchemy's sessions are the same to it."""
-    if driver == "asyncpg":
-        async with database.transaction() as session:
-            await session.run_sync(work)
-    else:
-        with database.sync_transaction() as sync_session:
-            work(sync_session)
-
-
-def names(session: Session) -> list[str]:
-    return list(session.scalars(select(Item.name).order_by(Item.name)))
-
-
-def in_transaction(connection: Connection) -> bool:
-    """What the driver says."""
-    driver = connection.connection.driver_connection
-    assert driver is not None
-    return bool(driver.is_in_transaction() if hasattr(driver, "is_in_transaction") else driver.info.transaction_status)
 
 
 @scenario
@@ -328,25 +278,6 @@ async def test_transaction_means_the_same(database: Database, driver: str, other
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
-@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
-async def test_isolation_level_of_the_server_counts(other: Other, database_url: str, driver: str, level: str) -> None:
-    """Where the server's default is a stricter level, two reads of a transaction see the same."""
-    url = make_url(database_url)
-    options = f"-c default_transaction_isolation={level.replace(' ', chr(92) + ' ')}"
-    strict = Database(
-        settings=DatabaseSettings(database_url=url.update_query_dict({"options": options}).render_as_string(False))
-    )
-
-    def read_twice(session: Session) -> None:
-        assert names(session) == []
-        other.ask("INSERT INTO item (name) VALUES ('a')")
-        assert names(session) == []
-
-    await run(strict, driver, read_twice)
-    await strict.dispose()
-
-
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
 async def test_callbacks_of_a_unit_that_only_read(database: Database, driver: str, other: Other) -> None:
     """``on_commit`` callbacks run after a unit of reads, and not after it was rolled back."""
     ran: list[str] = []
@@ -364,42 +295,3 @@ async def test_callbacks_of_a_unit_that_only_read(database: Database, driver: st
     with pytest.raises(ZeroDivisionError):
         await run(database, driver, read_and_fail)
     assert ran == ["committed"]
-
-
-def write_on_the_driver(session: Session) -> None:
-    session.connection().connection.cursor().execute("INSERT INTO item (name) VALUES ('a')")
-
-
-def write_on_a_detached_connection(session: Session) -> None:
-    session.connection().detach()
-    session.execute(insert(Item).values(name="a"))
-
-
-@pytest.mark.parametrize("write", [write_on_the_driver, write_on_a_detached_connection])
-async def test_what_is_not_known_of_a_connection_may_be_a_write(
-    observer: Observer, write: Callable[[Session], None]
-) -> None:
-    """It is committed too, although no statement that SQLAlchemy ran, or on no connection of the pool's, began it."""
-    async with db.transaction() as session:
-        await session.scalars(select(Item))
-        await session.run_sync(write)
-    assert await observer.names() == ["a"]
-    with db.sync_transaction() as sync_session:
-        sync_session.execute(delete(Item))
-        write(sync_session)
-    assert await observer.names() == ["a"]
-
-
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
-@pytest.mark.parametrize("lazy", [True, False])
-async def test_unit_that_only_reads_is_idle_in_no_transaction(other: Other, driver: str, lazy: bool) -> None:
-    """With DB_LAZY_BEGIN a handler may read, and wait for something slow, without a transaction open meanwhile."""
-    database = Database(settings=DatabaseSettings(db_lazy_begin=lazy))
-
-    def read(session: Session) -> None:
-        names(session)
-        session.get(Counter, 1)
-        assert in_transaction(session.connection()) is not lazy
-
-    await run(database, driver, read)
-    await database.dispose()

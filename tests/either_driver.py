@@ -1,0 +1,33 @@
+"""The same synchronous work in units on either driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sqlalchemy import Connection, select
+from sqlalchemy.orm import Session
+
+from fastapi_chatdify_db import Database
+from tests.models import Item
+
+
+async def run(database: Database, driver: str, work: Callable[[Session], None]) -> None:
+    """Run synchronous work in a unit on either driver: SQLAlchemy's sessions are the same to it."""
+    if driver == "asyncpg":
+        async with database.transaction() as session:
+            await session.run_sync(work)
+    else:
+        with database.sync_transaction() as sync_session:
+            work(sync_session)
+
+
+def names(session: Session) -> list[str]:
+    """The names of the items that the session sees, in alphabetical order."""
+    return list(session.scalars(select(Item.name).order_by(Item.name)))
+
+
+def in_transaction(connection: Connection) -> bool:
+    """What the driver says."""
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    return bool(driver.is_in_transaction() if hasattr(driver, "is_in_transaction") else driver.info.transaction_status)
