@@ -12,7 +12,7 @@ from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db import Database, TransactionAborted
+from fastapi_chatdify_db import Database, TransactionAborted, db
 from tests.models import Counter, Item
 from tests.observing import Observer
 
@@ -117,3 +117,15 @@ async def test_what_sqlalchemy_began_the_driver_joins(database: Database, observ
         await session.execute(text("SELECT 1"))
         await (await raw(session)).execute(INSERT)
     assert await observer.names() == ["x"]
+
+
+async def test_transaction_of_the_drivers_own_ends_with_the_connection(observer: Observer) -> None:
+    """Nobody who gets a connection from the pool goes on in a transaction that SQLAlchemy does not know of."""
+    async with db.async_engine.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        await driver.execute("BEGIN; INSERT INTO item (name) VALUES ('half')")
+    async with db.transaction() as session:
+        session.add(Item("whole"))
+    assert await observer.in_transaction() == 0
+    assert await observer.names() == ["whole"]
