@@ -1,96 +1,20 @@
-"""The application comes up when its database does, together with its siblings."""
+"""The application comes up when its database does, or says why it cannot."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncpg
 import pytest
-from celery import Celery
-from fastapi import FastAPI
 from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
-import celery_ext
-from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, DBSessionMiddleware, db
-from tests.models import Item
+from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable
+from tests.forwarding import Forwarder
 from tests.observing import Observer
-from tests.serving import free_socket, serve
-
-CREATE_IN_A_PROCESS = """
-import asyncio, os
-from fastapi_chatdify_db import db
-import tests.models
-
-async def main():
-    async with db.lifespan(None):
-        async with db.transaction() as session:
-            session.add(tests.models.Item(str(os.getpid())))
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize("turn", range(3))
-async def test_eight_processes_create_the_tables_at_once(own_database: str, turn: int) -> None:
-    """On an empty database all of them come up."""
-    environment = {**os.environ, "DATABASE_URL": own_database, "DB_STATEMENT_TIMEOUT": "5"}
-    processes = [
-        await asyncio.create_subprocess_exec(sys.executable, "-c", CREATE_IN_A_PROCESS, env=environment)
-        for _ in range(8)
-    ]
-    assert [await process.wait() for process in processes] == [0] * 8
-    connection = await asyncpg.connect(own_database)
-    assert await connection.fetchval("SELECT count(*) FROM item") == 8
-    await connection.close()
-
-
-class Forwarder:
-    """A port that leads to the real database, once it is opened."""
-
-    def __init__(self, database_url: str, host: str = "127.0.0.1") -> None:
-        self._target = make_url(database_url)
-        self._host = host
-        with free_socket() as listener:
-            self.port: int = listener.getsockname()[1]
-        url = self._target.difference_update_query(["host", "port"]).set(host=host, port=self.port)
-        self.url = url.render_as_string(hide_password=False)
-        self._forwarded: list[asyncio.Task[None]] = []
-
-    @asynccontextmanager
-    async def opened(self) -> AsyncIterator[None]:
-        async with await asyncio.start_server(self._accept, self._host, self.port):
-            yield
-            await asyncio.gather(*self._forwarded)
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._forwarded.append(asyncio.create_task(self._forward(reader, writer)))
-
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if directory := self._target.query.get("host"):
-            socket = f"{directory}/.s.PGSQL.{self._target.port or 5432}"
-            upstream, downstream = await asyncio.open_unix_connection(socket)
-        else:
-            host = self._target.host or "localhost"
-            upstream, downstream = await asyncio.open_connection(host, self._target.port or 5432)
-        await asyncio.gather(self._copy(reader, downstream), self._copy(upstream, writer))
-
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while data := await reader.read(65536):
-                writer.write(data)
-            writer.close()
-            await writer.wait_closed()
+from tests.serving import free_socket
 
 
 class OpensAtTheThirdTry(logging.Handler):
@@ -230,29 +154,6 @@ async def test_connection_that_is_lost_at_once(database_url: str) -> None:
         assert len(made) == 2
 
 
-async def test_tables_that_another_process_is_creating(tables: None, observer: Observer) -> None:
-    """They are waited for, whatever DB_STATEMENT_TIMEOUT is."""
-    await db.drop_tables()
-    hurried = Database(settings=DatabaseSettings(db_statement_timeout=0.2))
-    async with observer.connection.transaction():
-        await observer.connection.execute("CREATE TABLE item ()")
-        creating = asyncio.create_task(hurried.create_tables())
-        await observer.until_somebody_waits_for_a_lock()
-        await observer.connection.execute("SELECT pg_sleep(0.4)")
-        await observer.connection.execute("DROP TABLE item")
-    await creating
-    await hurried.dispose()
-
-
-async def test_tables_are_dropped_by_one_at_a_time(own_database: str) -> None:
-    """Whoever comes second finds nothing left, rather than to fail."""
-    own = Database("own", settings=DatabaseSettings(database_url=own_database))
-    for _ in range(3):
-        await own.create_tables()
-        await asyncio.gather(*(own.drop_tables() for _ in range(8)))
-    await own.dispose()
-
-
 async def test_refusal_is_not_waited_for(
     observer: Observer, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,104 +165,3 @@ async def test_refusal_is_not_waited_for(
             pass
     assert "secret" not in f"{caught.value}{caplog.text}"
     assert caplog.records == []
-
-
-@pytest.mark.parametrize("framework", [Starlette, FastAPI])
-async def test_init_app_is_enough_and_keeps_the_apps_lifespan(
-    tables: None, observer: Observer, framework: type[Starlette]
-) -> None:
-    """The database is there before the app's own start-up and after its shutdown, and its state reaches requests."""
-    await db.drop_tables()
-    names: list[object] = []
-
-    async def rows() -> int:
-        async with db.transaction() as session:
-            return len((await session.execute(text("SELECT name FROM item"))).all())
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[Mapping[str, Any]]:
-        names.append(await rows())
-        yield {"greeting": "hello"}
-        names.append(await rows())
-
-    async def handler(request: Request) -> Response:
-        db.session.add(Item("a"))
-        return JSONResponse(request.state.greeting)
-
-    app = framework(lifespan=lifespan, routes=[Route("/", handler)])
-    db.init_app(app)
-    async with serve(app) as client:
-        assert (await client.get("/")).json() == "hello"
-    assert names == [0, 1]
-
-
-async def test_two_databases_on_one_app(tables: None, observer: Observer) -> None:
-    """Each ``init_app`` goes around the ones before: connected before the app's start-up, disposed after its end."""
-    databases = [Database(name, settings=DatabaseSettings(db_application_name=name)) for name in ("one", "two")]
-    seen: list[list[int]] = []
-
-    async def note() -> None:
-        seen.append([await observer.connections(database.name) for database in databases])
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await note()
-        yield
-        await note()
-
-    async def handler(request: Request) -> Response:
-        names = [await database.session.scalar(text("SHOW application_name")) for database in databases]
-        return JSONResponse(names)
-
-    app = Starlette(lifespan=lifespan, routes=[Route("/", handler)])
-    for database in databases:
-        database.init_app(app)
-    async with serve(app) as client:
-        assert (await client.get("/")).json() == ["one", "two"]
-    assert seen == [[1, 1], [1, 1]]
-    async with asyncio.timeout(10):
-        for database in databases:
-            await observer.until_connections(database.name, 0)
-
-
-async def test_lifespan_argument(tables: None) -> None:
-    """``FastAPI(lifespan=db.lifespan)`` creates the tables."""
-    await db.drop_tables()
-    app = FastAPI(lifespan=db.lifespan)
-    app.add_middleware(DBSessionMiddleware)
-
-    @app.post("/")
-    async def handler() -> None:
-        db.session.add(Item("a"))
-
-    async with serve(app) as client:
-        assert (await client.post("/")).status_code == 200
-
-
-async def test_tables_are_created_only_when_wanted(tables: None, observer: Observer) -> None:
-    """``create_tables=False`` leaves them to a migration."""
-    await db.drop_tables()
-    migrated = Database(create_tables=False)
-    async with migrated.lifespan(None):
-        assert await observer.connection.fetchval("SELECT to_regclass('item')") is None
-
-
-def test_init_app_adds_the_middleware_once() -> None:
-    """Several databases on one app share the middleware; ``middleware=False`` leaves it to the caller."""
-    app = FastAPI()
-    db.init_app(app)
-    Database("second").init_app(app)
-    added: list[object] = [entry.cls for entry in app.user_middleware]
-    assert added == [DBSessionMiddleware]
-    bare = FastAPI()
-    db.init_app(bare, middleware=False)
-    assert bare.user_middleware == []
-
-
-def test_init_app_refuses_the_other_application() -> None:
-    """The web's and the worker's ``init_app`` name each other."""
-    celery = Celery("worker", set_as_current=False)
-    with pytest.raises(TypeError, match=r"celery_ext\.init_app\(app, db=reports\)"):
-        Database("reports").init_app(celery)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"db\.init_app\(app\)"):
-        celery_ext.init_app(FastAPI())  # type: ignore[arg-type]

@@ -15,8 +15,8 @@ from sqlalchemy.engine import URL
 
 from fastapi_chatdify_db import Database, DatabaseSettings, InvalidSettings
 from fastapi_chatdify_db.urls import async_target, session_timeouts, sync_target
+from tests.forwarding import Forwarder
 from tests.serving import free_socket
-from tests.test_startup import Forwarder
 
 
 def settings(url: str, **values: Any) -> DatabaseSettings:

@@ -1,0 +1,49 @@
+"""A way to the database that is not there before it is opened."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from sqlalchemy import make_url
+
+from tests.serving import free_socket
+
+
+class Forwarder:
+    """A port that leads to the real database, once it is opened."""
+
+    def __init__(self, database_url: str, host: str = "127.0.0.1") -> None:
+        self._target = make_url(database_url)
+        self._host = host
+        with free_socket() as listener:
+            self.port: int = listener.getsockname()[1]
+        url = self._target.difference_update_query(["host", "port"]).set(host=host, port=self.port)
+        self.url = url.render_as_string(hide_password=False)
+        self._forwarded: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        async with await asyncio.start_server(self._accept, self._host, self.port):
+            yield
+            await asyncio.gather(*self._forwarded)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._forwarded.append(asyncio.create_task(self._forward(reader, writer)))
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if directory := self._target.query.get("host"):
+            socket = f"{directory}/.s.PGSQL.{self._target.port or 5432}"
+            upstream, downstream = await asyncio.open_unix_connection(socket)
+        else:
+            host = self._target.host or "localhost"
+            upstream, downstream = await asyncio.open_connection(host, self._target.port or 5432)
+        await asyncio.gather(self._copy(reader, downstream), self._copy(upstream, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+            writer.close()
+            await writer.wait_closed()
