@@ -27,7 +27,14 @@ def names(session: Session) -> list[str]:
 
 
 def in_transaction(connection: Connection) -> bool:
-    """What the driver says."""
+    """Whether the connection is in a transaction, as its driver sees it."""
     driver = connection.connection.driver_connection
     assert driver is not None
     return bool(driver.is_in_transaction() if hasattr(driver, "is_in_transaction") else driver.info.transaction_status)
+
+
+def backend_of(session: Session) -> int:
+    """The process that serves the session's connection, without asking it."""
+    driver = session.connection().connection.driver_connection
+    assert driver is not None
+    return int(driver.info.backend_pid if hasattr(driver, "info") else driver.get_server_pid())

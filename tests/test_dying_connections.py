@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import Engine, event, func, insert, select, text
-from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, DBSessionMiddleware
+from tests.either_driver import backend_of
 from tests.models import Counter, Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -42,12 +43,6 @@ def app_on(database: Database, served: set[int]) -> FastAPI:
         return read_twice(database.sync_session)
 
     return app
-
-
-def backend_of(session: Session) -> int:
-    driver = session.connection().connection.driver_connection
-    assert driver is not None
-    return int(driver.info.backend_pid if hasattr(driver, "info") else driver.get_server_pid())
 
 
 @pytest.mark.parametrize("path", ["/read", "/read-def"])
@@ -278,85 +273,3 @@ async def test_new_connection_that_is_dead_as_well(observer: Observer, driver: s
     """The handler's word for it is the pool's; the unit is told what its statement met."""
     with pytest.raises(DBAPIError):
         await run(observer, driver, read_then_read, lambda engine: keep_tenants_apart(engine, 2, DisconnectionError))
-
-
-@pytest.mark.parametrize("end", ["by the server", "by the driver", "by the application"])
-async def test_connection_whose_end_is_noticed_before_the_commit(observer: Observer, end: str) -> None:
-    """What was written is lost, which the unit's owner is told, and the place in the pool is free again."""
-    database = Database(settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
-
-    async def write_and_lose_connection() -> None:
-        async with database.transaction() as session:
-            session.add(Item("lost"))
-            await session.flush()
-            connection = await session.connection()
-            raw = (await connection.get_raw_connection()).driver_connection
-            assert raw is not None
-            closed = asyncio.Event()
-            raw.add_termination_listener(lambda _: closed.set())
-            if end == "by the server":
-                await observer.terminate_others()
-            elif end == "by the driver":
-                raw.terminate()
-            else:
-                await connection.invalidate()
-            await closed.wait()
-
-    with pytest.raises(SQLAlchemyError):
-        await write_and_lose_connection()
-    assert database.async_engine.pool.status().endswith("Current Checked out connections: 0")
-    assert await observer.names() == []
-    await database.dispose()
-
-
-async def test_connection_that_is_aborted_after_a_read(observer: Observer) -> None:
-    """Nothing was written, so the unit ends like any other, and the next one has another connection."""
-    database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
-    async with database.transaction() as session:
-        await session.scalars(select(Item))
-        raw = (await (await session.connection()).get_raw_connection()).driver_connection
-        assert raw is not None
-        raw.terminate()
-    async with database.transaction() as session:
-        assert (await session.scalars(select(Item))).all() == []
-    await database.dispose()
-
-
-async def test_idle_connection_whose_end_is_noticed(observer: Observer) -> None:
-    """It is replaced at its checkout without being asked, so that any first statement succeeds."""
-    database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
-
-    def add_two(session: Session) -> None:
-        session.add_all([Item("a"), Item("b")])
-
-    async with database.transaction() as session:
-        raw = (await (await session.connection()).get_raw_connection()).driver_connection
-    with database.sync_transaction() as sync_session:
-        sync_session.scalars(select(Item)).all()
-    await observer.terminate_others()
-    assert raw is not None
-    async with asyncio.timeout(10):
-        while not raw.is_closed():
-            await asyncio.sleep(0)
-    async with database.transaction() as session:
-        await session.run_sync(add_two)
-    await observer.connection.execute("DELETE FROM item")
-    with database.sync_transaction() as sync_session:
-        add_two(sync_session)
-    assert await observer.names() == ["a", "b"]
-    await database.dispose()
-
-
-async def test_dead_connection_tells_of_those_as_old(observer: Observer) -> None:
-    """Where one did not survive, the others are replaced at their checkout without being asked."""
-    database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
-
-    def both() -> list[int]:
-        with database.sync_transaction() as one, database.sync_transaction() as other:
-            return [backend_of(session) for session in (one, other)]
-
-    before = both()
-    # The one that was given back first is taken first.
-    await observer.connection.fetch("SELECT pg_terminate_backend($1, 5000)", before[1])
-    assert not set(both()) & set(before)
-    await database.dispose()
