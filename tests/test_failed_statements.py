@@ -5,146 +5,18 @@ PostgreSQL has then given up the transaction, and answers COMMIT with a ROLLBACK
 
 from __future__ import annotations
 
-import io
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
-import asyncpg
-import psycopg2
 import pytest
-from fastapi import FastAPI, WebSocket
-from sqlalchemy import Integer, cast, event, insert, make_url, select, text
+from sqlalchemy import event, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, TransactionAborted, db
+from fastapi_chatdify_db import Database, DatabaseSettings, TransactionAborted
+from tests.failing import DUPLICATE, NOT_A_NUMBER
 from tests.models import Counter, Item
 from tests.observing import Observer
-from tests.serving import connected, serve
-
-DUPLICATE = text("INSERT INTO counter VALUES (1, 1), (1, 1)")
-NOT_A_NUMBER = select(cast(Item.name, Integer))
-
-
-@pytest.fixture
-def ran() -> list[str]:
-    """The callbacks that ran."""
-    return []
-
-
-@pytest.fixture
-def app(ran: list[str]) -> FastAPI:
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-
-    @app.post("/async")
-    async def handler() -> None:
-        db.session.add(Item("a"))
-        await db.session.flush()
-        db.on_commit(lambda: ran.append("callback"))
-        with suppress(IntegrityError):
-            await db.session.execute(DUPLICATE)
-
-    @app.post("/def")
-    def plain_def() -> None:
-        db.sync_session.add(Item("a"))
-        db.sync_session.flush()
-        db.on_commit(lambda: ran.append("callback"))
-        with suppress(IntegrityError):
-            db.sync_session.execute(DUPLICATE)
-
-    @app.post("/read")
-    async def read() -> None:
-        db.session.add(Item("a"))
-        await db.session.flush()
-        with suppress(DBAPIError):
-            await db.session.scalar(NOT_A_NUMBER)
-
-    @app.post("/release")
-    async def release() -> None:
-        db.session.add(Item("a"))
-        await db.session.flush()
-        with suppress(IntegrityError):
-            await db.session.execute(DUPLICATE)
-        await db.release()
-
-    @app.post("/first")
-    async def first() -> None:
-        with suppress(IntegrityError):
-            await db.session.execute(DUPLICATE)
-        with suppress(DBAPIError):
-            await db.session.execute(text("INSERT INTO item (name) VALUES ('a')"))
-
-    return app
-
-
-@pytest.mark.parametrize("path", ["/async", "/def", "/read", "/release", "/first"])
-async def test_client_is_told_that_nothing_was_stored(
-    app: FastAPI, observer: Observer, ran: list[str], path: str
-) -> None:
-    """A 500, no row and no callback; and an error that names what had failed, and what to write instead."""
-    errors: list[BaseException] = []
-
-    async def noting(scope: object, receive: object, send: object) -> None:
-        try:
-            await app(scope, receive, send)  # type: ignore[arg-type]  # as they came
-        except TransactionAborted as error:
-            errors.append(error)
-
-    async with serve(noting) as client:
-        assert (await client.post(path)).status_code == 500
-        assert await observer.in_transaction() == 0
-    assert (await observer.names(), ran) == ([], [])
-    assert "begin_nested()" in str(errors[0])
-    assert "SQLSTATE 2" in str(errors[0])
-
-
-@pytest.mark.parametrize("path", ["/copy", "/copy-def"])
-async def test_failure_of_the_drivers_own_connection_counts(app: FastAPI, observer: Observer, path: str) -> None:
-    """Also one that SQLAlchemy does not see makes the COMMIT none, which only PostgreSQL's answer to it tells."""
-
-    @app.post("/copy")
-    async def copy() -> None:
-        db.session.add(Item("a"))
-        await db.session.flush()
-        driver = (await (await db.session.connection()).get_raw_connection()).driver_connection
-        assert driver is not None
-        with suppress(asyncpg.UniqueViolationError):
-            await driver.copy_records_to_table("counter", records=[(1, 1), (1, 1)])
-
-    @app.post("/copy-def")
-    def copy_def() -> None:
-        db.sync_session.add(Item("a"))
-        db.sync_session.flush()
-        cursor = db.sync_session.connection().connection.cursor()
-        with suppress(psycopg2.IntegrityError):
-            cursor.copy_expert("COPY counter FROM STDIN", io.StringIO("1\t1\n1\t1\n"))
-
-    async with serve(app) as client:
-        assert (await client.post(path)).status_code == 500
-        assert await observer.in_transaction() == 0
-    assert await observer.names() == []
-
-
-async def test_websocket_is_not_told_either(app: FastAPI, observer: Observer) -> None:
-    """The commit before an answer fails where the handler sends it."""
-
-    @app.websocket("/")
-    async def handler(socket: WebSocket) -> None:
-        await socket.accept()
-        db.session.add(Item(await socket.receive_text()))
-        await db.session.flush()
-        with suppress(IntegrityError):
-            await db.session.execute(DUPLICATE)
-        try:
-            await socket.send_text("stored")
-        except TransactionAborted:
-            await socket.send_text("not stored")
-
-    async with connected(app) as socket:
-        await socket.send("a")
-        assert await socket.recv() == "not stored"
-    assert await observer.names() == []
 
 
 @pytest.fixture(params=[True, False], ids=["lazy", "eager"])
@@ -311,51 +183,3 @@ async def test_whatever_was_written(
     with pytest.raises(TransactionAborted), database.sync_transaction() as sync_session:
         work(sync_session)
     assert await observer.names() == []
-
-
-def limited(database_url: str, **limit: str) -> Database:
-    url = make_url(database_url).update_query_dict(limit)
-    return Database(settings=DatabaseSettings(database_url=url.render_as_string(hide_password=False)))
-
-
-@pytest.mark.parametrize("limit", ["statement_timeout", "lock_timeout"])
-async def test_read_that_takes_too_long_is_not_waited_for_again(
-    observer: Observer, database_url: str, limit: str
-) -> None:
-    """So a unit that handles its error, and has only read, goes on."""
-    database = limited(database_url, options=f"-c {limit}=200")
-
-    def work(session: Session) -> None:
-        session.get(Counter, 1)
-        with pytest.raises(DBAPIError):
-            session.scalars(select(Item))
-        session.get(Counter, 2)
-
-    async with observer.connection.transaction():
-        await observer.connection.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
-        async with database.transaction() as session:
-            await session.run_sync(work)
-        with database.sync_transaction() as sync_session:
-            work(sync_session)
-    await database.dispose()
-
-
-async def test_drivers_own_limit_is_not_waited_for_twice(observer: Observer, database_url: str) -> None:
-    """asyncpg's ``command_timeout`` ends a read once."""
-    database = limited(database_url, command_timeout="1")
-
-    queries: list[str] = []
-
-    async def read() -> None:
-        async with database.transaction() as session:
-            raw = (await (await session.connection()).get_raw_connection()).driver_connection
-            assert raw is not None
-            raw.add_query_logger(lambda record: queries.append(record.query))
-            await session.scalars(select(Item))
-
-    async with observer.connection.transaction():
-        await observer.connection.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
-        with pytest.raises(TimeoutError):
-            await read()
-    assert queries == []  # it tells of those that came to an end: a BEGIN would have
-    await database.dispose()
