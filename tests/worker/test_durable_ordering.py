@@ -150,3 +150,14 @@ async def test_cancelling_one_that_waits(unheard: Celery[Any], rows: Observer) -
     assert administration.cancel(db, waiting)
     due = "SELECT id FROM durable_task WHERE status = 'pending' AND ring_at < 'infinity'"
     assert [row["id"] for row in await rows.connection.fetch(due)] == [running]
+
+
+async def test_running_task_that_was_released_is_not_cancelled(relayed: Worker, rows: Observer) -> None:
+    """``cancel`` says no, and the next of its key does not begin beside it."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    async with db.transaction():
+        running = relayed.task("release_and_wait").apply_durably(("x", 9), ordering_key="k")
+    await rows.until_somebody_waits_for_a_lock()
+    assert not await asyncio.to_thread(administration.cancel, db, running)
+    await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+    await rows.until_status(running, "done")

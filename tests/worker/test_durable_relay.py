@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -188,3 +189,22 @@ async def test_prune_keeps_what_is_young_or_failed(unheard: Celery[Any], rows: O
     )
     assert administration.prune(db, 7) == 2
     assert [status for status, _ in await rows.durable_tasks()] == ["failed", "pending", "done"]
+
+
+async def test_task_of_an_included_module(
+    unheard: Celery[celery_ext.Task], rows: Observer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relay knows its options, as a worker does, which imports more than the application's own module, too."""
+    (tmp_path / "included_module.py").write_text(
+        "import celery\n\n@celery.shared_task(name='included', time_limit=77)\ndef included(name: str) -> None: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    app = Celery("relayed", broker="memory://", include=["included_module"], set_as_current=False)
+    celery_ext.init_app(app)
+    async with db.transaction():
+        task_id = task(unheard, "record").delay_durably("x")
+    await rows.connection.execute("UPDATE durable_task SET name = 'included'")
+    with relaying(app, db), app.connection_for_read() as connection:
+        message = await asyncio.to_thread(connection.SimpleQueue("celery").get, timeout=20)
+    assert (message.headers["id"], str(message.headers["timelimit"])) == (task_id, "[77, None]")
+    app.close()

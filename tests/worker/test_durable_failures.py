@@ -1,0 +1,139 @@
+"""A durable task that fails, before its body or by whatever it raises, has failed; the next of its key begins."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from celery import Celery
+from celery.app.trace import trace_task
+from celery.exceptions import Ignore, Reject
+
+import celery_ext
+from celery_ext.durable import administration
+from fastapi_chatdify_db import db
+from tests.models import Item
+from tests.observing import Observer
+from tests.worker.running import Worker, deliver, task
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\udcff"])
+async def test_error_that_cannot_be_stored_as_it_is(relayed: Worker, rows: Observer, text: str) -> None:
+    """A failure is a failure, whatever its text, and the next task of its key begins."""
+    async with db.transaction():
+        failing = relayed.task("raise_text").apply_durably(
+            (text.encode("utf-16", "surrogatepass").hex(),), ordering_key="k"
+        )
+        behind = relayed.task("add_item").apply_durably(("behind",), ordering_key="k")
+    await rows.until_status(failing, "failed")
+    await rows.until_status(behind, "done")
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+async def test_failure_that_is_no_exception(unheard: Celery[celery_ext.Task], rows: Observer, kind: str) -> None:
+    """A ``BaseException`` of a library's own, as gevent's ``Timeout`` is, ends a task as well."""
+
+    class Outcome(BaseException): ...
+
+    @unheard.task(shared=False)
+    def in_def() -> None:
+        db.sync_session.add(Item("lost"))
+        raise Outcome("not today")
+
+    @unheard.task(shared=False)
+    async def in_async() -> None:
+        db.session.add(Item("lost"))
+        raise Outcome("not today")
+
+    failing = in_def if kind == "def" else in_async
+    async with db.transaction():
+        task_id = failing.delay_durably()
+    with pytest.raises(Outcome):
+        await asyncio.to_thread(deliver, failing, task_id)
+    assert await rows.connection.fetchrow("SELECT status, error FROM durable_task") == ("failed", "Outcome: not today")
+    assert await rows.names() == []
+
+
+async def test_end_of_the_worker_is_no_failure(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """A task that a leaving process interrupts is run again."""
+
+    @unheard.task(shared=False)
+    def interrupted() -> None:
+        raise SystemExit
+
+    async with db.transaction():
+        task_id = interrupted.delay_durably()
+    with pytest.raises(SystemExit):
+        deliver(interrupted, task_id)
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
+
+
+async def test_replace_is_refused(relayed: Worker, rows: Observer) -> None:
+    """The successor would be an ordinary task, sent before the commit; the error says what to write instead."""
+    async with db.transaction():
+        task_id = relayed.task("replaced").delay_durably("x")
+    await rows.until_status(task_id, "failed")
+    [failed] = administration.failed(db, 10)
+    assert "delay_durably" in failed.error
+    assert await rows.names() == []
+
+
+async def test_failure_before_the_body(relayed: Worker, rows: Observer) -> None:
+    """Celery says FAILURE of it, and so does the row, which is not sent again."""
+    async with db.transaction():
+        failing = relayed.task("never_starts").apply_durably(ordering_key="k")
+        behind = relayed.task("add_item").apply_durably(("behind",), ordering_key="k")
+    await rows.until_status(failing, "failed")
+    await rows.until_status(behind, "done")
+    assert await rows.connection.fetchval("SELECT error FROM durable_task WHERE id = $1", failing) == (
+        "ValueError: not today"
+    )
+
+
+async def test_failure_before_the_body_that_has_written(
+    unheard: Celery[celery_ext.Task], rows: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is rolled back like the body, without a word about the class's ``__call__``."""
+
+    class Gate(celery_ext.Task):
+        def before_start(self, *_: object) -> None:
+            db.sync_session.add(Item("lost"))
+            raise ValueError
+
+    @unheard.task(base=Gate, shared=False)
+    def never_starts() -> None: ...
+
+    trace_task(never_starts, "1", (), {}, {"id": "1"}, app=unheard)
+    assert await rows.names() == []
+    assert "super().__call__" not in caplog.text
+
+
+async def test_failure_before_the_body_of_what_is_not_due(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """A message that is too early, or one too many, ends nothing."""
+    never_starts = task(unheard, "never_starts")
+    async with db.transaction():
+        task_id = never_starts.apply_durably(countdown=3600)
+    deliver(never_starts, task_id)
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
+
+
+@pytest.mark.parametrize(("how", "status"), [("ignore", "cancelled"), ("reject", "cancelled"), ("retry", "pending")])
+async def test_end_before_the_body(unheard: Celery[celery_ext.Task], rows: Observer, how: str, status: str) -> None:
+    """Celery's other ways to end count in ``before_start`` as they do in the body."""
+
+    class Gate(celery_ext.Task):
+        def before_start(self, *_: object) -> None:
+            if how == "retry":
+                self.retry(countdown=60)
+            raise Ignore if how == "ignore" else Reject("not today", requeue=False)
+
+    @unheard.task(base=Gate, shared=False)
+    def never_starts() -> None: ...
+
+    async with db.transaction():
+        task_id = never_starts.delay_durably()
+    deliver(never_starts, task_id)
+    row = await rows.connection.fetchrow(
+        "SELECT status, retries, due_at - clock_timestamp() > '50 s' AS later FROM durable_task WHERE id = $1", task_id
+    )
+    assert tuple(row) == (status, how == "retry", how == "retry")
