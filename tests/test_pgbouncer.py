@@ -1,0 +1,120 @@
+"""Behind a PgBouncer in transaction mode: with DB_PGBOUNCER no statement stays prepared on the server."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url, text
+
+from fastapi_chatdify_db import Database, DatabaseSettings
+from tests.serving import free_socket
+
+
+@pytest.fixture
+async def pgbouncer(database_url: str, tmp_path: Path) -> AsyncIterator[str]:
+    """The URL of a PgBouncer in transaction mode with two connections to the database."""
+    program = shutil.which("pgbouncer")
+    if program is None:
+        pytest.skip("pgbouncer is not on the PATH: apt-get install pgbouncer")
+    url = make_url(database_url)
+    if url.host is None:
+        pytest.skip("PgBouncer, which gives up root, may not enter the directory of the embedded PostgreSQL's socket")
+    with free_socket() as listener:
+        port = listener.getsockname()[1]
+    places = {
+        "host": url.host,
+        "port": url.port,
+        "user": url.username,
+    }
+    places |= {"dbname": url.database, "password": url.password}
+    target = " ".join(f"{name}={value}" for name, value in places.items() if value)
+    configuration = tmp_path / "pgbouncer.ini"
+    configuration.write_text(
+        f"""
+[databases]
+bounced = {target}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 2
+log_connections = 0
+log_disconnections = 0
+{"user = nobody" if getpass.getuser() == "root" else ""}
+"""
+    )
+    process = await asyncio.create_subprocess_exec(program, configuration, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        log = ""
+        while "process up" not in log:
+            line = await process.stderr.readline()
+            assert line, f"PgBouncer did not start: {log}"
+            log += line.decode()
+        yield f"postgresql://anyone@127.0.0.1:{port}/bounced"
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.communicate()
+
+
+async def test_pgbouncer_mode_keeps_no_prepared_statement(database_url: str) -> None:
+    """After the same statement ran several times, the server has no prepared statement left for it."""
+    database = Database(settings=DatabaseSettings(database_url=database_url, db_pgbouncer=True))
+    prepared = text("SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE 'SELECT 4%'")
+    async with database.transaction() as session:
+        for _ in range(7):
+            await session.execute(text("SELECT 42"))
+        assert await session.scalar(prepared) == 0
+    await database.dispose()
+    plain = Database(settings=DatabaseSettings(database_url=database_url))
+    async with plain.transaction() as session:
+        await session.execute(text("SELECT 42"))
+        assert await session.scalar(prepared) == 1
+    await plain.dispose()
+
+
+async def test_many_clients_share_two_connections_of_pgbouncer(pgbouncer: str) -> None:
+    """In transaction mode statements of 20 clients do not meet, and none stays prepared on the server."""
+    given = DatabaseSettings(database_url=pgbouncer, db_pgbouncer=True, db_pool_size=20, db_statement_timeout=5)
+    database = Database(settings=given)
+    own = text("SELECT CAST(:number AS int), pg_backend_pid()")
+    backends: set[int] = set()
+
+    async def client(number: int) -> None:
+        for turn in range(number, 500, 20):
+            async with database.transaction() as session:
+                for _ in range(2):
+                    answer, backend = (await session.execute(own, {"number": turn})).one()
+                    assert answer == turn
+                    backends.add(backend)
+
+    async def client_without_transactions(number: int) -> None:
+        async with database.async_engine.connect() as plain:
+            connection = await plain.execution_options(isolation_level="AUTOCOMMIT")
+            for turn in range(number, 100, 4):
+                assert await connection.scalar(own, {"number": turn}) == turn
+
+    def sync_client(number: int) -> None:
+        for turn in range(number, 100, 4):
+            with database.sync_transaction() as session:
+                assert session.scalar(own, {"number": turn}) == turn
+                assert session.scalar(text("SHOW statement_timeout")) == "5s"
+
+    await asyncio.gather(
+        *(client(number) for number in range(20)),
+        *(client_without_transactions(number) for number in range(4)),
+        *(asyncio.to_thread(sync_client, number) for number in range(4)),
+    )
+    assert len(backends) == 2
+    left = text("SELECT pg_backend_pid(), count(*) FROM pg_prepared_statements")
+    async with database.transaction() as one, database.transaction() as other:
+        assert {tuple((await session.execute(left)).one()) for session in (one, other)} == {(b, 0) for b in backends}
+    await database.dispose()
