@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import event, insert, select, text
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.background import BackgroundTask
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import Database, DBSessionMiddleware, OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -119,114 +117,6 @@ async def test_timeout_in_the_middle_of_a_statement_rolls_back(observer: Observe
     assert await observer.names() == []
 
 
-@pytest.fixture
-async def slow_commits(observer: Observer) -> AsyncIterator[None]:
-    """A COMMIT of new or changed items waits for a lock, which the observer holds."""
-    await observer.connection.execute(
-        """CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS
-           'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END';
-           CREATE CONSTRAINT TRIGGER slow_commit AFTER INSERT OR UPDATE OR DELETE ON item INITIALLY DEFERRED
-           FOR EACH ROW EXECUTE FUNCTION slowly();
-           SELECT pg_advisory_lock(42)"""
-    )
-    yield
-    await observer.connection.execute("SELECT pg_advisory_unlock_all(); DROP FUNCTION slowly() CASCADE")
-
-
-async def cancel_during_commit(observer: Observer, work: Coroutine[Any, Any, None]) -> None:
-    """Cancel the work over and over while its COMMIT waits, then let the COMMIT go on."""
-    task = asyncio.create_task(work)
-    await observer.until_somebody_waits_for_a_lock()
-    for _ in range(3):
-        task.cancel()
-        await asyncio.sleep(0)
-    await asyncio.wait([task], timeout=0.1)  # for PostgreSQL to hear of it, if it was told
-    assert not task.done()
-    await observer.connection.execute("SELECT pg_advisory_unlock(42)")
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
-async def add(session: AsyncSession) -> None:
-    session.add(Item("new"))
-
-
-async def add_after_a_read(session: AsyncSession) -> None:
-    await session.scalars(select(Item))
-    session.add(Item("new"))
-
-
-async def flush(session: AsyncSession) -> None:
-    session.add(Item("new"))
-    await session.flush()
-
-
-async def execute(session: AsyncSession) -> None:
-    await session.execute(insert(Item).values(name="new"))
-
-
-async def execute_many(session: AsyncSession) -> None:
-    await session.execute(insert(Item), [{"name": "new"}])
-
-
-async def execute_text(session: AsyncSession) -> None:
-    await session.execute(text("INSERT INTO item (name) VALUES ('new')"))
-
-
-async def execute_in_savepoint(session: AsyncSession) -> None:
-    async with session.begin_nested():
-        await session.execute(text("INSERT INTO item (name) VALUES ('new')"))
-
-
-async def execute_on_the_connection(session: AsyncSession) -> None:
-    await (await session.connection()).exec_driver_sql("INSERT INTO item (name) VALUES ('new')")
-
-
-async def change(session: AsyncSession) -> None:
-    (await session.scalars(select(Item))).one().name = "new"
-
-
-async def delete(session: AsyncSession) -> None:
-    await session.delete((await session.scalars(select(Item))).one())
-
-
-async def add_in_a_hook(session: AsyncSession) -> None:
-    await session.scalars(select(Item))
-    event.listen(session.sync_session, "before_commit", lambda sync_session: sync_session.add(Item("new")))
-
-
-Write = Callable[[AsyncSession], Awaitable[None]]
-ADDING: list[Write] = [
-    *(add, add_after_a_read, add_in_a_hook, flush),
-    *(execute, execute_many, execute_text, execute_in_savepoint, execute_on_the_connection),
-]
-WRITES = [*((write, ["new", "old"]) for write in ADDING), (change, ["new"]), (delete, [])]
-
-
-@pytest.mark.parametrize(("write", "expected"), WRITES, ids=lambda value: getattr(value, "__name__", ""))
-@pytest.mark.parametrize(("lazy", "ping"), [(True, True), (False, True), (False, False)], ids=["lazy", "eager", "bare"])
-async def test_cancellation_during_the_commit_waits_for_its_answer(
-    observer: Observer,
-    slow_commits: None,
-    write: Write,
-    expected: list[str],
-    lazy: bool,
-    ping: bool,
-) -> None:
-    """A COMMIT on its way is not abandoned, whatever it is that it writes."""
-    database = Database(settings=DatabaseSettings(db_lazy_begin=lazy, db_pool_pre_ping=ping))
-    await observer.connection.execute("SET session_replication_role = replica; INSERT INTO item (name) VALUES ('old')")
-
-    async def work() -> None:
-        async with database.transaction() as session:
-            await write(session)
-
-    await cancel_during_commit(observer, work())
-    assert await observer.names() == expected
-    assert await observer.in_transaction() == 0
-    await database.dispose()
-
-
 async def test_thread_of_a_cancelled_request_commits_nothing(observer: Observer) -> None:
     """``asyncio.timeout`` does not wait for a ``def`` endpoint, whose own commit is then refused: nothing is there."""
     app = FastAPI()
@@ -283,20 +173,6 @@ async def test_session_goes_on_after_a_thread_that_nobody_waited_for(observer: O
     async with serve(app) as client:
         assert (await client.post("/")).status_code == 504
     assert await observer.names() == ["noted"]
-
-
-async def test_callbacks_of_a_commit_that_is_cancelled_run(observer: Observer, slow_commits: None) -> None:
-    """Who waits for the COMMIT's answer acts on it too."""
-    ran: list[str] = []
-
-    async def work() -> None:
-        async with db.transaction() as session:
-            session.add(Item("committed"))
-            db.on_commit(lambda: ran.append("callback"))
-
-    await cancel_during_commit(observer, work())
-    assert await observer.names() == ["committed"]
-    assert ran == ["callback"]
 
 
 async def test_cancelled_while_waiting_for_a_connection(small_pool: Database, observer: Observer) -> None:
