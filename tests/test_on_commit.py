@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from functools import partial
@@ -14,7 +13,7 @@ from fastapi import Depends, FastAPI, HTTPException
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from fastapi_chatdify_db import AfterCommitError, DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import DBSessionMiddleware, OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -179,62 +178,6 @@ async def test_own_rollback_drops_its_callbacks(observer: Observer) -> None:
     assert await observer.names() == ["b"]
 
 
-async def test_error_in_a_callback_stops_nothing(observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged with its traceback, not its arguments; the others run and the client gets its response."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-    ran: list[str] = []
-
-    @app.post("/")
-    async def handler() -> str:
-        async def fails(name: str) -> None:
-            db.session.add(Item(name))
-            await db.session.flush()
-            raise ZeroDivisionError
-
-        db.on_commit(partial(fails, "private"))
-        db.on_commit(lambda: ran.append("second"))
-        return "fine"
-
-    with caplog.at_level(logging.ERROR):
-        async with serve(app) as client:
-            assert (await client.post("/")).json() == "fine"
-    assert ran == ["second"]
-    assert await observer.names() == []
-    [record] = caplog.records
-    assert "fails" in record.getMessage()
-    assert "private" not in record.getMessage()
-    assert record.exc_info is not None
-    assert record.exc_info[0] is ZeroDivisionError
-
-
-async def test_callback_whose_task_was_cancelled_stops_nothing(
-    observer: Observer, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A cancellation of something that it waits for is its failure, not the request's end."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-    ran: list[str] = []
-
-    @app.post("/")
-    async def handler() -> str:
-        db.session.add(Item("a"))
-        db.on_commit(waits_for_the_cancelled)
-        db.on_commit(lambda: ran.append("second"))
-        return "fine"
-
-    async def waits_for_the_cancelled() -> None:
-        db.session.add(Item("by the callback"))
-        other = asyncio.create_task(asyncio.Event().wait())
-        other.cancel()
-        await other
-
-    async with serve(app) as client:
-        assert (await client.post("/")).json() == "fine"
-    assert (ran, await observer.names()) == (["second"], ["a"])
-    assert "waits_for_the_cancelled failed" in caplog.text
-
-
 async def test_callback_may_write_and_register_another(observer: Observer) -> None:
     """What a callback writes is committed, and then the callbacks that it registered run."""
     names: list[list[str]] = []
@@ -284,44 +227,3 @@ async def test_sync_unit_takes_plain_functions(observer: Observer) -> None:
 
     await asyncio.to_thread(work)
     assert ran == ["sync"]
-
-
-async def test_callback_whose_failure_is_told_leaves_nothing(observer: Observer) -> None:
-    """What it wrote is not committed with what the next callback writes."""
-
-    async def fails() -> None:
-        db.session.add(Item("lost"))
-        await db.session.flush()
-        raise AfterCommitError
-
-    async def writes() -> None:
-        db.session.add(Item("kept"))
-
-    async def in_block() -> None:
-        async with db.transaction():
-            db.on_commit(fails)
-            db.on_commit(writes)
-
-    with pytest.raises(AfterCommitError):
-        await in_block()
-    assert await observer.names() == ["kept"]
-
-
-async def test_coroutine_of_a_plain_function_is_an_error_in_a_sync_unit(
-    observer: Observer, caplog: pytest.LogCaptureFixture
-) -> None:
-    """``lambda: notify()`` looks plain; what it returns would never be awaited, which the log says."""
-    ran: list[str] = []
-
-    async def notify() -> None:
-        ran.append("never")
-
-    def work() -> None:
-        with db.sync_transaction() as session:
-            session.add(Item("a"))
-            db.on_commit(lambda: notify())
-            db.on_commit(lambda: ran.append("second"))
-
-    await asyncio.to_thread(work)
-    assert (ran, await observer.names()) == (["second"], ["a"])
-    assert "returned a coroutine" in caplog.text
