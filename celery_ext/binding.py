@@ -15,6 +15,7 @@ from celery import Celery, signals
 from celery.states import SUCCESS
 
 from celery_ext import context, event_loop
+from celery_ext.body import put_in_unit
 from celery_ext.durable.administration import health_figures
 from celery_ext.durable.relay import relaying
 from celery_ext.durable.table import metadata
@@ -79,18 +80,22 @@ def _adopt_bases(app: Any) -> None:
             _rebase(base)  # perhaps another application's base too, so that only the task's class gets the database
         task = task_from_function(fun, name, base, **options)
         _adopt(type(task), _databases[app])
+        put_in_unit(task)
         return task
 
     def register(task: Any, **options: Any) -> Any:
         _adopt(task if inspect.isclass(task) else type(task), _databases[app])
-        return register_task(task, **options)
+        registered = register_task(task, **options)
+        put_in_unit(registered)
+        return registered
 
     app._task_from_fun, app.register_task = _task_from_fun, register
 
 
-def _adopt_all(sender: Celery[Any], **_: object) -> None:
+def _adopt_all(sender: Any, **_: object) -> None:
     for task in sender.tasks.values():
         _adopt(type(task), _databases[sender])
+        put_in_unit(task)
 
 
 def _adopt(task_class: Any, database: Database) -> None:

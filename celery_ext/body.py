@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.time import get_exponential_backoff_interval
+from greenlet import GreenletExit
 from sqlalchemy.exc import DBAPIError
 
 from celery_ext import event_loop
-from celery_ext.errors import CoroutineReturned
+from celery_ext.errors import CoroutineReturned, portable
 from celery_ext.execution import Execution, joinable_unit
 from celery_ext.result import check_result
 from celery_ext.soft_limit import soft_limit_held_back
@@ -31,32 +32,57 @@ logger: Final = logging.getLogger(__name__)
 
 Body = Callable[..., Any]
 
+_ENDS_OF_THE_WORKER: Final = (KeyboardInterrupt, SystemExit, GeneratorExit, GreenletExit, asyncio.CancelledError)
+"""Which say nothing about the task: it is run again."""
+
 _lock: Final = Lock()
 
 
 def put_in_unit(task: Task) -> None:
-    """Let a task's ``run`` open, join and end units of work.
-
-    Inside the wrapper that ``autoretry_for`` puts around ``run``: a failed commit is retried like a failed body.
-    """
+    """Let a task's ``run`` open, join and end units of work, whoever calls it: also a ``__call__`` of the user's."""
     with _lock:
         if task.runs_in_unit:
             return
+        # Inside the wrapper that autoretry_for put around it: a failed commit is retried like a failed body.
         name = "_orig_run" if "_orig_run" in vars(task) else "run"
-        body = getattr(task, name)
-        run_in_unit = _run_async if task.is_async else _run
-
-        @wraps(body)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return run_in_unit(task, body, args, kwargs)
-            except DBAPIError as error:
-                if task.db_retry and asks_to_retry(error.orig):
-                    raise _retry(task, error) from None
-                raise
-
-        setattr(task, name, run)
+        setattr(task, name, _in_unit(task, getattr(task, name)))
+        setattr(task, "run", _told(task, task.run))  # noqa: B010
         task.runs_in_unit = True
+
+
+def _in_unit(task: Task, body: Body) -> Body:
+    run_in_unit = _run_async if task.is_async else _run
+
+    @wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run_in_unit(task, body, args, kwargs)
+        except DBAPIError as error:
+            if task.db_retry and asks_to_retry(error.orig):
+                raise _retry(task, error) from None
+            raise
+
+    return run
+
+
+def _told(task: Task, run: Body) -> Body:
+    """End a worker's task with an exception that its result can carry, and that a durable task's row has noted."""
+
+    @wraps(run)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        execution = Execution.beginning(task)
+        try:
+            return run(*args, **kwargs)
+        except _ENDS_OF_THE_WORKER:
+            raise
+        except BaseException as error:  # e.g. gevent.Timeout
+            if execution is None:
+                raise
+            if execution.delivery is not None:
+                error = execution.delivery.ended_by(error)
+            raise portable(error)  # noqa: B904  # it has its cause, or hides it
+
+    return told
 
 
 def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -111,8 +111,8 @@ class Execution:
         try:
             if not self._begun and not unit.untouched and error is None:  # else its before_start had one
                 logger.error(
-                    "task %s[%s] was rolled back: its body did not run through Task.__call__, where the commit is; "
-                    "let its own __call__ call super().__call__()",
+                    "task %s[%s] was rolled back: its body did not run through Task.run, where the commit is; "
+                    "let its own __call__ call self.run() or super().__call__()",
                     self.task.name,
                     self._task_id,
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -15,12 +14,11 @@ from celery.app.task import Context
 from celery.canvas import Signature
 from celery.exceptions import Retry
 from celery.result import AsyncResult
-from greenlet import GreenletExit
 
 from celery_ext.body import put_in_unit
 from celery_ext.dispatch import OnError, refuse_durable_options, send_on_commit
 from celery_ext.durable.dispatch import store
-from celery_ext.errors import DurableDispatchUnsupported, portable
+from celery_ext.errors import DurableDispatchUnsupported
 from celery_ext.execution import Execution
 from fastapi_chatdify_db.database import Database
 from fastapi_chatdify_db.database import db as default_database
@@ -35,8 +33,6 @@ else:
 R = TypeVar("R")
 
 _CELERY: Final = str(Path(celery.__file__).parent)
-_ENDS_OF_THE_WORKER: Final = (KeyboardInterrupt, SystemExit, GeneratorExit, GreenletExit, CancelledError)
-"""Which say nothing about the task: it is run again."""
 
 
 class Task(_CeleryTask):
@@ -70,17 +66,8 @@ class Task(_CeleryTask):
         """
         if not self.runs_in_unit:
             put_in_unit(self)
-        execution = Execution.beginning(self)
-        if execution is None:
-            return super().__call__(*args, **kwargs)
-        try:
-            return self.run(*args, **kwargs)
-        except _ENDS_OF_THE_WORKER:
-            raise
-        except BaseException as error:  # e.g. gevent.Timeout
-            if execution.delivery is not None:
-                error = execution.delivery.ended_by(error)
-            raise portable(error)  # noqa: B904  # it has its cause, or hides it
+        # Of a worker's task, Celery has pushed the request already.
+        return super().__call__(*args, **kwargs) if Execution.beginning(self) is None else self.run(*args, **kwargs)
 
     @property
     def request(self) -> Context:

@@ -114,26 +114,6 @@ async def test_nested_calls_commit_nothing(eager: dict[str, Any], empty_tables: 
     assert await empty_tables.names() == []
 
 
-async def test_own_call_that_skips_ours_is_reported(empty_tables: Observer, caplog: pytest.LogCaptureFixture) -> None:
-    """A class whose ``__call__`` bypasses the commit loses its rows loudly."""
-    app: Celery[Any] = Celery("bypass", broker="memory://", backend="cache+memory://")
-    celery_ext.init_app(app)
-
-    class Bypass(app.Task):  # type: ignore[name-defined,misc]
-        def __call__(self, *args: object, **kwargs: object) -> object:
-            return self.run(*args, **kwargs)
-
-    @app.task(base=Bypass)
-    def bypassing() -> None:
-        db.sync_session.add(Item("lost"))
-        db.sync_session.flush()
-
-    assert bypassing.apply().state == "SUCCESS"
-    assert "let its own __call__ call super().__call__()" in caplog.text
-    assert await empty_tables.names() == []
-    assert await empty_tables.in_transaction() == 0
-
-
 def test_tasks_of_an_application_without_us_are_left_alone() -> None:
     """Another Celery application in the same process keeps its plain tasks."""
     other: Celery[Any] = Celery("other", broker="memory://", backend="cache+memory://")
