@@ -10,7 +10,7 @@ from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_chatdify_db.connection_state import ConnectionState, state_in, state_of
-from fastapi_chatdify_db.liveness import died, errors_of, replace_connection
+from fastapi_chatdify_db.liveness import errors_of, replace_connection, wants_another_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
 from fastapi_chatdify_db.sqlstates import sqlstate
 
@@ -28,8 +28,8 @@ class FirstStatements:
     At READ COMMITTED every statement has a snapshot of its own. So plain reads give the same without BEGIN and COMMIT,
     in one round trip instead of three, and the transaction begins with the first other statement.
 
-    Until then the server has nothing of ours to lose. So a statement that finds its connection dead runs once more, on
-    a new one.
+    Until then the server has nothing of ours to lose. So a statement that finds its connection dead, or prepared for
+    a table as it was before a migration, runs once more, on a new one.
 
     Parameters:
         engine: One of PostgreSQL, with asyncpg or psycopg2.
@@ -70,7 +70,7 @@ class FirstStatements:
         except self._errors as error:
             # An INSERT of many rows goes on with the cursor that it began with.
             replaceable = ordinary and context.execute_style is not ExecuteStyle.INSERTMANYVALUES
-            if state.was_cut_off or not (self._survive and replaceable and died(context, error)):
+            if state.was_cut_off or not (self._survive and replaceable and wants_another_connection(context, error)):
                 raise
             replace_connection(context, error)
             state = state_of(context.root_connection) or state
@@ -85,7 +85,7 @@ class FirstStatements:
             try:
                 self._run_in_autocommit(state.connection, statement, parameters, context)
             except self._errors as error:
-                if died(context, error) or _timed_out(error):
+                if wants_another_connection(context, error) or _timed_out(error):
                     raise
                 # Run it again as the first statement of a transaction. It fails there too, so that the transaction is a
                 # failed one, as whoever catches the error expects.

@@ -12,6 +12,7 @@ from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from fastapi_chatdify_db.connection_state import state_in
+from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.sqlstates import sqlstate
 
 _PING_LIMIT: Final = 5.0
@@ -49,8 +50,8 @@ def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
     return (dialect.loaded_dbapi.Error, OSError, *_internal_error(dialect))
 
 
-def died(context: ExecutionContext, error: Exception) -> bool:
-    """Whether a statement failed because its connection did."""
+def wants_another_connection(context: ExecutionContext, error: Exception) -> bool:
+    """Whether a statement failed because its connection died, or had prepared it before its table was altered."""
     return (
         # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. When asyncpg
         # reads them while nothing was asked, it raises InternalClientError, which SQLAlchemy 2.0 leaves as it is.
@@ -62,11 +63,12 @@ def died(context: ExecutionContext, error: Exception) -> bool:
             context.root_connection.connection.dbapi_connection,
             context.cursor,
         )
+        or isinstance(error, getattr(context.dialect.loaded_dbapi, "InvalidCachedStatementError", ()))  # asyncpg's
     )
 
 
 def replace_connection(context: ExecutionContext, error: Exception) -> None:
-    """Put a new connection, and a new cursor, under the statement that found its connection dead.
+    """Put a new connection, and a new cursor, under a statement that wants another one.
 
     What SQLAlchemy does itself when a checkout finds one dead (``_ConnectionFairy._checkout``). It has no public name:
     invalidating a ``Connection`` makes its transaction unusable, and with it the session and the objects that were
@@ -76,6 +78,9 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
         DatabaseUnavailable: There is no new connection to be had.
         Exception: ``error``, when the new one is dead as well; else what the application's preparation of it raised.
     """
+    context.handle_dbapi_exception(
+        error
+    )  # by which asyncpg's dialect has all connections prepare their statements anew
     proxy: Any = context.root_connection.connection
     record = proxy._connection_record
     record.invalidate(error)
@@ -83,6 +88,9 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
         proxy.dbapi_connection = record.get_connection()
     except (context.dialect.loaded_dbapi.Error, OSError):  # it died at once
         raise error from None
+    except DatabaseUnavailable:
+        context.root_connection.invalidate(error)  # or the session's rollback would ask the dead one, and log that
+        raise
     try:
         # What the application prepares (a tenant, a search_path), it prepares at the checkout.
         proxy._pool.dispatch.checkout(proxy.dbapi_connection, record, proxy)

@@ -252,8 +252,10 @@ async def test_new_connection_that_cannot_be_prepared_is_not_used(observer: Obse
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
-async def test_server_that_gives_no_new_connection(observer: Observer, driver: str) -> None:
-    """It is what the unit is told of, rather than of the connection that was lost."""
+async def test_server_that_gives_no_new_connection(
+    observer: Observer, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is what the unit is told of, rather than of the connection that was lost, and all that is."""
     connects = []
 
     def refuse_the_second(engine: Engine) -> None:
@@ -266,6 +268,7 @@ async def test_server_that_gives_no_new_connection(observer: Observer, driver: s
     with pytest.raises(DatabaseUnavailable):
         await run(observer, driver, read_then_read, refuse_the_second)
     assert len(connects) == 2
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
