@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 try:
     from opentelemetry import context as otel
-    from opentelemetry import propagate
+    from opentelemetry import propagate, trace
 except ImportError:  # optional
-    otel = propagate = None  # type: ignore[assignment]
+    otel = propagate = trace = None  # type: ignore[assignment]
 
 # The header of asgi-correlation-id's own Celery extension.
 _REQUEST_ID: Final = "CORRELATION_ID"
@@ -36,17 +36,31 @@ def inject(headers: dict[str, Any]) -> None:
 
 
 def restore(request: Context) -> Callable[[], None] | None:
-    """Make the sender's context the current one; returns what ends that, or None where nothing was sent along."""
+    """Make the sender's context the current one; returns what ends that, or None where there is nothing to change."""
     sent = vars(request)
-    names = _trace_headers()
-    if _REQUEST_ID not in sent and sent.keys().isdisjoint(names):
+    carrier = {name: value for name in _trace_headers() if (value := sent.get(name)) is not None}
+    replaces_trace = bool(carrier or _is_left_over(request)) and not _is_traced_already()
+    if _REQUEST_ID not in sent and not replaces_trace:
         return None
     stack = ExitStack()
     if (request_id := request.get(_REQUEST_ID)) is not None:
         stack.enter_context(carried_request_id(request_id))
-    if carrier := {name: value for name in names if (value := request.get(name)) is not None}:
-        stack.callback(otel.detach, otel.attach(propagate.extract(carrier)))
+    if replaces_trace:
+        stack.callback(otel.detach, otel.attach(propagate.extract(carrier, otel.Context())))
     return stack.close
+
+
+def _is_left_over(request: Context) -> bool:
+    """Whether the current trace is that of the thread's last task.
+
+    OpenTelemetry's own instrumentation begins its span within ours and ends it after ours, which brings ours back.
+    """
+    return otel is not None and not request.is_eager and bool(otel.get_current())
+
+
+def _is_traced_already() -> bool:
+    """Whether a span is open, be it of a sender that runs the task itself or of an instrumentation that came first."""
+    return trace is not None and trace.get_current_span().is_recording()
 
 
 def _trace_headers() -> frozenset[str]:

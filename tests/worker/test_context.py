@@ -7,6 +7,7 @@ import io
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -14,11 +15,11 @@ import pytest
 from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
 from celery import Celery
 from celery.app.trace import trace_task
-from celery.signals import before_task_publish
+from celery.signals import before_task_publish, task_postrun, task_prerun
 from celery.utils import uuid
 from fastapi import FastAPI
 from opentelemetry import context, propagate
-from opentelemetry.trace import get_current_span
+from opentelemetry.trace import NonRecordingSpan, SpanContext, get_current_span, set_span_in_context
 
 import celery_ext
 from fastapi_chatdify_db import DBSessionMiddleware, UnitOfWorkFilter, db
@@ -29,6 +30,7 @@ from tests.worker.running import Worker, task
 
 REQUEST_ID = "6f1c7c52-3c1d-4f0a-9d55-2f1f1d2e3a4b"
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+OWN_SPAN = 0xB9C7C989F97918E1
 OTHER_TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
@@ -74,6 +76,55 @@ def test_context_ends_with_the_task(unheard: Celery[celery_ext.Task]) -> None:
 
     assert delivered(CORRELATION_ID=REQUEST_ID, traceparent=TRACE) == [REQUEST_ID] * 2 + [int(TRACE.split("-")[1], 16)]
     assert delivered() == [None, None, 0]
+
+
+class OpenSpan(NonRecordingSpan):
+    """What an instrumentation has begun and not ended."""
+
+    def is_recording(self) -> bool:
+        return True
+
+
+@pytest.fixture(params=["first", "last"])
+def instrumentation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A span of its own around each task that was sent within one, as OpenTelemetry's instrumentation makes it."""
+    tokens: list[Any] = []
+
+    def begin(task: Any, **_: object) -> None:
+        sender = get_current_span(propagate.extract(vars(task.request), context.Context())).get_span_context()
+        if sender.is_valid:
+            own = SpanContext(sender.trace_id, OWN_SPAN, is_remote=False)
+            tokens.append(context.attach(set_span_in_context(OpenSpan(own))))
+
+    def end(**_: object) -> None:
+        if tokens:
+            context.detach(tokens.pop())
+
+    handlers = ((task_prerun, begin), (task_postrun, end))
+    for signal, handler in handlers:
+        signal.connect(handler)
+        if request.param == "first":
+            signal.receivers.insert(0, signal.receivers.pop())
+    yield
+    for signal, handler in handlers:
+        signal.disconnect(handler)
+
+
+@pytest.mark.usefixtures("instrumentation")
+def test_beside_opentelemetrys_own_instrumentation(unheard: Celery[celery_ext.Task]) -> None:
+    """Its span is the task's, whoever hears of the task first; a task without a sender's trace gets no other's."""
+
+    @unheard.task(shared=False)
+    def seen() -> int:
+        return get_current_span().get_span_context().span_id
+
+    def delivered(**headers: str) -> object:
+        return trace_task(seen, "id", (), {}, headers, app=unheard).retval
+
+    for _ in range(2):
+        assert delivered(traceparent=TRACE) == OWN_SPAN
+        assert delivered() == 0
+        assert delivered(CORRELATION_ID=REQUEST_ID) == 0
 
 
 @pytest.mark.parametrize("trail", [True, False])
@@ -162,7 +213,7 @@ sys.modules["opentelemetry"] = None  # an import of it fails
 import celery_ext
 from celery import Celery
 from celery.app.trace import trace_task
-from celery.signals import before_task_publish
+from celery.signals import before_task_publish, task_postrun, task_prerun
 from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
 
 app = Celery("without", broker="memory://", backend="cache+memory://")
