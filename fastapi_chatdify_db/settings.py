@@ -120,8 +120,6 @@ class DatabaseSettings(BaseSettings):
 
 def _without_open_password(url: URL) -> URL:
     """libpq takes a password in the query too, where a repr shows it; it means the same in its own place."""
-    password = url.query.get("password")
-    if password is None:
-        return url
-    last = password if isinstance(password, str) else password[-1]
-    return url.set(password=last).difference_update_query(["password"])
+    if passwords := url.normalized_query.get("password"):
+        return url.set(password=passwords[-1]).difference_update_query(["password"])
+    return url

@@ -144,7 +144,7 @@ def _split_query(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, s
     Unless the query says otherwise, a connect may take as long as the wait for a free one (``db_pool_timeout``).
     """
     place = {name: value for name, value in url.query.items() if name in ("host", "port")}
-    options = {name: _last(value) for name, value in url.query.items() if name not in place}
+    options = {name: values[-1] for name, values in url.normalized_query.items() if name not in place}
     if "ssl" in options:  # asyncpg's own spelling of sslmode
         ssl = options.pop("ssl")
         options.setdefault("sslmode", {"true": "require", "false": "disable"}.get(ssl.lower(), ssl))
@@ -162,14 +162,7 @@ def _number(name: str, value: str) -> float:
     raise InvalidSettings(f"DATABASE_URL: {name} has to be a number")
 
 
-def _last(value: str | tuple[str, ...]) -> str:
-    return value if isinstance(value, str) else value[-1]
-
-
 def _no_name() -> str:
     # Without its cache asyncpg parses an unnamed statement in the very message that executes it. A named one is closed
     # in the next transaction: by then PgBouncer may have moved on, and one more of them stays on the server.
     return ""
-
-
-__all__ = ["DriverTarget", "async_target", "session_timeouts", "sync_target"]
