@@ -37,11 +37,11 @@ class CallbackQueue:
     def add(self, callback: AfterCommit, session: Session | None) -> None:
         """Register a callback, bound to the innermost transaction or savepoint of ``session`` if there is one."""
         transaction = None if session is None else innermost(session)
-        if transaction is not None and _is_committed(transaction):
-            self._due.append(callback)  # called by a handler of its after_commit
-            return
-        if session is not None and transaction is not None:
-            self._watch(session)
+        if transaction is not None:
+            if _is_committed(transaction):
+                self._due.append(callback)  # called by a handler of its after_commit
+                return
+            self._watch(transaction.session)
         self._pending.append(_Pending(callback, transaction))
 
     def settle(self, *, committed: bool) -> None:
