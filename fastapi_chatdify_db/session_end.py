@@ -16,7 +16,7 @@ from sqlalchemy.orm.state_changes import _StateChangeStates
 from sqlalchemy.pool import QueuePool
 
 from fastapi_chatdify_db.connection_state import ConnectionState, has_begun, state_of
-from fastapi_chatdify_db.exceptions import SessionInUse
+from fastapi_chatdify_db.exceptions import OutsideUnitOfWork, SessionInUse
 
 logger: Final = logging.getLogger(__name__)
 
@@ -69,7 +69,11 @@ class FollowedSession(Session):
     def end(self) -> None:
         """Close the session for good: nobody would end a transaction that it began later."""
         self._close_state = _SessionCloseState.ACTIVE  # which close_resets_only=False gives it from the start
-        super().close()
+        try:
+            super().close()
+        except IllegalStateChangeError:
+            logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
+            event.listen(self, "after_begin", _turn_away)
 
     def forget_block(self) -> None:
         """Let a ``with session.begin():`` around the running code go on in another transaction, after ours ended."""
@@ -158,6 +162,15 @@ def _in_flight(session: FollowedSession) -> Iterator[ConnectionState]:
 def _remember(session: FollowedSession, _: SessionTransaction, connection: Connection) -> None:
     known = session.connections
     session.connections = (connection, *(each for each in known if not each.closed)) if known else (connection,)
+
+
+def _turn_away(_: Session, __: SessionTransaction, connection: Connection) -> None:
+    """Refuse whoever was still waiting for a connection when the unit ended."""
+    connection.close()
+    raise OutsideUnitOfWork(
+        "the unit of work of this session has ended meanwhile; wait for whoever uses the session before that, "
+        "e.g. by starlette.concurrency.run_in_threadpool in place of asyncio.to_thread, or give them db.transaction()"
+    )
 
 
 def _note_commit(session: FollowedSession) -> None:

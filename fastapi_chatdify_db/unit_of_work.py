@@ -13,14 +13,12 @@ from threading import Lock
 from types import TracebackType
 from typing import Final, Self
 
-from sqlalchemy import Connection, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import IllegalStateChangeError
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit, OutsideUnitOfWork
+from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit
 from fastapi_chatdify_db.refused_commits import prepare_commit
 from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, in_use, roll_back_or_discard
 from fastapi_chatdify_db.sqlstates import asks_to_retry
@@ -183,11 +181,7 @@ class UnitOfWork:
             self.outer.suspended.remove(self)
         self.closed = True
         for session in self._sessions:
-            try:
-                session.end()
-            except IllegalStateChangeError:
-                logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
-                event.listen(session, "after_begin", _refuse)
+            session.end()
         # Not reset by a token: a generator that is finalized late runs in another context than it began in.
         if _current.get() is self:
             _current.set(self._before)
@@ -289,15 +283,6 @@ class UnitOfWork:
                 log_failed_callback(callback, error)
         if told is not None:
             raise told
-
-
-def _refuse(session: Session, _: SessionTransaction, connection: Connection) -> None:
-    """Turn away whoever was still waiting for a connection when the unit ended."""
-    connection.close()
-    raise OutsideUnitOfWork(
-        "the unit of work of this session has ended meanwhile; wait for whoever uses the session before that, "
-        "e.g. by starlette.concurrency.run_in_threadpool in place of asyncio.to_thread, or give them db.transaction()"
-    )
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
