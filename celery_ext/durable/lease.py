@@ -9,16 +9,13 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from threading import Lock
-from typing import Final
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from celery_ext.durable import statements
 from fastapi_chatdify_db.database import Database
 from fastapi_chatdify_db.engines import EngineBeside
-
-_HOLD: Final = text("SELECT pg_try_advisory_lock(hashtextextended(:id, 21))")
-_FREE: Final = text("SELECT pg_advisory_unlock(hashtextextended(:id, 21))")
 
 _lock = Lock()
 _connections: dict[Database, Connection] = {}
@@ -34,7 +31,7 @@ def hold(database: Database, task_id: str) -> bool:
             _held[database] = set()
         if task_id in _held[database]:
             return True  # PostgreSQL counts them: a second lock would outlive the one unlock
-        held = bool(connection.scalar(_HOLD, {"id": task_id}))
+        held = bool(connection.scalar(statements.HOLD_LEASE, {"id": task_id}))
         if held:
             _held[database].add(task_id)
         return held
@@ -49,7 +46,7 @@ def free(database: Database, task_id: str) -> None:
         _held[database].discard(task_id)
         if not connection.invalidated:
             with suppress(DBAPIError):  # its end has freed them all
-                connection.scalar(_FREE, {"id": task_id})
+                connection.scalar(statements.FREE_LEASE, {"id": task_id})
         if not _held[database]:
             connection.close()
             del _connections[database]

@@ -16,7 +16,7 @@ from celery import Celery
 from kombu import Connection as BrokerConnection
 from kombu import Producer
 from kombu.exceptions import OperationalError
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_ext.durable import statements
@@ -87,7 +87,7 @@ class Relay:
                 try:
                     with self._database.sync_engine.connect() as connection:
                         listening = connection.execution_options(isolation_level="AUTOCOMMIT")
-                        listening.execute(text(f"LISTEN {statements.CHANNEL}"))
+                        listening.execute(statements.LISTEN)
                         self._relay(listening)
                 except Exception as error:
                     self._failures += 1

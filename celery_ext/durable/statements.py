@@ -1,4 +1,4 @@
-"""Every statement on the table of durable tasks, named after what it does."""
+"""Every statement of durable dispatch, named after what it does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Final
 from sqlalchemy import text
 
 CHANNEL: Final = "durable_task"
-"""What relays LISTEN to: one notification for each transaction that left something to send."""
+"""What relays listen to: one notification for each transaction that left something to send."""
+
+LISTEN: Final = text(f"LISTEN {CHANNEL}")
+
+_NOTIFY: Final = f"pg_notify('{CHANNEL}', '')"
+NOTIFY: Final = text(f"SELECT {_NOTIFY}")
 
 # A key's rows are numbered, and looked for, by one transaction at a time: so their numbers have the order of the
 # commits, and none slips in unseen between "this one is done" and "which one is next".
@@ -40,11 +45,11 @@ ADD: Final = text(
     """
 )
 
-NOTIFY: Final = text(f"SELECT pg_notify('{CHANNEL}', '')")
-
 # The row lock is the lease: the worker holds it until its transaction ends, and PostgreSQL frees it when the worker
 # dies. A task that ended its transaction half way holds an advisory lock instead; whether there is one is asked
 # after the row is locked, hence the subqueries.
+HOLD_LEASE: Final = text("SELECT pg_try_advisory_lock(hashtextextended(:id, 21))")
+FREE_LEASE: Final = text("SELECT pg_advisory_unlock(hashtextextended(:id, 21))")
 _NO_LEASE: Final = """CASE WHEN pg_try_advisory_lock(hashtextextended(id, 21))
                 THEN pg_advisory_unlock(hashtextextended(id, 21)) ELSE false END"""
 
@@ -101,14 +106,14 @@ RING_SOON: Final = text(
 )
 
 RING_NEXT_OF_KEY: Final = text(
-    """
+    f"""
     UPDATE durable_task SET ring_at = due_at
     WHERE ring_at = 'infinity' AND status = 'pending' AND id = (
         SELECT id FROM durable_task WHERE ordering_key = :key AND status = 'pending' ORDER BY seq LIMIT 1
     ) AND NOT EXISTS (
         SELECT FROM durable_task WHERE ordering_key = :key AND status = 'pending' AND ring_at < 'infinity'
     )
-    RETURNING pg_notify('durable_task', '')
+    RETURNING {_NOTIFY}
     """
 )
 
@@ -136,14 +141,14 @@ RING_FORGOTTEN: Final = text(
 OPTIONS: Final = text("SELECT options FROM durable_task WHERE id = :id")
 
 RETRY: Final = text(
-    """
+    f"""
     UPDATE durable_task
     SET retries = :retries, arguments = :arguments, error = :error, rings = 0,
         options = coalesce(CAST(:options AS text), options),
         due_at = clock_timestamp() + make_interval(secs => :due_in),
         ring_at = clock_timestamp() + make_interval(secs => :due_in)
     WHERE id = :id AND status = 'pending'
-    RETURNING pg_notify('durable_task', '')
+    RETURNING {_NOTIFY}
     """
 )
 
@@ -204,12 +209,12 @@ FAILED: Final = text(
 
 # Of a key that is busy, they wait for their turn, which is the next one.
 RETRY_FAILED: Final = text(
-    """
+    f"""
     UPDATE durable_task
     SET status = 'pending', retries = 0, rings = 0, finished_at = NULL, due_at = clock_timestamp(),
         ring_at = CASE WHEN ordering_key IS NULL THEN clock_timestamp() ELSE 'infinity' END
     WHERE status = 'failed' AND (CAST(:id AS text) IS NULL OR id = :id)
-    RETURNING ordering_key, pg_notify('durable_task', '')
+    RETURNING ordering_key, {_NOTIFY}
     """
 )
 
