@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
@@ -111,18 +112,12 @@ class Delivery:
         """
         if isinstance(error, Dropped) or _is_redelivered(error):  # the row of a duplicate is another delivery's
             return error
-        try:
-            with self._task.database.sync_transaction() as session:
-                if not self._begun or _is_passing(error):
-                    session.execute(statements.RING_SOON, {"id": self.task_id})
-                    raise_again = False
-                else:
-                    self._record(session, error)
-                    raise_again = True
-        except (DBAPIError, PoolTimeout):
-            raise_again = False
-        if raise_again:
-            return error
+        # Where even that is not stored, the relay rings the row again.
+        with suppress(DBAPIError, PoolTimeout), self._task.database.sync_transaction() as session:
+            if self._begun and not _is_passing(error):
+                self._record(session, error)
+                return error
+            session.execute(statements.RING_SOON, {"id": self.task_id})
         logger.warning("task %s[%s] will be run again: %s", self._task.name, self.task_id, type(error).__name__)
         return Dropped()
 
@@ -133,6 +128,11 @@ class Delivery:
         with self._task.database.sync_transaction() as session:
             if self._lock(session) is not None:
                 self._record(session, error)
+
+    def close(self) -> None:
+        """Give up the lease if this delivery took it; a duplicate's may belong to another thread."""
+        if self._leased:
+            lease.free(self._task.database, self.task_id)
 
     def _lock(self, session: Session) -> Row[Any] | None:
         """The row, locked for this delivery; None if there is none to run now."""
@@ -169,11 +169,6 @@ class Delivery:
         if ended is not None and self._ordering_key is not None:
             session.execute(statements.RING_NEXT_OF_KEY, {"key": self._ordering_key})
         return ended is not None
-
-    def close(self) -> None:
-        """Give up the lease if this delivery took it; a duplicate's may belong to another thread."""
-        if self._leased:
-            lease.free(self._task.database, self.task_id)
 
     def _keep_lease(self, session: Session) -> None:
         if self._finishing or session.in_nested_transaction():
