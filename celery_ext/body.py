@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Callable, Coroutine
 from functools import partial, wraps
 from threading import Lock
-from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import SoftTimeLimitExceeded
@@ -102,7 +102,7 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             if delivery is not None:
                 delivery.begin(unit.sync_session(task.database.engines))
             result = body(*args, **kwargs)
-            if type(result) is CoroutineType:
+            if inspect.iscoroutine(result):
                 result.close()
                 raise CoroutineReturned(
                     f"{task.name} returned a coroutine, which nobody awaits; make what decorates it an async def too"

@@ -54,7 +54,7 @@ def send_on_commit(
     task_id = str(options.get("task_id") or uuid())
     options = {**inherited(task), **options, "task_id": task_id}
     _check_serializable(task, args, kwargs, options)
-    send = partial(copy_context().run, partial(task.apply_async, tuple(args), dict(kwargs), **options))
+    send = partial(copy_context().run, task.apply_async, tuple(args), dict(kwargs), **options)
     unit = innermost_unit()
     publish = partial(_publish, task, task_id, send, on_error, unit)
     if unit is None:
@@ -116,7 +116,8 @@ def inherited(task: Task) -> dict[str, Any]:
     execution = Execution.current()
     if execution is not None and task.app.conf.task_inherit_parent_priority and task.priority is None:
         priority = (execution.request.delivery_info or {}).get("priority")
-        options |= {} if priority is None else {"priority": priority}
+        if priority is not None:
+            options["priority"] = priority
     return options
 
 

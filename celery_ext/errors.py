@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from celery.exceptions import Retry
 from sqlalchemy.exc import MultipleResultsFound, NoResultFound, SQLAlchemyError, StatementError
 
@@ -11,7 +13,7 @@ from fastapi_chatdify_db.sqlstates import sqlstate
 # Names of things in the schema; PostgreSQL's messages and details quote values.
 # psycopg2: https://www.psycopg.org/docs/extensions.html#psycopg2.extensions.Diagnostics
 # asyncpg keeps the same fields on the exception itself, which is the cause of the one that SQLAlchemy makes of it.
-_NAMED = ("constraint_name", "table_name", "column_name")
+_NAMED: Final = ("constraint_name", "table_name", "column_name")
 
 
 class AsyncTaskNotSupported(ChatdifyDBError):

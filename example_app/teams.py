@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Final
 
 from example_app.clients.chatwoot import Chatwoot, Team
 from example_app.settings import get_settings
 
-_SECONDS_PER_HOUR = 3600
+_SECONDS_PER_HOUR: Final = 3600
 
 
 class TeamDirectory:
@@ -50,5 +51,5 @@ def _named(teams: list[Team], name: str) -> Team | None:
     return next((team for team in teams if team.name.casefold() == name.casefold()), None)
 
 
-directory = TeamDirectory()
+directory: Final = TeamDirectory()
 """This process's directory."""
