@@ -15,7 +15,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 import celery_ext
 from example_app import logs, worker
 from example_app.api import conversations, health, problems, webhook
-from example_app.api.doors import BodyLimit
+from example_app.api.doors import WEBHOOK, BodyLimit
 from example_app.clients import close_clients
 from example_app.page import routes as page
 from example_app.settings import Settings, get_settings
@@ -42,7 +42,7 @@ def create_app() -> FastAPI:
     settings = get_settings()
     settings.require_secrets()
     logs.configure(settings)
-    logs.logger.info("Chatwoot's webhooks are expected at %s/chatwoot-webhook", settings.api_base_url)
+    logs.logger.info("Chatwoot's webhooks are expected at %s%s", settings.api_base_url, WEBHOOK)
     db.settings = settings
     db.creates_tables = settings.in_development  # elsewhere "alembic upgrade head" has made them
     import_module("example_app.tasks")  # registers the tasks for the dispatch
