@@ -163,14 +163,15 @@ class Engines:
         bind: AsyncEngine = self.async_engine
         if isolation_level is not None:
             bind = bind.execution_options(isolation_level=isolation_level)
-        return AsyncSession(bind, sync_session_class=FollowedSession, **_SESSION_OPTIONS)
+        # Objects stay readable after the commit, since responses and background tasks read them then.
+        return AsyncSession(bind, sync_session_class=FollowedSession, expire_on_commit=False)
 
     def new_sync_session(self, isolation_level: str | None) -> FollowedSession:
         """A ``Session``; nothing is connected before its first statement."""
         bind = self.sync_engine
         if isolation_level is not None:
             bind = bind.execution_options(isolation_level=isolation_level)
-        return FollowedSession(bind, **_SESSION_OPTIONS)
+        return FollowedSession(bind, expire_on_commit=False)
 
     async def dispose(self) -> None:
         """Close the idle connections of the running loop's pool and of the sync engine's."""
@@ -212,10 +213,6 @@ class Engines:
             ping_when_idle(engine, settings.db_ping_after)
         if settings.db_pgbouncer and (timeouts := session_timeouts(settings)):
             event.listen(engine, "begin", partial(_set_locally, timeouts))
-
-
-# Objects stay readable after the commit, since responses and background tasks read them then.
-_SESSION_OPTIONS: Final[dict[str, Any]] = {"expire_on_commit": False}
 
 
 def _engine_options(settings: DatabaseSettings, target: DriverTarget, poolclass: type[Pool]) -> dict[str, Any]:
