@@ -7,7 +7,6 @@ other one gets a second loop, and so on.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_ext.errors import AsyncTaskCancelled, AsyncTaskNotSupported
+from fastapi_chatdify_db.forks import in_forked_child
 
 T = TypeVar("T")
 
@@ -127,10 +127,7 @@ def _free_loop() -> asyncio.AbstractEventLoop:
         return _running[free].loop
 
 
+@in_forked_child
 def _forget_parents_loops() -> None:
     global _lock, _running
     _lock, _running = Lock(), []
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_forget_parents_loops)

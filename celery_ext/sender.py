@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from threading import Thread
 from typing import Final
+
+from fastapi_chatdify_db.forks import in_forked_child
 
 _KEPT: Final = 10
 """How many threads are kept while idle; as many as Celery keeps connections to a broker (``broker_pool_limit``)."""
@@ -69,10 +70,7 @@ _idle: Final[deque[_Sender]] = deque()
 _overdue: Final[set[Future[BaseException | None]]] = set()
 
 
+@in_forked_child
 def _forget_parents_threads() -> None:
     _idle.clear()
     _overdue.clear()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_forget_parents_threads)

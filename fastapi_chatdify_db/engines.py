@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -23,6 +22,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 from fastapi_chatdify_db.connecting import tell_of_refusals
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
+from fastapi_chatdify_db.forks import in_forked_child
 from fastapi_chatdify_db.liveness import ping_when_idle
 from fastapi_chatdify_db.refused_commits import note_failures
 from fastapi_chatdify_db.session_end import FollowedSession
@@ -255,10 +255,7 @@ def _forget_connections(engine: Engine) -> None:
     engine.dispose(close=False)
 
 
-def _after_fork_in_child() -> None:
+@in_forked_child
+def _forget_parents_connections() -> None:
     for engines in list(_all):
         engines.forget_connections()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_after_fork_in_child)

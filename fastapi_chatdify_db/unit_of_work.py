@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import cached_property
@@ -19,6 +18,7 @@ from sqlalchemy.orm import Session
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit
+from fastapi_chatdify_db.forks import in_forked_child
 from fastapi_chatdify_db.refused_commits import prepare_commit
 from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, in_use, roll_back_or_discard
 from fastapi_chatdify_db.sqlstates import asks_to_retry
@@ -285,5 +285,6 @@ class UnitOfWork:
             raise told
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=lambda: _current.set(None))  # the unit, with its connection, is the parent's
+@in_forked_child
+def _leave_parents_unit() -> None:
+    _current.set(None)

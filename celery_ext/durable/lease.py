@@ -6,7 +6,6 @@ per process, besides those of its pool, holds the locks of all its tasks.
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from threading import Lock
 
@@ -16,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from celery_ext.durable import statements
 from fastapi_chatdify_db.database import Database
 from fastapi_chatdify_db.engines import EngineBeside
+from fastapi_chatdify_db.forks import in_forked_child
 
 _lock = Lock()
 _connections: dict[Database, Connection] = {}
@@ -59,12 +59,9 @@ def _connect(database: Database) -> Connection:
     return connection
 
 
+@in_forked_child
 def _forget_parents_locks() -> None:
     global _lock
     _lock = Lock()
     _connections.clear()
     _held.clear()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_forget_parents_locks)
