@@ -52,8 +52,10 @@ class CallbackQueue:
             self._due.extend(settled)
 
     def pop_due(self) -> AfterCommit | None:
-        """The next callback to run, None when there is none: in the order of registration, but last those from before a
-        transaction began."""
+        """The next callback to run, or None.
+
+        They come in the order of registration; those from before a transaction began come last.
+        """
         return self._due.popleft() if self._due else None
 
     def _watch(self, session: Session) -> None:

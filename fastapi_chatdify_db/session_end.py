@@ -67,7 +67,10 @@ class FollowedSession(Session):
         super().close()
 
     def end(self) -> None:
-        """Close the session for good: nobody would end a transaction that it began later."""
+        """Close the session for good: nobody would end a transaction that it began later.
+
+        Whoever is in the middle of an operation of it, e.g. waits for a connection, gets an error.
+        """
         self._close_state = _SessionCloseState.ACTIVE  # which close_resets_only=False gives it from the start
         try:
             super().close()
