@@ -76,7 +76,8 @@ class CallbackQueue:
                 self._pending.append(entry)
 
     def _after_rollback(self, _: Session, ended: SessionTransaction) -> None:
-        self._pending = [entry for entry in self._pending if ended not in self_and_parents(entry.transaction)]
+        undone = undone_by(ended)
+        self._pending = [entry for entry in self._pending if undone not in self_and_parents(entry.transaction)]
 
 
 def innermost(session: Session) -> SessionTransaction | None:
@@ -91,6 +92,20 @@ def self_and_parents(transaction: SessionTransaction | None) -> list[SessionTran
         chain.append(transaction)
         transaction = transaction.parent
     return chain
+
+
+def undone_by(ended: SessionTransaction) -> SessionTransaction:
+    """The savepoint, or else the transaction, that a rollback has undone.
+
+    A flush that fails undoes what is around it, and SQLAlchemy tells of the flush's rollback only: the block of that
+    savepoint is then closed without one.
+
+    Parameters:
+        ended: What ``after_soft_rollback`` was called with.
+    """
+    while ended.parent is not None and not ended.nested:
+        ended = ended.parent
+    return ended
 
 
 def _is_committed(transaction: SessionTransaction) -> bool:

@@ -129,6 +129,29 @@ async def test_savepoint_that_fails_drops_its_callbacks(observer: Observer) -> N
     assert await observer.names() == ["a"]
 
 
+async def test_savepoint_whose_flush_fails_drops_its_callbacks(observer: Observer) -> None:
+    """The same when it is a flush that fails, which takes the savepoint with it; what is around it stays."""
+    ran: list[str] = []
+
+    async def store(name: str) -> None:
+        async with db.session.begin_nested():
+            async with db.session.begin_nested():
+                db.on_commit(lambda: ran.append("released, then dropped"))
+            db.session.add(Item(None))  # type: ignore[arg-type]  # what the column refuses
+            db.on_commit(lambda: ran.append(name))
+            await db.session.flush()
+
+    async with db.transaction() as session:
+        session.add(Item("a"))
+        await session.flush()
+        db.on_commit(lambda: ran.append("a"))
+        with pytest.raises(IntegrityError):
+            await store("b")
+        db.on_commit(lambda: ran.append("c"))
+    assert ran == ["a", "c"]
+    assert await observer.names() == ["a"]
+
+
 async def test_own_commit_makes_its_callbacks_due(observer: Observer) -> None:
     """What a handler committed itself is committed, so its callbacks run although the rest is rolled back."""
     ran: list[str] = []

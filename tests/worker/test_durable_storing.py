@@ -12,6 +12,7 @@ import pytest
 from celery import Celery
 from fastapi import FastAPI, HTTPException
 from sqlalchemy import event, inspect
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Session
 
 import celery_ext
@@ -175,6 +176,25 @@ async def test_nothing_is_left_of_a_rollback(unheard: Celery[Any], rows: Observe
     assert [arguments for _, arguments in await rows.durable_tasks()] == [
         f'[["{name}"], {{}}]' for name in ("before", "kept", "after")
     ]
+
+
+async def test_nothing_is_left_of_a_savepoint_whose_flush_fails(unheard: Celery[Any], rows: Observer) -> None:
+    """Be it stored before the flush or by a handler of it."""
+    record = task(unheard, "record")
+    event.listen(Item, "before_insert", lambda *_: record.delay_durably("by a handler"), once=True)
+
+    async def fail() -> None:
+        async with db.session.begin_nested():
+            record.delay_durably("inside")
+            db.session.add(Item(None))  # type: ignore[arg-type]  # what the column refuses
+            await db.session.flush()
+
+    async with db.transaction():
+        record.delay_durably("before")
+        with pytest.raises(IntegrityError):
+            await fail()
+        record.delay_durably("after")
+    assert [arguments for _, arguments in await rows.durable_tasks()] == ['[["before"], {}]', '[["after"], {}]']
 
 
 async def test_many_rows_in_one_transaction(unheard: Celery[Any], rows: Observer) -> None:
