@@ -12,6 +12,7 @@ import celery
 import psycopg2.extensions
 import psycopg2.extras
 from celery import Celery, signals
+from celery.local import Proxy
 from celery.states import SUCCESS
 
 from celery_ext import context, event_loop
@@ -44,6 +45,7 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
         raise TypeError(
             f"celery_ext.init_app() takes the Celery application, not {app!r}. For the web: {db.name}.init_app(app)"
         )
+    app = _behind_proxy(app)
     is_new = app not in _databases
     _databases[app] = db
     if metadata not in db.metadatas:
@@ -66,9 +68,14 @@ def database_of(app: Celery[Any]) -> Database:
         NotInitialized: It was not called.
     """
     try:
-        return _databases[app]
+        return _databases[_behind_proxy(app)]
     except KeyError:
         raise NotInitialized(f"{app!r} has no database; call celery_ext.init_app(app) where it is made") from None
+
+
+def _behind_proxy(app: Any) -> Any:
+    """The application itself where ``celery.current_app`` is given, which no weak reference takes."""
+    return app._get_current_object() if isinstance(app, Proxy) else app
 
 
 def _adopt_bases(app: Any) -> None:

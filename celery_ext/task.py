@@ -211,7 +211,16 @@ class Task(_CeleryTask):
         execution = Execution.current()
         if execution is not None and execution.delivery is not None and execution.task is self:
             execution.delivery.retry_options = options
-        return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
+        return super().retry(
+            args=args,
+            kwargs=kwargs,
+            exc=exc,
+            throw=throw,
+            eta=eta,
+            countdown=countdown,
+            max_retries=max_retries,
+            **options,
+        )
 
     def replace(self, sig: Signature[R]) -> R:
         """Celery's, which ends this task without its effects; a durable one has to store its successor instead.

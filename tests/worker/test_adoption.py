@@ -10,6 +10,7 @@ import pytest
 from celery import Celery, shared_task
 
 import celery_ext
+from celery_ext.binding import database_of
 from fastapi_chatdify_db import Database, db
 from tests.models import Item
 from tests.observing import Observer
@@ -78,3 +79,16 @@ def test_init_app_again(app: Any) -> None:
     """The last database counts, for tasks that are made later too."""
     celery_ext.init_app(app, db=other)
     assert app.task(base=base_of_the_users(), shared=False)(insert).database is other
+
+
+def test_current_app(app: Any) -> None:
+    """``celery.current_app`` is as good as the application behind it."""
+    before: Any = celery.current_app
+    before = before._get_current_object()
+    app.set_current()
+    try:
+        celery_ext.init_app(celery.current_app, db=other)
+        assert database_of(celery.current_app) is database_of(app) is other
+    finally:
+        before.set_current()
+    assert app.task(shared=False, name="by the current app")(insert).database is other
