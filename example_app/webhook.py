@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Final, get_args
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import from_json
 
 from example_app.clients.chatwoot import MARKER
 from example_app.schemas import ConversationChanged, ConversationDeleted, MessageCreated, OtherEvent, WebhookEvent
 from example_app.settings import Settings
 
-_KINDS: Final = {
-    "message_created": "message",
-    "conversation_created": "changed",
-    "conversation_updated": "changed",
-    "conversation_status_changed": "changed",
-    "conversation_opened": "changed",
-    "conversation_resolved": "changed",
-    "conversation_deleted": "deleted",
+_MODELS: Final[dict[str, type[WebhookEvent]]] = {
+    event: model
+    for model in (MessageCreated, ConversationChanged, ConversationDeleted)
+    for event in get_args(model.model_fields["event"].annotation)
 }
-
-
-def _kind(payload: Any) -> str:
-    event = payload.get("event") if isinstance(payload, dict) else None
-    return _KINDS.get(event, "other") if isinstance(event, str) else "other"
-
-
-_event: Final[TypeAdapter[WebhookEvent]] = TypeAdapter(
-    Annotated[
-        Annotated[MessageCreated, Tag("message")]
-        | Annotated[ConversationChanged, Tag("changed")]
-        | Annotated[ConversationDeleted, Tag("deleted")]
-        | Annotated[OtherEvent, Tag("other")],
-        Discriminator(_kind),
-    ]
-)
 
 
 def parse(body: bytes) -> WebhookEvent:
@@ -47,10 +27,12 @@ def parse(body: bytes) -> WebhookEvent:
     """
     try:
         payload = from_json(body)
-        if _kind(payload) in ("changed", "deleted"):
+        event = payload.get("event") if isinstance(payload, dict) else None
+        model = _MODELS.get(event, OtherEvent) if isinstance(event, str) else OtherEvent
+        if model in (ConversationChanged, ConversationDeleted):
             conversation = payload.get("conversation") or payload
             payload = {"account": _account_of(conversation)} | payload | {"conversation": conversation}
-        return _event.validate_python(payload)
+        return model.model_validate(payload)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_input=False, include_url=False)) from None
     except ValueError:
