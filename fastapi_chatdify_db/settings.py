@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
@@ -73,6 +73,12 @@ class DatabaseSettings(BaseSettings):
     db_application_name: str = "fastapi_chatdify_db"
     db_pgbouncer: bool = False
     db_startup_timeout: Seconds = 30.0
+
+    @field_validator("postgres_port", mode="before")
+    @classmethod
+    def _no_port_beside_a_url(cls, value: object, info: ValidationInfo) -> object:
+        # In Kubernetes, a Service named postgres gives every pod POSTGRES_PORT=tcp://10.43.0.7:5432.
+        return cls.model_fields["postgres_port"].default if info.data.get("database_url") else value
 
     @model_validator(mode="wrap")
     @classmethod

@@ -102,6 +102,17 @@ def test_database_url_comes_before_its_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert DatabaseSettings().url().database == "first"
 
 
+def test_kubernetes_own_variables_do_not_count_beside_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Service named ``postgres`` puts its address into POSTGRES_PORT of every pod."""
+    monkeypatch.setenv("POSTGRES_PORT", "tcp://10.43.0.7:5432")
+    monkeypatch.setenv("DATABASE_URL", "postgres://one:6432/first")
+    assert DatabaseSettings().url().port == 6432
+    monkeypatch.delenv("DATABASE_URL")
+    assert DatabaseSettings(database_url="postgres://one:6432/first").url().port == 6432
+    with pytest.raises(InvalidSettings, match=r"^POSTGRES_PORT: "):
+        DatabaseSettings()
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [

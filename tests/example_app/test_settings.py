@@ -38,7 +38,6 @@ def test_example_file_has_every_setting_with_its_default(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("DB_PORT", "many"),
         ("ALLOWED_CONVERSATION_STATUSES", "open,closed"),
         ("DIFY_RESPONSE_MODE", "shouting"),
         ("CHATWOOT_API_URL", "app.chatwoot.com/api/v1"),
@@ -68,6 +67,16 @@ def test_parts_of_the_database_url(configure: Configure) -> None:
     url = get_settings().url().render_as_string(hide_password=False)
     assert url == "postgresql://me:secret@db:5433/chatdify"
     assert "secret" not in repr(get_settings())
+
+
+@pytest.mark.parametrize("variable", ["DB_PORT", "POSTGRES_PORT"])
+def test_kubernetes_own_variables_do_not_count_beside_a_url(configure: Configure, variable: str) -> None:
+    """A Service named ``db`` or ``postgres`` puts its address into the port's variable of every pod."""
+    configure(DATABASE_URL="postgresql://one:6432/first", **{variable: "tcp://10.43.0.7:5432"})
+    assert get_settings().url().port == 6432
+    configure(DATABASE_URL=None)
+    with pytest.raises(InvalidSettings, match=f"^{variable}: "):
+        get_settings()
 
 
 def test_compose_makes_the_database_that_is_configured() -> None:
