@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 import uvicorn
 import websockets
-from fastapi import FastAPI
 from starlette.types import ASGIApp
 from websockets.asyncio.client import ClientConnection
-
-from fastapi_chatdify_db import DBSessionMiddleware
 
 
 def free_socket() -> socket.socket:
@@ -55,11 +52,3 @@ async def connected(app: ASGIApp, path: str = "/") -> AsyncIterator[ClientConnec
         url = client.base_url.copy_with(scheme="ws", path=path)
         async with websockets.connect(str(url)) as connection:
             yield connection
-
-
-def websocket_app(handler: Callable[..., object], path: str = "/") -> FastAPI:
-    """An application that has units of work, and a websocket."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-    app.add_api_websocket_route(path, handler)
-    return app

@@ -13,7 +13,8 @@ from sqlalchemy.exc import IntegrityError
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import Observer
-from tests.serving import connected, websocket_app
+from tests.serving import connected
+from tests.websocket_app import websocket_app
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from sqlalchemy import text
 from fastapi_chatdify_db import db
 from tests.models import Item
 from tests.observing import Observer
-from tests.serving import connected, websocket_app
+from tests.serving import connected
+from tests.websocket_app import websocket_app
 
 
 def receive_and_start(

@@ -16,7 +16,8 @@ from starlette.concurrency import run_in_threadpool
 from fastapi_chatdify_db import db
 from tests.models import Item
 from tests.observing import Observer
-from tests.serving import connected, websocket_app
+from tests.serving import connected
+from tests.websocket_app import websocket_app
 
 
 async def test_pushing_task_leaves_the_transaction_alone(observer: Observer) -> None:
