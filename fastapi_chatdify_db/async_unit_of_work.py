@@ -203,7 +203,10 @@ async def run_to_completion(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _done(task: asyncio.Task[None]) -> None:
-    """Wait for the task; unlike ``await task``, a cancellation does not reach it."""
+    """Wait for the task; unlike ``await task``, a cancellation does not reach it.
+
+    As ``asyncio.wait``, which would take 1% more of an insert's instructions.
+    """
     done = asyncio.get_running_loop().create_future()
 
     def wake(_: asyncio.Task[None]) -> None:

@@ -103,6 +103,7 @@ class WebSocketExchange(AsyncUnitOfWork):
                 self.rollback_only = True
 
     def _has_failed(self) -> bool:
+        # By asyncio's own mark: whether a task's exception is still to be asked for, nothing public tells.
         return any(_is_done(worker) and worker._log_traceback for worker in self._workers)
 
     def _another_works(self) -> bool:

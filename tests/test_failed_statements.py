@@ -51,6 +51,25 @@ async def test_block_raises(database: Database, observer: Observer) -> None:
     assert await observer.names() == []
 
 
+async def test_error_names_the_first_failure(database: Database) -> None:
+    """Not the later statements that PostgreSQL refused because of it."""
+
+    def work(session: Session) -> None:
+        session.execute(insert(Item).values(name="a"))
+        for failing in (DUPLICATE, DUPLICATE, select(Item)):
+            with suppress(DBAPIError):
+                session.execute(failing)
+
+    async def in_block() -> None:
+        async with database.transaction() as session:
+            await session.run_sync(work)
+
+    with pytest.raises(TransactionAborted, match="23505"):
+        await in_block()
+    with pytest.raises(TransactionAborted, match="23505"), database.sync_transaction() as sync_session:
+        work(sync_session)
+
+
 async def test_flush_that_fails_before_its_first_statement(database: Database, observer: Observer) -> None:
     """The server knows nothing of it, but the row is as lost as after a failed statement."""
 
