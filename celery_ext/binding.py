@@ -126,7 +126,7 @@ def _begin(task_id: str, task: celery.Task[..., Any], **_: object) -> None:
 
 @signals.task_postrun.connect(weak=False)
 def _end(task: celery.Task[..., Any], state: str, retval: object, **_: object) -> None:
-    if (execution := Execution.current()) is not None and execution.task is task:
+    if (execution := Execution.current()) is not None and execution.task == task:
         execution.end(retval if state != SUCCESS and isinstance(retval, Exception) else None)
 
 

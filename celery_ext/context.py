@@ -39,28 +39,26 @@ def restore(request: Context) -> Callable[[], None] | None:
     """Make the sender's context the current one; returns what ends that, or None where there is nothing to change."""
     sent = vars(request)
     carrier = {name: value for name in _trace_headers() if (value := sent.get(name)) is not None}
-    replaces_trace = bool(carrier or _is_left_over(request)) and not _is_traced_already()
-    if _REQUEST_ID not in sent and not replaces_trace:
+    has_another_trace = _has_another_trace(request, carrier)
+    if _REQUEST_ID not in sent and not has_another_trace:
         return None
     stack = ExitStack()
     if (request_id := request.get(_REQUEST_ID)) is not None:
         stack.enter_context(carried_request_id(request_id))
-    if replaces_trace:
+    if has_another_trace:
         stack.callback(otel.detach, otel.attach(propagate.extract(carrier, otel.Context())))
     return stack.close
 
 
-def _is_left_over(request: Context) -> bool:
-    """Whether the current trace is that of the thread's last task.
-
-    OpenTelemetry's own instrumentation begins its span within ours and ends it after ours, which brings ours back.
-    """
-    return otel is not None and not request.is_eager and bool(otel.get_current())
-
-
-def _is_traced_already() -> bool:
-    """Whether a span is open, be it of a sender that runs the task itself or of an instrumentation that came first."""
-    return trace is not None and trace.get_current_span().is_recording()
+def _has_another_trace(request: Context, carrier: dict[str, str]) -> bool:
+    """Whether a task's trace is not the current one."""
+    if trace is None:
+        return False
+    current = trace.get_current_span().get_span_context()
+    if current.is_valid and not current.is_remote:
+        return False  # a span is open: of a sender that runs the task itself, or of an instrumentation that came first
+    # OpenTelemetry's own instrumentation ends its span after ours, which brings back the thread's last task's sender.
+    return bool(carrier) or (current.is_valid and not request.is_eager)
 
 
 def _trace_headers() -> frozenset[str]:

@@ -58,7 +58,7 @@ class Execution:
             DurableDispatchUnsupported: A durable task's body is run again; its row has the outcome of the first run.
         """
         execution = _current.get()
-        if execution is None or execution.task is not task:
+        if execution is None or execution.task != task:  # not "is": New Relic's agent hands out proxies of tasks
             return None
         if execution._body_over and execution.delivery is not None:
             raise DurableDispatchUnsupported(

@@ -75,7 +75,7 @@ class Task(_CeleryTask):
         if (request := self.request_stack.top) is not None:
             return request
         execution = Execution.current()
-        return execution.request if execution is not None and execution.task is self else super().request
+        return execution.request if execution is not None and execution.task == self else super().request
 
     @cached_property
     def is_async(self) -> bool:
@@ -209,7 +209,7 @@ class Task(_CeleryTask):
     ) -> Retry:
         """Celery's; a durable task's row also keeps the options (``queue``, ...) for the next attempt."""
         execution = Execution.current()
-        if execution is not None and execution.delivery is not None and execution.task is self:
+        if execution is not None and execution.delivery is not None and execution.task == self:
             execution.delivery.retry_options = options
         return super().retry(
             args=args,

@@ -12,7 +12,6 @@ from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from fastapi_chatdify_db.connection_state import state_in
-from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.sqlstates import sqlstate
 
 _PING_LIMIT: Final = 5.0
@@ -88,9 +87,6 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
         proxy.dbapi_connection = record.get_connection()
     except (context.dialect.loaded_dbapi.Error, OSError):  # it died at once
         raise error from None
-    except DatabaseUnavailable:
-        context.root_connection.invalidate(error)  # or the session's rollback would ask the dead one, and log that
-        raise
     try:
         # What the application prepares (a tenant, a search_path), it prepares at the checkout.
         proxy._pool.dispatch.checkout(proxy.dbapi_connection, record, proxy)

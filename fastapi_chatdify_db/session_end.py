@@ -125,10 +125,12 @@ def roll_back_or_discard(session: Session) -> None:
     assert isinstance(session, FollowedSession)
     for state in _in_flight(session):
         state.cut_off()
+    has_begun = any(state.started for state in states(session))
     try:
         session.rollback()
     except Exception:
-        logger.warning("rollback failed; its connection is discarded", exc_info=True)
+        if has_begun:
+            logger.warning("rollback failed; its connection is discarded", exc_info=True)
         with suppress(IllegalStateChangeError):  # in use elsewhere, which the end of the unit deals with
             session.invalidate()
 

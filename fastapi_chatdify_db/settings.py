@@ -76,9 +76,10 @@ class DatabaseSettings(BaseSettings):
 
     @field_validator("postgres_port", mode="before")
     @classmethod
-    def _no_port_beside_a_url(cls, value: object, info: ValidationInfo) -> object:
+    def _no_address_beside_a_url(cls, value: object, info: ValidationInfo) -> object:
         # In Kubernetes, a Service named postgres gives every pod POSTGRES_PORT=tcp://10.43.0.7:5432.
-        return cls.model_fields["postgres_port"].default if info.data.get("database_url") else value
+        is_address = isinstance(value, str) and "://" in value
+        return cls.model_fields["postgres_port"].default if is_address and info.data.get("database_url") else value
 
     @model_validator(mode="wrap")
     @classmethod

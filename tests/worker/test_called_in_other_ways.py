@@ -1,4 +1,4 @@
-"""A class of the user's whose ``__call__`` runs the body itself keeps the promise, too."""
+"""Tasks that are called in other ways keep the promise, too: by a ``__call__`` of the user's, through a proxy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.app.trace import trace_task
+from celery.local import Proxy
 
 import celery_ext
 from celery_ext import StatementFailed
 from fastapi_chatdify_db import db
 from tests.models import Item
 from tests.observing import Observer
-from tests.worker.running import Worker
+from tests.worker.running import Worker, task
 
 either_kind = pytest.mark.parametrize("name", ["in_context", "in_context_async"])
 
@@ -58,6 +60,13 @@ async def test_called_as_a_function(eager: dict[str, Any], empty_tables: Observe
     """It opens a unit of its own, without a worker."""
     assert await asyncio.to_thread(eager[name], "x") == "x"
     assert await empty_tables.names() == ["x"]
+
+
+async def test_proxy_of_a_task(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """As New Relic's agent puts one in the place of each task."""
+    proxied: Any = Proxy(lambda: task(unheard, "in_context"))
+    assert trace_task(proxied, "id", ("x",), {}, {}, app=unheard).retval == "x"
+    assert await rows.names() == ["x"]
 
 
 async def test_body_that_is_called_past_run(empty_tables: Observer, caplog: pytest.LogCaptureFixture) -> None:
