@@ -19,6 +19,7 @@ from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 
+from fastapi_chatdify_db.closing import within_one_limit
 from fastapi_chatdify_db.connecting import tell_of_refusals
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
@@ -174,9 +175,10 @@ class Engines:
         return FollowedSession(bind, expire_on_commit=False)
 
     async def dispose(self) -> None:
-        """Close the idle connections of the running loop's pool and of the sync engine's."""
+        """Close the idle connections of the running loop's pool and of the sync engine's, in bounded time."""
         if "async_engine" in self.__dict__:
-            await self.async_engine.dispose()
+            with within_one_limit():
+                await self.async_engine.dispose()
         self.dispose_sync()
 
     def dispose_sync(self) -> None:

@@ -1,17 +1,22 @@
-"""asyncpg's connection, whose COMMIT fails where PostgreSQL answers it with ROLLBACK."""
+"""asyncpg's connection, whose COMMIT fails where PostgreSQL answers it with ROLLBACK, and whose end has a limit."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
 
+from fastapi_chatdify_db.closing import seconds_left
 from fastapi_chatdify_db.connection_state import ConnectionState
 from fastapi_chatdify_db.refused_commits import refusal
 
 
 class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
-    """Tells a COMMIT that was none, whoever's statement failed: also one of the driver's own (``copy_to_table``)."""
+    """Tells a COMMIT that was none, whoever's statement failed: also one of the driver's own (``copy_to_table``).
+
+    Where nobody sets a time limit, as SQLAlchemy's pools do not, its end is waited for as ``closing`` says.
+    """
 
     state: ConnectionState | None = None
 
@@ -23,3 +28,11 @@ class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ha
             if state is not None and not state.adapter_began_none and state.lost_something:
                 raise refusal(state)
         return answer
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Wait until the server has ended the session, or drop the connection."""
+        if timeout is not None:
+            await super().close(timeout=timeout)
+            return
+        with suppress(TimeoutError):  # asyncpg has dropped it
+            await super().close(timeout=seconds_left())

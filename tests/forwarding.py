@@ -1,4 +1,4 @@
-"""A way to the database that is not there before it is opened."""
+"""A way to the database that is not there before it is opened, and may fall silent."""
 
 from __future__ import annotations
 
@@ -22,12 +22,21 @@ class Forwarder:
         url = self._target.difference_update_query(["host", "port"]).set(host=host, port=self.port)
         self.url = url.render_as_string(hide_password=False)
         self._forwarded: list[asyncio.Task[None]] = []
+        self._silent = False
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         async with await asyncio.start_server(self._accept, self._host, self.port):
-            yield
-            await asyncio.gather(*self._forwarded)
+            try:
+                yield
+            finally:
+                for each in self._forwarded if self._silent else ():
+                    each.cancel()
+                await asyncio.gather(*self._forwarded, return_exceptions=self._silent)
+
+    def fall_silent(self) -> None:
+        """From now on accept everything, new connections too, and pass nothing on, not even an end."""
+        self._silent = True
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._forwarded.append(asyncio.create_task(self._forward(reader, writer)))
@@ -39,11 +48,17 @@ class Forwarder:
         else:
             host = self._target.host or "localhost"
             upstream, downstream = await asyncio.open_connection(host, self._target.port or 5432)
-        await asyncio.gather(self._copy(reader, downstream), self._copy(upstream, writer))
+        try:
+            await asyncio.gather(self._copy(reader, downstream), self._copy(upstream, writer))
+        finally:
+            writer.close()
+            downstream.close()
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
             while data := await reader.read(65536):
-                writer.write(data)
-            writer.close()
-            await writer.wait_closed()
+                if not self._silent:
+                    writer.write(data)
+            if not self._silent:
+                writer.close()
+                await writer.wait_closed()
