@@ -116,6 +116,13 @@ class EngineBeside(OptionEngine):
         super().__init__(model, {})
 
 
+def connect_beside(engine: Engine) -> Connection:
+    """A connection in AUTOCOMMIT that the engine's pool neither counts nor ever gets."""
+    connection = EngineBeside(engine).connect().execution_options(isolation_level="AUTOCOMMIT")
+    connection.detach()  # it is closed when it is given back
+    return connection
+
+
 class Engines:
     """Both engines of one database and the sessions bound to them.
 

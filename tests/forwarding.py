@@ -23,6 +23,8 @@ class Forwarder:
         self.url = url.render_as_string(hide_password=False)
         self._forwarded: list[asyncio.Task[None]] = []
         self._silent = False
+        self.swallowed = asyncio.Event()
+        """Set when the silence has met somebody."""
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -30,13 +32,22 @@ class Forwarder:
             try:
                 yield
             finally:
-                for each in self._forwarded if self._silent else ():
-                    each.cancel()
-                await asyncio.gather(*self._forwarded, return_exceptions=self._silent)
+                if self.swallowed.is_set():
+                    self._end_all()
+                await asyncio.gather(*self._forwarded, return_exceptions=True)
 
     def fall_silent(self) -> None:
         """From now on accept everything, new connections too, and pass nothing on, not even an end."""
         self._silent = True
+
+    def speak_again(self) -> None:
+        """Serve those who connect from now on; what has met the silence is over."""
+        self._end_all()
+        self._silent = False
+
+    def _end_all(self) -> None:
+        for each in self._forwarded:
+            each.cancel()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._forwarded.append(asyncio.create_task(self._forward(reader, writer)))
@@ -57,7 +68,9 @@ class Forwarder:
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
             while data := await reader.read(65536):
-                if not self._silent:
+                if self._silent:
+                    self.swallowed.set()
+                else:
                     writer.write(data)
             if not self._silent:
                 writer.close()

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_ext.durable import statements
 from fastapi_chatdify_db.database import Database
-from fastapi_chatdify_db.engines import EngineBeside
+from fastapi_chatdify_db.engines import connect_beside
 from fastapi_chatdify_db.forks import in_forked_child
 
 _lock = Lock()
@@ -27,7 +27,8 @@ def hold(database: Database, task_id: str) -> bool:
     with _lock:
         connection = _connections.get(database)
         if connection is None or connection.invalidated:
-            connection = _connections[database] = _connect(database)
+            # Not of the pool, whose last connection the task itself may hold.
+            connection = _connections[database] = connect_beside(database.sync_engine)
             _held[database] = set()
         if task_id in _held[database]:
             return True  # PostgreSQL counts them: a second lock would outlive the one unlock
@@ -50,13 +51,6 @@ def free(database: Database, task_id: str) -> None:
         if not _held[database]:
             connection.close()
             del _connections[database]
-
-
-def _connect(database: Database) -> Connection:
-    """Outside the pool, whose last connection the task itself may hold."""
-    connection = EngineBeside(database.sync_engine).connect().execution_options(isolation_level="AUTOCOMMIT")
-    connection.detach()  # it is closed when it is given back
-    return connection
 
 
 @in_forked_child

@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_ext.durable import statements
 from celery_ext.durable.confirms import Confirms
 from celery_ext.durable.row import deserialize
+from celery_ext.durable.silence import Silence
 from celery_ext.durable.table import MISSING, is_missing
 from fastapi_chatdify_db.connecting import reason
 from fastapi_chatdify_db.database import Database
@@ -32,10 +33,14 @@ BATCH: Final = 500
 """How many rows are claimed, and then sent, together."""
 GRACE: Final = 10.0
 """Seconds after which a row that was sent but is neither done nor locked is rung again; doubled each time."""
+_WATCH: Final = 1.0  # second from one look at what the database owes to the next
 _POLL: Final = 1.0  # second; for rows that were due but locked. For all others there are notifications
 _FORGOTTEN: Final = 5.0  # seconds from one search for forgotten rows to the next
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while the broker or the database is down
 _BROKER_LIMIT: Final = 10.0  # seconds for the broker to answer
+_STATEMENT_LIMIT: Final = 30  # seconds for the database to answer
+_SILENT: Final = _STATEMENT_LIMIT + 5.0  # seconds after which it is not going to; it would have cancelled the statement
+_SILENT_AT_THE_END: Final = 10.0  # seconds after which a relay that is stopped does not wait for it
 _LIMITS: Final = {  # the options of kombu's transports for that
     "amqp": ("read_timeout", "write_timeout"),
     "redis": ("socket_timeout", "socket_connect_timeout"),
@@ -76,19 +81,40 @@ class Relay:
         )
         self._stopping = False
         self._wake_reader, self._wake_writer = socketpair()
+        self._silence = Silence()
         self._line: _Line | None = None
         self._looked_for_forgotten = 0.0
         self._failures = 0  # since the last round that went well
 
     def run(self) -> None:
-        """Relay until ``stop`` is called; what is claimed by then is still sent."""
+        """Relay until ``stop`` is called; what is claimed by then is still sent, unless the database falls silent."""
+        # In a thread: neither a signal handler nor a look at the clock gets through to one that waits for the database.
+        work = Thread(target=self._relay_until_stopped, name="celery_ext.relay", daemon=True)
+        work.start()
+        while work.is_alive():
+            work.join(_WATCH)
+            if self._silence.seconds > (_SILENT_AT_THE_END if self._stopping else _SILENT):
+                self._silence.end()
+                if self._stopping:
+                    work.join(_WATCH)
+                    return
+
+    def stop(self) -> None:
+        """End ``run``, from another thread or a signal handler."""
+        self._stopping = True  # no threading.Event: a signal handler may interrupt who holds its lock
+        with suppress(OSError):  # it has ended by itself
+            self._wake_writer.send(b"x")
+
+    def _relay_until_stopped(self) -> None:
+        self._app.set_current()  # for this thread, whose handlers of before_task_publish may ask
         try:
             while not self._stopping:
                 try:
-                    with self._database.sync_engine.connect() as connection:
-                        listening = connection.execution_options(isolation_level="AUTOCOMMIT")
-                        listening.execute(statements.LISTEN)
-                        self._relay(listening)
+                    with self._silence.connection(self._database.sync_engine) as connection:
+                        if not self._database.settings.db_pgbouncer:  # which may give this session to others
+                            connection.execute(statements.LIMIT, {"limit": f"{_STATEMENT_LIMIT} s"})
+                        connection.execute(statements.LISTEN)
+                        self._relay(connection)
                 except Exception as error:
                     self._failures += 1
                     foreseen = isinstance(error, (SQLAlchemyError, OSError, *self._broker_errors))
@@ -99,12 +125,6 @@ class Relay:
             self._disconnect()
             self._wake_reader.close()
             self._wake_writer.close()
-
-    def stop(self) -> None:
-        """End ``run``, from another thread or a signal handler."""
-        self._stopping = True  # no threading.Event: a signal handler may interrupt who holds its lock
-        with suppress(OSError):  # it has ended by itself
-            self._wake_writer.send(b"x")
 
     def _relay(self, connection: Connection) -> None:
         while not self._stopping:
@@ -189,7 +209,7 @@ class Relay:
             connection.execute(statements.RING_FORGOTTEN)
         until_next = connection.scalar(statements.SECONDS_UNTIL_NEXT)
         limit = _POLL if until_next is None else max(0.0, min(_POLL, float(until_next)))
-        driver: Any = connection.connection.driver_connection
+        driver: Any = connection.connection.dbapi_connection
         if not driver.notifies:
             self._pause(limit, driver)
             driver.poll()
@@ -225,7 +245,7 @@ def relaying(app: Celery[Any], database: Database, *, grace: float = GRACE) -> I
         yield  # which keeps no durable tasks, and refuses them when they are called
         return
     relay = Relay(app, database, grace=grace)
-    thread = Thread(target=relay.run, name="celery_ext.relay", daemon=True)
+    thread = Thread(target=relay.run, name="celery_ext.relay.watch", daemon=True)
     thread.start()
     try:
         yield

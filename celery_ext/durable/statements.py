@@ -14,6 +14,14 @@ LISTEN: Final = text(f"LISTEN {CHANNEL}")
 _NOTIFY: Final = f"pg_notify('{CHANNEL}', '')"
 NOTIFY: Final = text(f"SELECT {_NOTIFY}")
 
+# Unless the settings or the server have a shorter limit.
+LIMIT: Final = text(
+    """
+    SELECT set_config('statement_timeout', :limit, false)
+    WHERE CAST(current_setting('statement_timeout') AS interval) NOT BETWEEN '1 ms' AND CAST(:limit AS interval)
+    """
+)
+
 # A key's rows are numbered, and looked for, by one transaction at a time: so their numbers have the order of the
 # commits, and none slips in unseen between "this one is done" and "which one is next".
 LOCK_KEYS: Final = text(

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from celery import Celery
+from celery import Celery, current_app, signals
 from fastapi import FastAPI
 
 import celery_ext
@@ -208,3 +208,20 @@ async def test_task_of_an_included_module(
         message = await asyncio.to_thread(connection.SimpleQueue("celery").get, timeout=20)
     assert (message.headers["id"], str(message.headers["timelimit"])) == (task_id, "[77, None]")
     app.close()
+
+
+async def test_handlers_in_a_relay(unheard: Celery[Any], rows: Observer) -> None:
+    """They find the application that is relayed as Celery's current one, which is kept by thread."""
+    current: list[object] = []
+
+    def note(**_: object) -> None:
+        current.append(current_app._get_current_object())  # type: ignore[attr-defined]  # missing in the stubs
+
+    signals.before_task_publish.connect(note)
+    async with db.transaction():
+        task_id = task(unheard, "record").delay_durably("x")
+    with relaying(unheard, db), unheard.connection_for_read() as connection:
+        queue = connection.SimpleQueue("nowhere")
+        while (await asyncio.to_thread(queue.get, timeout=20)).headers["id"] != task_id:
+            pass  # of what other tests sent
+    assert current == [unheard]

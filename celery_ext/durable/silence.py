@@ -1,0 +1,65 @@
+"""A database that has fallen silent: libpq waits for its answer without end, in C, where no signal handler runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from socket import AF_INET, SHUT_RDWR, SOCK_STREAM, fromfd, socket
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, event
+
+from fastapi_chatdify_db.engines import connect_beside
+
+logger: Final = logging.getLogger(__name__)
+
+
+class Silence:
+    """How long one thread has waited for a database, and what another one can do about it."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._socket: socket | None = None
+
+    @property
+    def seconds(self) -> float:
+        """For how long the database has owed an answer, a connection included."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def end(self) -> None:
+        """Let the statement under way fail, as if the server had closed the connection; a connect has its own limit."""
+        connected = self._socket
+        if connected is not None:
+            logger.warning("the database has not answered for %.0f s; its connection is cut", self.seconds)
+            with suppress(OSError):  # it has just been closed
+                connected.shutdown(SHUT_RDWR)
+
+    @contextmanager
+    def connection(self, engine: Engine) -> Iterator[Connection]:
+        """A connection in AUTOCOMMIT, outside the pool, whose statements are watched."""
+        self._asked()
+        try:
+            with connect_beside(engine) as connection, _socket_of(connection) as connected:
+                self._socket = connected
+                event.listen(connection, "before_cursor_execute", self._asked)
+                event.listen(connection, "after_cursor_execute", self._answered)
+                self._answered()
+                yield connection
+        finally:
+            self._socket = None
+            self._answered()
+
+    def _asked(self, *_: object) -> None:
+        self._since = time.monotonic()
+
+    def _answered(self, *_: object) -> None:
+        self._since = None
+
+
+def _socket_of(connection: Connection) -> socket:
+    """A descriptor of our own: the driver's may be another file's by the time that it is looked at."""
+    driver: Any = connection.connection.dbapi_connection
+    return fromfd(driver.fileno(), AF_INET, SOCK_STREAM)  # the family makes no difference to what is done with it
