@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ HEADER: Final = "durable"
 """The message header that tells a worker to look for the row: its id. Tasks that pass on their headers pass it on."""
 _LONGEST: Final = 3.2e9
 """Seconds: a hundred years, which PostgreSQL can add to its clock."""
+_LONGEST_KEY: Final = 500
+"""Characters: at most 2000 bytes, of the 2704 that PostgreSQL has room for in a row of an index."""
 _SECONDS: Final[dict[type, str]] = {int: "seconds", float: "seconds"}
 _DATETIME: Final[dict[type, str]] = {datetime: "a datetime"}
 
@@ -70,14 +73,12 @@ def new_row(
     """The row of one call of ``task``.
 
     Raises:
-        ArgumentsNotSerializable: They are no JSON, as kombu extends it, or an option is nothing to store.
+        ArgumentsNotSerializable: They are no JSON, as kombu extends it, or an option or a key is nothing to store.
     """
     due = due_of(task.name, countdown, eta)
     _check_moment(task.name, "expires", expires, _SECONDS | _DATETIME)
-    if ordering_key is not None and not _is_text(ordering_key):
-        raise ArgumentsNotSerializable(
-            f"{task.name} cannot be stored under {ordering_key!r}; write a string: ordering_key=str(...)"
-        )
+    _check_key(task.name, "ordering_key", ordering_key)
+    _check_key(task.name, "idempotency_key", idempotency_key)
     # The same key is the same id, so whoever uses it again need not ask the database for the first one's.
     task_id = uuid() if idempotency_key is None else str(uuid5(NAMESPACE_OID, f"{task.name}\0{idempotency_key}"))
     headers = {**_mapping(options.get("headers")), HEADER: task_id}
@@ -145,13 +146,21 @@ def _check_moment(name: str, option: str, value: float | datetime | None, kinds:
         raise ArgumentsNotSerializable(f"{name} cannot be stored with {option}={value!r}; write {instead}")
 
 
+def _check_key(name: str, option: str, key: object) -> None:
+    if key is None or (isinstance(key, str) and len(key) <= _LONGEST_KEY and _is_storable(key)):
+        return
+    raise ArgumentsNotSerializable(
+        f"{name} cannot be stored with {option}={reprlib.repr(key)}; "
+        f"write a string of at most {_LONGEST_KEY} characters: {option}=str(...)"
+    )
+
+
+def _is_storable(text: str) -> bool:
+    return "\0" not in text and text.encode(errors="ignore").decode() == text
+
+
 def _mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
-
-
-def _is_text(value: object) -> bool:
-    """Whether it is a string that PostgreSQL stores as it is."""
-    return isinstance(value, str) and "\0" not in value and value.encode(errors="ignore").decode() == value
 
 
 def seconds_until(moment: float | datetime) -> float:

@@ -227,12 +227,24 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
             task(unheard, "record").apply_durably(("x",), order_key="k")
         with pytest.raises(TypeError, match="leave out on_error="):
             task(unheard, "record").apply_durably(("x",), on_error="raise")
-        for key in (7, uuid4(), "a\0b", "\ud800"):
-            with pytest.raises(ArgumentsNotSerializable, match=r"ordering_key=str\(\.\.\.\)"):
-                task(unheard, "record").apply_durably(("x",), ordering_key=cast("str", key))
     with pytest.raises(OutsideUnitOfWork, match=r"async with db\.transaction\(\)"):
         task(unheard, "record").delay_durably("x")
     assert await rows.durable_tasks() == []
+
+
+@pytest.mark.parametrize("option", ["ordering_key", "idempotency_key"])
+async def test_keys_that_cannot_be_stored_fail_at_the_call(
+    unheard: Celery[celery_ext.Task], rows: Observer, option: str
+) -> None:
+    """So do those that are longer than 500 characters, of which an index has room for any."""
+    record = task(unheard, "record")
+    async with db.transaction():
+        for key in (7, uuid4(), "a\0b", "\ud800", "k" * 501):
+            with pytest.raises(ArgumentsNotSerializable, match=rf"at most 500 characters: {option}=str\(\.\.\.\)"):
+                record.apply_durably(("x",), **cast("dict[str, Any]", {option: key}))
+        longest = "".join(chr(0x10000 + (number * 7919) % 0xFFFFF) for number in range(500))  # nothing to compress
+        record.apply_durably(("x",), **cast("dict[str, Any]", {option: longest}))
+    assert len(await rows.durable_tasks()) == 1
 
 
 async def test_other_databases_are_refused(tmp_path: Path) -> None:
