@@ -129,6 +129,7 @@ def cancel(context: typer.Context, task_id: Annotated[str, typer.Argument(metava
         cancelled = administration.cancel(database, task_id)
     if not cancelled:
         raise _failure(f"{task_id} is not pending, or is running")
+    typer.echo(f"{task_id} cancelled")
 
 
 @cli.command()

@@ -156,7 +156,7 @@ async def test_command_line(prefork: Worker, rows: Observer) -> None:
     status = await asyncio.to_thread(run, "status")
     assert status.stdout.split()[:2] == ["pending", "1"]
     assert failing in (await asyncio.to_thread(run, "failed")).stdout
-    assert (await asyncio.to_thread(run, "cancel", cancelled)).returncode == 0
+    assert (await asyncio.to_thread(run, "cancel", cancelled)).stdout == f"{cancelled} cancelled\n"
     assert (await asyncio.to_thread(run, "cancel", done)).returncode == 1
     assert (await asyncio.to_thread(run, "retry", failing)).stdout == "1 to be run again\n"
     unknown = await asyncio.to_thread(run, "retry", "nobody")
