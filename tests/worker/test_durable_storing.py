@@ -247,6 +247,28 @@ async def test_keys_that_cannot_be_stored_fail_at_the_call(
     assert len(await rows.durable_tasks()) == 1
 
 
+@pytest.mark.parametrize("serializer", ["pickle", "none of kombu's"])
+async def test_serializer_that_no_worker_accepts(
+    unheard: Celery[celery_ext.Task], rows: Observer, serializer: str
+) -> None:
+    """Its message would be rung for ever; whose task it is, or whose call, makes no difference."""
+    record = task(unheard, "record")
+
+    @unheard.task(serializer=serializer, shared=False)
+    def differently() -> None: ...
+
+    async with db.transaction():
+        with pytest.raises(ArgumentsNotSerializable, match="accept_content"):
+            record.apply_durably(("x",), serializer=serializer)
+        with pytest.raises(ArgumentsNotSerializable, match="accept_content"):
+            differently.delay_durably()
+        differently.apply_durably(serializer="json")
+        unheard.conf.accept_content = ["application/json", "pickle"]
+        if serializer == "pickle":
+            differently.delay_durably()
+    assert len(await rows.durable_tasks()) == (2 if serializer == "pickle" else 1)
+
+
 async def test_other_databases_are_refused(tmp_path: Path) -> None:
     """On SQLite the error says what to write instead, and no table is made there."""
 
