@@ -22,7 +22,7 @@ TABLES = (
 @contextmanager
 def scratch_database() -> Iterator[URL]:
     """A database with the benchmark's tables, on the server at DATABASE_URL or localhost."""
-    given = os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1:5432/postgres")
+    given = os.environ.get("DATABASE_URL") or "postgresql://postgres@127.0.0.1:5432/postgres"
     server = make_url(given).set(drivername="postgresql")
     own = server.set(database=DATABASE)
     execute(server, f"CREATE DATABASE {DATABASE}")

@@ -81,6 +81,11 @@ class DatabaseSettings(BaseSettings):
         is_address = isinstance(value, str) and "://" in value
         return cls.model_fields["postgres_port"].default if is_address and info.data.get("database_url") else value
 
+    @field_validator("database_url", "postgres_password")
+    @classmethod
+    def _empty_is_none(cls, value: str | None) -> str | None:
+        return value or None  # a compose file's ${DATABASE_URL:-} sets nothing
+
     @model_validator(mode="wrap")
     @classmethod
     def _report_in_one_line(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -112,7 +117,7 @@ class DatabaseSettings(BaseSettings):
             return URL.create(
                 "postgresql",
                 username=self.postgres_user,
-                password=self.postgres_password or None,
+                password=self.postgres_password,
                 host=self.postgres_host,
                 port=self.postgres_port,
                 database=self.postgres_db,

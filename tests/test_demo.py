@@ -27,12 +27,12 @@ async def curl(client: httpx.AsyncClient, arguments: list[str]) -> httpx.Respons
 
 
 async def start(port: int, directory: Path) -> asyncio.subprocess.Process:
-    """The demo as ``make demo`` starts it, with a PostgreSQL of its own."""
-    theirs = ("DATABASE_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "XDG_RUNTIME_DIR")
+    """The demo as ``make demo`` starts it, with a PostgreSQL of its own: a variable that is empty names none."""
+    theirs = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "XDG_RUNTIME_DIR")
     return await asyncio.create_subprocess_exec(
         sys.executable,
         *("-u", "-m", "example_app", "--port", str(port)),
-        env={name: value for name, value in os.environ.items() if name not in theirs},
+        env={name: value for name, value in os.environ.items() if name not in theirs} | {"DATABASE_URL": ""},
         cwd=directory,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -90,6 +90,14 @@ def test_empty_password_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DatabaseSettings().url().password is None
 
 
+def test_empty_url_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that ``${DATABASE_URL:-}`` leaves the database to its parts."""
+    monkeypatch.setenv("DATABASE_URL", "")
+    monkeypatch.setenv("POSTGRES_DB", "app")
+    assert DatabaseSettings().database_url is None
+    assert DatabaseSettings().url().database == "app"
+
+
 def test_last_password_in_the_query_counts() -> None:
     """As it does for libpq."""
     assert DatabaseSettings(database_url="postgresql://host/name?password=a&password=b").url().password == "b"
@@ -128,7 +136,7 @@ def test_kubernetes_own_variables_do_not_count_beside_a_url(monkeypatch: pytest.
         ("POSTGRES_PORT", "99999"),
         ("POSTGRES_PORT", "0"),
         ("DATABASE_URL", "garbage"),
-        ("DATABASE_URL", ""),
+        ("DATABASE_URL", " "),
         ("DATABASE_URL", f"user:{SECRET}"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host:port/name"),
         ("DATABASE_URL", f"postgresql://user:{SECRET}@host:99999/name"),
