@@ -39,7 +39,8 @@ def _sendable(value: JsonValue) -> JsonValue:
 
 Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
 CustomAttributes = dict[Text, Annotated[JsonValue, AfterValidator(_sendable)]]
-Positive = Annotated[int, Field(ge=1, lt=2**63)]
+ID = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+"""Chatwoot's, in a body; strict, or else ``true`` is 1."""
 ConversationID = Annotated[int, Path(ge=1, lt=2**63, description="Chatwoot's display id", examples=[7])]
 DifyID = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9._:-]+$", max_length=255, examples=["5c1b6c1a-8b07-4d4c-9ecf-4d9d0c0f7f5b"])
@@ -54,14 +55,13 @@ def _example(example: dict[str, Any]) -> ConfigDict:
 class Sender(BaseModel):
     """Who wrote a message."""
 
-    id: int | None = None
     type: str | None = None
 
 
 class Assignee(BaseModel):
     """The agent a conversation is assigned to."""
 
-    id: Positive
+    id: ID
 
 
 class Meta(BaseModel):
@@ -73,13 +73,13 @@ class Meta(BaseModel):
 class Account(BaseModel):
     """The Chatwoot account that tells; a conversation's id is its own."""
 
-    id: int
+    id: ID
 
 
 class WebhookConversation(BaseModel):
     """A conversation in a webhook."""
 
-    id: Positive
+    id: ID
     status: Text = "pending"
     meta: Meta = Meta()
 
@@ -103,7 +103,7 @@ class MessageCreated(AccountEvent):
     """Chatwoot's ``message_created``."""
 
     event: Literal["message_created"]
-    id: Positive
+    id: ID
     content: Text | None = None
     message_type: str
     private: bool = False
