@@ -50,7 +50,8 @@ class Settings(DatabaseSettings):
         celery_task_time_limit: Seconds until a task's process is killed; without effect in a pool of threads.
         celery_task_soft_time_limit: Seconds until an attempt to ask or to post is cancelled, and made again; and until
             Dify, which has a question and no answer, is asked again.
-        celery_task_max_retries: How often a failed call to Dify or Chatwoot is made again.
+        celery_task_max_retries: How often a failed attempt to ask or to post is made again. Within an attempt, a call
+            that may safely be made again is tried three times.
         celery_task_max_tasks_per_child: Tasks until a worker's process is replaced.
         celery_worker_prefetch_multiplier: Messages that each process may reserve.
         celery_retry_countdown: Seconds until the first retry; the pauses double.

@@ -127,7 +127,8 @@ class Dify(OutsideAPI):
         """
         body: JsonValue = question.model_dump(exclude_none=True) | {"response_mode": self._response_mode}
         if self._response_mode == "streaming":
-            return await self._ask_streaming(body)
+            retrying = self._retrying(lambda error: error.never_began)
+            return await retrying(self._ask_streaming, body)
         return _answer(await self.call_once("POST", "/chat-messages", json=body))
 
     async def find_answer(

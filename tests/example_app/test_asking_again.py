@@ -32,6 +32,18 @@ async def test_passing_faults_are_retried(
     assert len(conversation.messages) == 1
 
 
+@pytest.mark.parametrize("mode", ["blocking", "streaming"])
+async def test_busy_dify_is_asked_three_times_in_an_attempt(outside: Outside, configure: Configure, mode: str) -> None:
+    """What surely did nothing is tried again at once, and CELERY_TASK_MAX_RETRIES counts attempts in either mode."""
+    configure(DIFY_RESPONSE_MODE=mode, CELERY_TASK_MAX_RETRIES="1")
+    first, second = await receive(outside, "Hello", "again")
+    outside.dify.faults.add(Fault(*ASK, 429, times=5))
+    assert [await run(ask, first), await run(ask, first)] == ["again", "answered"]
+    outside.dify.faults.add(Fault(*ASK, 429, times=6))
+    assert [await run(ask, second), await run(ask, second)] == ["again", "failed"]
+    assert outside.dify.faults.had == 11
+
+
 async def test_lost_answer_is_found_again(outside: Outside) -> None:
     """Dify answered, and its answer did not arrive: it is looked up, not asked for again."""
     for message in await receive(outside, "Hello", "Hello"):
