@@ -241,7 +241,8 @@ class Database:
             where = (
                 "until the request or block ends in which this was started. Here"
                 if outlives_its_unit()
-                else "inside a request (app.add_middleware(DBSessionMiddleware)) or a task. Elsewhere"
+                else "inside a request (app.add_middleware(DBSessionMiddleware)) or a task. "
+                "Elsewhere, as in a handler for Exception or 500"
             )
             raise OutsideUnitOfWork(f"{self.name}.{what} is only there {where}: {instead.format(self.name)}")
         return unit

@@ -39,6 +39,29 @@ def test_outside_a_unit_the_error_says_what_to_write(what: str, instead: str) ->
         db.on_commit(print)
 
 
+async def test_handler_for_every_exception_is_told_that_it_is_outside() -> None:
+    """The request has the middleware; but Starlette calls such a handler outside of it."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    told: list[str] = []
+
+    @app.exception_handler(Exception)
+    async def page(request: Request, error: Exception) -> PlainTextResponse:
+        with pytest.raises(OutsideUnitOfWork) as caught:
+            db.session  # noqa: B018
+        told.append(str(caught.value))
+        return PlainTextResponse("page", 500)
+
+    @app.get("/")
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    async with serve(app) as client:
+        assert (await client.get("/")).text == "page"
+    [line] = told
+    assert "Elsewhere, as in a handler for Exception or 500: async with db.transaction() as session" in line
+
+
 async def test_unused_unit_touches_no_pool(observer: Observer) -> None:
     """A route without the database checks out no connection; asking for the session alone does not either."""
     app = FastAPI()
