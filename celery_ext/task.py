@@ -159,8 +159,10 @@ class Task(_CeleryTask):
             countdown: Seconds from the commit until it may start.
             eta: The moment from which it may start, instead.
             expires: Seconds, or the moment, after which it is not started any more.
-            ordering_key: Tasks of one key run one at a time, in the order in which their transactions committed.
-            idempotency_key: The same key a second time stores nothing, and returns the first one's id.
+            ordering_key: At most 500 characters. Tasks of one key run one at a time, in the order in which their
+                transactions committed.
+            idempotency_key: At most 500 characters. The same key a second time stores nothing, and returns the first
+                one's id.
             options: Celery's: ``queue``, ``priority``, ``link``, ``time_limit``, ...; but no ``task_id``.
 
         Returns:
@@ -170,7 +172,8 @@ class Task(_CeleryTask):
             OutsideUnitOfWork: There is no transaction here.
             TypeError: The task does not take these arguments, or ``task_id``, ``on_error`` or a misspelt key is an
                 option.
-            ArgumentsNotSerializable: The arguments are no JSON, or an option cannot be stored or is no time.
+            ArgumentsNotSerializable: The arguments are no JSON, an option or a key cannot be stored or is no time, or
+                no worker takes the ``serializer``.
             DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
         """
         return store(
