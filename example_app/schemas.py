@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import Path
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from example_app.settings import Status
 
@@ -37,10 +37,16 @@ def _sendable(value: JsonValue) -> JsonValue:
     return value
 
 
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")  # in Python they are
+    return value
+
+
 Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
 CustomAttributes = dict[Text, Annotated[JsonValue, AfterValidator(_sendable)]]
-ID = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
-"""Chatwoot's, in a body; strict, or else ``true`` is 1."""
+ID = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, lt=2**63)]
+"""Chatwoot's, in a body; its documentation also writes them as strings."""
 ConversationID = Annotated[int, Path(ge=1, lt=2**63, description="Chatwoot's display id", examples=[7])]
 DifyID = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9._:-]+$", max_length=255, examples=["5c1b6c1a-8b07-4d4c-9ecf-4d9d0c0f7f5b"])
