@@ -17,13 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from fastapi_chatdify_db import Base, TransactionAborted, db, legacy
-from fastapi_chatdify_db.session import (
-    async_engine,
-    get_async_session,
-    get_session,
-    get_sync_session,
-    sync_engine,
-)
+from fastapi_chatdify_db.session import get_async_session, get_session, get_sync_session
 from fastapi_chatdify_db.utils import create_db_tables, drop_db_tables
 from tests.models import Item
 from tests.observing import Observer
@@ -166,6 +160,9 @@ async def test_dependency_in_its_plain_spelling_without_the_middleware(observer:
 
 async def test_engines_are_importable(observer: Observer) -> None:
     """Both engines can be imported by name and used directly."""
+    # Not at the top, where pytest would make them before tests of other files assign db.settings.
+    from fastapi_chatdify_db.session import async_engine, sync_engine
+
     async with async_engine.connect() as connection:
         assert await connection.scalar(text("SELECT 1")) == 1
 
@@ -180,10 +177,10 @@ async def test_tables_are_created_and_dropped(observer: Observer) -> None:
     """Creating twice is creating once."""
     await create_db_tables()
     await create_db_tables()
-    async with async_engine.connect() as connection:
+    async with db.async_engine.connect() as connection:
         assert "item" in await connection.run_sync(lambda sync: inspect(sync).get_table_names())
     await drop_db_tables()
-    async with async_engine.connect() as connection:
+    async with db.async_engine.connect() as connection:
         assert "item" not in await connection.run_sync(lambda sync: inspect(sync).get_table_names())
 
 
