@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
-from celery.worker import state
 from sqlalchemy import Row, event
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -197,14 +197,19 @@ def _is_passing(error: BaseException | None) -> bool:
         return False
     if isinstance(error, (PoolTimeout, DatabaseUnavailable)):
         return True
-    if isinstance(error, NotImplementedError) and state.should_terminate:
-        return True  # a cold shutdown's signal handler says that the pool solo cannot end a task, within the task
+    if isinstance(error, NotImplementedError) and _is_of_cold_shutdown(error):
+        return True
     if isinstance(error, DBAPIError):
         original = error.orig
         return error.connection_invalidated or asks_to_retry(original) or _is_of_the_server(original)
     if isinstance(error, PendingRollbackError) and error.code == _CONNECTION_LOST:
         return True
     return _is_of_the_server(error) or _is_passing(error.__cause__)
+
+
+def _is_of_cold_shutdown(error: NotImplementedError) -> bool:
+    """Whether the signal handler raised it in the midst of a task, which the pool solo cannot end."""
+    return any(frame.f_code.co_name == "on_cold_shutdown" for frame, _ in walk_tb(error.__traceback__))
 
 
 def _is_of_the_server(error: BaseException | None) -> bool:
