@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 
+import celery
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 
@@ -175,6 +176,7 @@ async def test_task_in_a_thread_of_another(empty_tables: Observer) -> None:
     assert await empty_tables.names() == ["x"]
 
 
+@pytest.mark.skipif(celery.VERSION < (5, 7), reason="before 5.7, Celery fails to store that a process has exited")
 async def test_coroutine_that_exits(empty_tables: Observer) -> None:
     """It ends its process, as in a ``def`` task, and not the loop under the next task."""
     with worker(BROKER, "-c", "1") as running:
