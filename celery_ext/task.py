@@ -161,8 +161,7 @@ class Task(_CeleryTask):
             expires: Seconds, or the moment, after which it is not started any more.
             ordering_key: At most 500 characters. Tasks of one key run one at a time, in the order in which their
                 transactions committed.
-            idempotency_key: At most 500 characters. The same key a second time stores nothing, and returns the first
-                one's id.
+            idempotency_key: The same key a second time stores nothing, and returns the first one's id.
             options: Celery's: ``queue``, ``priority``, ``link``, ``time_limit``, ...; but no ``task_id``.
 
         Returns:

@@ -116,9 +116,17 @@ class EngineBeside(OptionEngine):
         super().__init__(model, {})
 
 
-def connect_beside(engine: Engine) -> Connection:
-    """A connection in AUTOCOMMIT that the engine's pool neither counts nor ever gets."""
-    connection = EngineBeside(engine).connect().execution_options(isolation_level="AUTOCOMMIT")
+def connect_beside(engine: Engine, on_connect: Callable[[Any, ConnectionPoolEntry], None] | None = None) -> Connection:
+    """A connection in AUTOCOMMIT that the engine's pool neither counts nor ever gets.
+
+    Parameters:
+        engine: The engine.
+        on_connect: Told of the driver's connection before anything is asked on it.
+    """
+    beside = EngineBeside(engine)
+    if on_connect is not None:
+        event.listen(beside.pool, "connect", on_connect, insert=True)
+    connection = beside.connect().execution_options(isolation_level="AUTOCOMMIT")
     connection.detach()  # it is closed when it is given back
     return connection
 

@@ -9,7 +9,7 @@ from typing import Final
 from weakref import ReferenceType
 
 from sqlalchemy import Connection, event
-from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.orm.state_changes import _StateChangeStates
@@ -128,8 +128,8 @@ def roll_back_or_discard(session: Session) -> None:
     has_begun = any(state.started for state in states(session))
     try:
         session.rollback()
-    except Exception:
-        if has_begun:
+    except Exception as error:
+        if has_begun or not isinstance(error, DBAPIError):  # a handler of the application's may have raised it
             logger.warning("rollback failed; its connection is discarded", exc_info=True)
         with suppress(IllegalStateChangeError):  # in use elsewhere, which the end of the unit deals with
             session.invalidate()

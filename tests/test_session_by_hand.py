@@ -160,6 +160,19 @@ async def test_handler_of_a_rollback_may_ask(
     assert bool(asked) == (name == "after_soft_rollback")  # in the other one SQLAlchemy has no transaction yet
 
 
+async def test_handler_of_a_rollback_that_fails(observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """Its error is logged, also when there was nothing to roll back."""
+
+    def fail(_: Session) -> None:
+        raise ZeroDivisionError
+
+    with listening("after_rollback", fail):
+        async with db.transaction() as session:
+            await session.scalars(select(Item))
+            db.rollback_only()
+    assert "ZeroDivisionError" in caplog.text
+
+
 async def test_callback_of_a_handler_of_the_commit(observer: Observer) -> None:
     """The transaction is committed, so the callback runs when the unit ends."""
     ran: list[str] = []

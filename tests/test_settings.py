@@ -110,9 +110,10 @@ def test_database_url_comes_before_its_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert DatabaseSettings().url().database == "first"
 
 
-def test_kubernetes_own_variables_do_not_count_beside_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Service named ``postgres`` puts its address into POSTGRES_PORT of every pod."""
-    monkeypatch.setenv("POSTGRES_PORT", "tcp://10.43.0.7:5432")
+@pytest.mark.parametrize("port", ["tcp://10.43.0.7:5432", ""], ids=["kubernetes", "empty"])
+def test_port_that_is_none_does_not_count_beside_a_url(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    """In Kubernetes, a Service named ``postgres`` puts its address into POSTGRES_PORT of every pod."""
+    monkeypatch.setenv("POSTGRES_PORT", port)
     monkeypatch.setenv("DATABASE_URL", "postgres://one:6432/first")
     assert DatabaseSettings().url().port == 6432
     monkeypatch.delenv("DATABASE_URL")

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from celery_ext.durable import lease, outbox, statements
-from celery_ext.durable.row import HEADER, due_of, seconds_until, serialize, with_options
+from celery_ext.durable.row import HEADER, check_accepted, due_of, seconds_until, serialize, with_options
 from celery_ext.errors import portable
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
@@ -102,6 +102,7 @@ class Delivery:
         """Note the next attempt, for the end of this one; the relay will send it."""
         self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])
         serialize(self._task.name, dict(self.retry_options))  # so that an option that cannot be stored is an error now
+        check_accepted(self._task, self.retry_options)
         due = due_of(self._task.name, options.get("countdown"), options.get("eta"))
         self._retry = {"retries": options.get("retries", 0), "due_in": seconds_until(due)}
 

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from kombu.serialization import prepare_accept_content, registry  # type: ignore[attr-defined]  # not in the stubs
-
 from celery_ext.dispatch import check_arguments, inherited, refuse_durable_options, send_on_commit
 from celery_ext.durable import outbox
-from celery_ext.durable.row import new_row
-from celery_ext.errors import ArgumentsNotSerializable, DurableDispatchUnsupported
+from celery_ext.durable.row import check_accepted, new_row
+from celery_ext.errors import DurableDispatchUnsupported
 from fastapi_chatdify_db.database import Database
 from fastapi_chatdify_db.exceptions import OutsideUnitOfWork
 from fastapi_chatdify_db.unit_of_work import current_unit
@@ -54,7 +52,7 @@ def store(
     check_arguments(task, args, kwargs)
     options = options or {}
     _refuse_useless(task, options)
-    _check_accepted(task, options)
+    check_accepted(task, options)
     row = new_row(
         task,
         args,
@@ -88,13 +86,3 @@ def _refuse_useless(task: Task, options: Mapping[str, Any]) -> None:
         raise TypeError(f"{task.name} has its row's id for task_id; to store it once, write idempotency_key=...")
     if "on_error" in options:
         raise TypeError(f"{task.name} is stored, and sent until the broker takes it; leave out on_error=...")
-
-
-def _check_accepted(task: Task, options: Mapping[str, Any]) -> None:
-    serializer = options.get("serializer") or task.serializer or task.app.conf.task_serializer
-    accepted = prepare_accept_content(task.app.conf.accept_content)
-    if accepted is not None and registry.name_to_type.get(serializer) not in accepted:
-        raise ArgumentsNotSerializable(
-            f"{task.name} would be sent with serializer={serializer!r}, which its workers refuse; "
-            "leave it out, or add it to the application's accept_content"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import NAMESPACE_OID, uuid5
 
 from celery.utils import uuid
+from kombu.serialization import prepare_accept_content, registry  # type: ignore[attr-defined]  # not in the stubs
 from kombu.utils.json import dumps, loads
 
 from celery_ext.context import inject
@@ -22,7 +24,7 @@ HEADER: Final = "durable"
 """The message header that tells a worker to look for the row: its id. Tasks that pass on their headers pass it on."""
 _LONGEST: Final = 3.2e9
 """Seconds: a hundred years, which PostgreSQL can add to its clock."""
-_LONGEST_KEY: Final = 500
+_LONGEST_ORDERING_KEY: Final = 500
 """Characters: at most 2000 bytes, of the 2704 that PostgreSQL has room for in a row of an index."""
 _SECONDS: Final[dict[type, str]] = {int: "seconds", float: "seconds"}
 _DATETIME: Final[dict[type, str]] = {datetime: "a datetime"}
@@ -77,7 +79,7 @@ def new_row(
     """
     due = due_of(task.name, countdown, eta)
     _check_moment(task.name, "expires", expires, _SECONDS | _DATETIME)
-    _check_key(task.name, "ordering_key", ordering_key)
+    _check_key(task.name, "ordering_key", ordering_key, _LONGEST_ORDERING_KEY)
     _check_key(task.name, "idempotency_key", idempotency_key)
     # The same key is the same id, so whoever uses it again need not ask the database for the first one's.
     task_id = uuid() if idempotency_key is None else str(uuid5(NAMESPACE_OID, f"{task.name}\0{idempotency_key}"))
@@ -137,6 +139,21 @@ def deserialize(value: str) -> Any:
     return loads(value)
 
 
+def check_accepted(task: Task, options: Mapping[str, Any]) -> None:
+    """Check that a worker would take the message.
+
+    Raises:
+        ArgumentsNotSerializable: The application does not accept the serializer.
+    """
+    serializer = options.get("serializer") or task.serializer or task.app.conf.task_serializer
+    accepted = prepare_accept_content(task.app.conf.accept_content)
+    if accepted is not None and registry.name_to_type.get(serializer) not in accepted:
+        raise ArgumentsNotSerializable(
+            f"{task.name} would be sent with serializer={serializer!r}, which its workers refuse; "
+            "leave it out, or add it to the application's accept_content"
+        )
+
+
 def _check_moment(name: str, option: str, value: float | datetime | None, kinds: Mapping[type, str]) -> None:
     if value is None:
         return
@@ -146,12 +163,12 @@ def _check_moment(name: str, option: str, value: float | datetime | None, kinds:
         raise ArgumentsNotSerializable(f"{name} cannot be stored with {option}={value!r}; write {instead}")
 
 
-def _check_key(name: str, option: str, key: object) -> None:
-    if key is None or (isinstance(key, str) and len(key) <= _LONGEST_KEY and _is_storable(key)):
+def _check_key(name: str, option: str, key: object, longest: float = math.inf) -> None:
+    if key is None or (isinstance(key, str) and len(key) <= longest and _is_storable(key)):
         return
+    limit = "" if longest == math.inf else f" of at most {longest} characters"
     raise ArgumentsNotSerializable(
-        f"{name} cannot be stored with {option}={reprlib.repr(key)}; "
-        f"write a string of at most {_LONGEST_KEY} characters: {option}=str(...)"
+        f"{name} cannot be stored with {option}={reprlib.repr(key)}; write a string{limit}: {option}=str(...)"
     )
 
 

@@ -10,6 +10,7 @@ from socket import AF_INET, SHUT_RDWR, SOCK_STREAM, fromfd, socket
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_chatdify_db.engines import connect_beside
 
@@ -42,24 +43,30 @@ class Silence:
         """A connection in AUTOCOMMIT, outside the pool, whose statements are watched."""
         self._asked()
         try:
-            with connect_beside(engine) as connection, _socket_of(connection) as connected:
-                self._socket = connected
+            with connect_beside(engine, self._connected) as connection:
                 event.listen(connection, "before_cursor_execute", self._asked)
                 event.listen(connection, "after_cursor_execute", self._answered)
                 self._answered()
                 yield connection
         finally:
-            self._socket = None
+            self._forget_socket()
             self._answered()
+
+    def _connected(self, driver: Any, _: ConnectionPoolEntry) -> None:
+        """Before SQLAlchemy, we and the application ask the first things of a connection."""
+        self._forget_socket()
+        # A descriptor of our own: the driver's may be another file's by the time that it is looked at. The family makes
+        # no difference to what is done with it.
+        self._socket = fromfd(driver.fileno(), AF_INET, SOCK_STREAM)
+        self._asked()  # a connect has its own limit, which may be longer
+
+    def _forget_socket(self) -> None:
+        connected, self._socket = self._socket, None
+        if connected is not None:
+            connected.close()
 
     def _asked(self, *_: object) -> None:
         self._since = time.monotonic()
 
     def _answered(self, *_: object) -> None:
         self._since = None
-
-
-def _socket_of(connection: Connection) -> socket:
-    """A descriptor of our own: the driver's may be another file's by the time that it is looked at."""
-    driver: Any = connection.connection.dbapi_connection
-    return fromfd(driver.fileno(), AF_INET, SOCK_STREAM)  # the family makes no difference to what is done with it

@@ -199,7 +199,9 @@ class Dify(OutsideAPI):
                 continue
             event = read(_Event, self.parse(line.removeprefix("data:"), _ASK), _NAME)
             if event.event == "error":
-                raise self.failure(_ASK, event.status if isinstance(event.status, int) else 500, plain_code(event.code))
+                status = event.status if isinstance(event.status, int) else 500
+                error = self.failure(_ASK, status, plain_code(event.code))
+                raise Unanswered(*error.args) if error.never_began else error  # it has begun
             if event.event in ("message", "agent_message"):
                 texts.append(event.answer or "")
             if event.event == "message_replace":  # by Dify's moderation

@@ -101,6 +101,7 @@ async def test_empty_answer_posts_nothing(outside: Outside, answer: str) -> None
         ({"event": "error", "status": 400, "code": "invalid_param"}, "failed"),
         ({"event": "error", "status": 400, "code": "completion_request_error"}, "again"),
         ({"event": "error", "status": 500, "code": "internal_server_error"}, "again"),
+        ({"event": "error", "status": 429, "code": "too_many_requests"}, "again"),
         ({"event": "error"}, "again"),
         ({"event": "workflow_paused"}, "failed"),
     ],
@@ -109,11 +110,15 @@ async def test_empty_answer_posts_nothing(outside: Outside, answer: str) -> None
 async def test_stream_that_ends_otherwise(
     outside: Outside, configure: Configure, event: dict[str, object], state: str
 ) -> None:
-    """An error in the middle of a stream counts as the same error at its beginning; nobody can answer a pause."""
+    """An error in the middle of a stream counts as the same error at its beginning; nobody can answer a pause.
+
+    But the question has been asked then, and is not asked again at once.
+    """
     configure(DIFY_RESPONSE_MODE="streaming")
     [message] = await receive(outside, "Hello")
     outside.dify.last_event = event
     assert await run(ask, message) == state
+    assert len(outside.dify.conversations) == 1
 
 
 async def test_workflow_that_pauses(outside: Outside) -> None:

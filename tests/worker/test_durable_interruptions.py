@@ -267,6 +267,7 @@ async def test_retry_that_cannot_be_stored(relayed: Worker, rows: Observer) -> N
         ids = [
             relayed.task("retried_with").delay_durably("x", {"countdown": "soon"}),
             relayed.task("retried_with").delay_durably("x", {"eta": "soon"}),
+            relayed.task("retried_with").delay_durably("x", {"serializer": "pickle"}),  # which no worker accepts
         ]
     for task_id in ids:
         await rows.until_status(task_id, "cancelled")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from sqlalchemy import event
 
 import celery_ext
 from celery_ext.durable import relay
@@ -109,6 +110,25 @@ async def test_relay_connects_again(
     async with application.lifespan(None):
         await until_sent(rows, await store(unheard, application))
         forwarder.fall_silent()
+        await until_logged(caplog, "its connection is cut")
+        await until_logged(caplog, "relay pauses (1)")
+        forwarder.speak_again()
+        await until_sent(rows, await store(unheard, application))
+
+
+async def test_silence_after_the_login(
+    unheard: Celery[Any],
+    application: Database,
+    forwarder: Forwarder,
+    rows: Observer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What SQLAlchemy, the library and the application ask of a new connection is not waited for any longer, either."""
+    monkeypatch.setattr(relay, "_SILENT", 1.0)
+    engine = application.sync_engine
+    event.listen(engine, "connect", lambda *_: forwarder.fall_silent(), insert=True, once=True)
+    async with application.lifespan(None):
         await until_logged(caplog, "its connection is cut")
         await until_logged(caplog, "relay pauses (1)")
         forwarder.speak_again()
