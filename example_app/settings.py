@@ -68,7 +68,8 @@ class Settings(DatabaseSettings):
         bot_conversation_opened_message_external: What the customer is told.
     """
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", validate_by_name=True)
+    # Before 2.13, pydantic-settings does not heed the newer name of the last one, validate_by_name.
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", populate_by_name=True)
 
     environment: str = "production"
     log_level: Literal["CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG"] = "INFO"
