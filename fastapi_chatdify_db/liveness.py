@@ -77,9 +77,8 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
         DatabaseUnavailable: There is no new connection to be had.
         Exception: ``error``, when the new one is dead as well; else what the application's preparation of it raised.
     """
-    context.handle_dbapi_exception(
-        error
-    )  # by which asyncpg's dialect has all connections prepare their statements anew
+    # By which asyncpg's dialect has all connections prepare their statements anew, if that is what failed.
+    context.handle_dbapi_exception(error)
     proxy: Any = context.root_connection.connection
     record = proxy._connection_record
     record.invalidate(error)
