@@ -76,8 +76,7 @@ class CallbackQueue:
                 self._pending.append(entry)
 
     def _after_rollback(self, _: Session, ended: SessionTransaction) -> None:
-        undone = undone_by(ended)
-        self._pending = [entry for entry in self._pending if undone not in self_and_parents(entry.transaction)]
+        self._pending = [entry for entry in self._pending if not is_undone(entry.transaction, ended)]
 
 
 def innermost(session: Session) -> SessionTransaction | None:
@@ -94,18 +93,19 @@ def self_and_parents(transaction: SessionTransaction | None) -> list[SessionTran
     return chain
 
 
-def undone_by(ended: SessionTransaction) -> SessionTransaction:
-    """The savepoint, or else the transaction, that a rollback has undone.
+def is_undone(transaction: SessionTransaction | None, ended: SessionTransaction) -> bool:
+    """Whether a rollback has undone a savepoint or transaction, by itself or with what is around it.
 
     A flush that fails undoes what is around it, and SQLAlchemy tells of the flush's rollback only: the block of that
     savepoint is then closed without one.
 
     Parameters:
+        transaction: The savepoint or transaction.
         ended: What ``after_soft_rollback`` was called with.
     """
     while ended.parent is not None and not ended.nested:
         ended = ended.parent
-    return ended
+    return ended in self_and_parents(transaction)
 
 
 def _is_committed(transaction: SessionTransaction) -> bool:

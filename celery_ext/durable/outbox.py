@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from celery_ext.durable import statements
 from celery_ext.durable.row import Row
-from fastapi_chatdify_db.after_commit import innermost, self_and_parents, undone_by
+from fastapi_chatdify_db.after_commit import innermost, is_undone, self_and_parents
 from fastapi_chatdify_db.session_end import FollowedSession
 
 BATCH: Final = 1000
@@ -83,8 +83,7 @@ class Outbox:
         _insert(session, rows)
 
     def _forget(self, _: Session, ended: SessionTransaction) -> None:
-        undone = undone_by(ended)
-        self._rows = [(row, began) for row, began in self._rows if undone not in self_and_parents(began)]
+        self._rows = [(row, began) for row, began in self._rows if not is_undone(began, ended)]
 
 
 def _insert(session: Session, rows: list[Row]) -> None:

@@ -97,6 +97,7 @@ async def test_command_stops(forwarder: Forwarder, rows: Observer, unheard: Cele
     assert b"Traceback" not in log
 
 
+@pytest.mark.parametrize("silent_from", ["a statement", "the login"])
 async def test_relay_connects_again(
     unheard: Celery[Any],
     application: Database,
@@ -104,31 +105,20 @@ async def test_relay_connects_again(
     rows: Observer,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
+    silent_from: str,
 ) -> None:
-    """A statement is not waited for longer than 35 seconds (here one)."""
-    monkeypatch.setattr(relay, "_SILENT", 1.0)
-    async with application.lifespan(None):
-        await until_sent(rows, await store(unheard, application))
-        forwarder.fall_silent()
-        await until_logged(caplog, "its connection is cut")
-        await until_logged(caplog, "relay pauses (1)")
-        forwarder.speak_again()
-        await until_sent(rows, await store(unheard, application))
+    """An answer is not waited for longer than 35 seconds (here one).
 
-
-async def test_silence_after_the_login(
-    unheard: Celery[Any],
-    application: Database,
-    forwarder: Forwarder,
-    rows: Observer,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What SQLAlchemy, the library and the application ask of a new connection is not waited for any longer, either."""
+    Neither is one that SQLAlchemy, the library or the application asks of a new connection.
+    """
     monkeypatch.setattr(relay, "_SILENT", 1.0)
-    engine = application.sync_engine
-    event.listen(engine, "connect", lambda *_: forwarder.fall_silent(), insert=True, once=True)
+    if silent_from == "the login":
+        engine = application.sync_engine
+        event.listen(engine, "connect", lambda *_: forwarder.fall_silent(), insert=True, once=True)
     async with application.lifespan(None):
+        if silent_from == "a statement":
+            await until_sent(rows, await store(unheard, application))
+            forwarder.fall_silent()
         await until_logged(caplog, "its connection is cut")
         await until_logged(caplog, "relay pauses (1)")
         forwarder.speak_again()
