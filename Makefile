@@ -10,9 +10,10 @@ demo: .venv/installed  ## Chatdify: web, worker, PostgreSQL, and a conversation 
 test: .venv/installed  ## all tests, on the PostgreSQL at DATABASE_URL or localhost, else on an embedded one
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-check: .venv/installed  ## style and types
+check: .venv/installed  ## style, layers and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 bench: .venv/bench-installed  ## everything against the six-line pattern and its peers; make bench ARGS='--only read --rounds 9'

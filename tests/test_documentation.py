@@ -80,6 +80,15 @@ def test_every_error_is_documented() -> None:
     assert sorted(["ChatdifyDBError", *rows]) == sorted(each.__name__ for each in errors)
 
 
+def test_every_module_has_its_place() -> None:
+    """docs/architecture.md names each module of both packages."""
+    named = set(re.findall(r"`(?:\w+\.)*(\w+)`", (ROOT / "docs" / "architecture.md").read_text()))
+    modules = {
+        module.stem for package in ("fastapi_chatdify_db", "celery_ext") for module in (ROOT / package).rglob("*.py")
+    }
+    assert sorted(modules - named) == ["__init__"]
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A directory with the README's quickstart as ``app.py``."""
