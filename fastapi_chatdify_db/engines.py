@@ -29,6 +29,7 @@ from fastapi_chatdify_db.refused_commits import note_failures
 from fastapi_chatdify_db.session_end import FollowedSession
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.thread_pool import ThreadLendingPool
+from fastapi_chatdify_db.turns import keep_threads_off
 from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeouts, sync_target
 
 T = TypeVar("T")
@@ -223,6 +224,8 @@ class Engines:
         # PgBouncer may give every statement outside a transaction to another server.
         begin_lazily = settings.db_lazy_begin and not settings.db_pgbouncer
         tell_of_refusals(engine)
+        if not engine.dialect.is_async:
+            keep_threads_off(engine)
         follow(engine)
         FirstStatements(engine, begin_lazily=begin_lazily, survive=settings.db_pool_pre_ping)
         note_failures(engine)

@@ -40,7 +40,7 @@ class FollowedSession(Session):
     has_committed = False
     """Whether one of its transactions did more than read and was committed, by the unit or by the application."""
     abandoned = False
-    """Whether its unit is about to end by a rollback, and somebody was in the middle of an operation of it."""
+    """Whether its unit ended, or is about to by a rollback, while somebody was in the middle of an operation of it."""
     committing: ReferenceType[SessionTransaction] | None = None
     """The transaction that its latest COMMIT is ending, or has ended; weak, since it refers to the session."""
 
@@ -59,9 +59,9 @@ class FollowedSession(Session):
 
     def close(self) -> None:
         """SQLAlchemy's, for the application: the session can be used again. The unit of work ends it by ``end``."""
-        if not self._is_clean():
+        if not self._is_clean() or any(state.has_effects for state in states(self)):
             logger.warning(
-                "a session was closed, and what was added to it is lost; a unit of work commits and closes its "
+                "a session was closed, and what was done with it is lost; a unit of work commits and closes its "
                 "sessions itself: leave out close(), and the with of db.session"
             )
         super().close()
@@ -75,8 +75,8 @@ class FollowedSession(Session):
         try:
             super().close()
         except IllegalStateChangeError:
-            logger.error("a session was still in use elsewhere when its unit of work ended", exc_info=True)
-            event.listen(self, "after_begin", _turn_away)
+            logger.error("a session was still in use elsewhere when its unit of work ended")
+            self.abandoned = True
 
     def forget_block(self) -> None:
         """Let a ``with session.begin():`` around the running code go on in another transaction, after ours ended."""
@@ -125,11 +125,14 @@ def roll_back_or_discard(session: Session) -> None:
     assert isinstance(session, FollowedSession)
     for state in _in_flight(session):
         state.cut_off()
+    was_cut_off = any(state.was_cut_off for state in states(session))
     has_begun = any(state.started for state in states(session))
     try:
         session.rollback()
     except Exception as error:
-        if has_begun or not isinstance(error, DBAPIError):  # a handler of the application's may have raised it
+        if was_cut_off:
+            logger.warning("a rollback came in the middle of a statement, whose connection is discarded")
+        elif has_begun or not isinstance(error, DBAPIError):  # a handler of the application's may have raised it
             logger.warning("rollback failed; its connection is discarded", exc_info=True)
         with suppress(IllegalStateChangeError):  # in use elsewhere, which the end of the unit deals with
             session.invalidate()
@@ -165,17 +168,14 @@ def _in_flight(session: FollowedSession) -> Iterator[ConnectionState]:
 
 
 def _remember(session: FollowedSession, _: SessionTransaction, connection: Connection) -> None:
+    if session.abandoned:
+        connection.close()
+        raise OutsideUnitOfWork(
+            "the unit of work of this session has ended meanwhile; wait for whoever uses the session before that, e.g. "
+            "by starlette.concurrency.run_in_threadpool in place of asyncio.to_thread, or give them db.transaction()"
+        )
     known = session.connections
     session.connections = (connection, *(each for each in known if not each.closed)) if known else (connection,)
-
-
-def _turn_away(_: Session, __: SessionTransaction, connection: Connection) -> None:
-    """Refuse whoever was still waiting for a connection when the unit ended."""
-    connection.close()
-    raise OutsideUnitOfWork(
-        "the unit of work of this session has ended meanwhile; wait for whoever uses the session before that, "
-        "e.g. by starlette.concurrency.run_in_threadpool in place of asyncio.to_thread, or give them db.transaction()"
-    )
 
 
 def _note_commit(session: FollowedSession) -> None:

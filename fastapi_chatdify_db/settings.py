@@ -76,11 +76,10 @@ class DatabaseSettings(BaseSettings):
 
     @field_validator("postgres_port", mode="before")
     @classmethod
-    def _only_numbers_beside_a_url(cls, value: object, info: ValidationInfo) -> object:
+    def _ignore_beside_a_url(cls, value: object, info: ValidationInfo) -> object:
         # In Kubernetes, a Service named postgres gives every pod POSTGRES_PORT=tcp://10.43.0.7:5432; a compose file's
         # ${POSTGRES_PORT:-} is empty.
-        is_number = str(value).strip().isdecimal()
-        return value if is_number or not info.data.get("database_url") else cls.model_fields["postgres_port"].default
+        return cls.model_fields["postgres_port"].default if info.data.get("database_url") else value
 
     @field_validator("database_url", "postgres_password")
     @classmethod

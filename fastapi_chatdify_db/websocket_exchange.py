@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import Any, Final, TypeGuard
+from weakref import WeakSet
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.exceptions import TransactionAborted
 from fastapi_chatdify_db.exchange import CommitOn
 from fastapi_chatdify_db.surroundings import in_event_loop
 
@@ -39,6 +41,8 @@ class WebSocketExchange(AsyncUnitOfWork):
         self._handler = self._reader = asyncio.current_task()
         self._workers: set[asyncio.Task[Any] | None] = set()
         """Who asked for something since the last commit; None is a thread, of which task is unknown."""
+        self._undone: WeakSet[asyncio.Task[Any]] = WeakSet()
+        """Whose work was rolled back under them, with that of a task that failed; they have not been told yet."""
 
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database; the task that asks for it is at work until the next commit."""
@@ -59,23 +63,31 @@ class WebSocketExchange(AsyncUnitOfWork):
         """Run the application until its handler ends; what it raises rolls back and goes on to the caller."""
         async with self:
             await app(scope, self._receive_settled, self._send_settled)
-            await self._note_failures()
+            await self._undo_failures()
 
     async def _receive_settled(self) -> Message:
         self._reader = asyncio.current_task()
-        await self._note_failures()
+        await self._undo_failures()
         # A task whose messages another one reads settles when it answers.
         if not (self.in_use or (self.rollback_only and self._another_works())):
             await self._settle(commit=True)
         self._receiving = True
         try:
-            return await self._receive()
+            message = await self._receive()
         finally:
             self._receiving = False
+        await self._undo_failures()  # before a task for this message begins
+        return message
 
     async def _send_settled(self, message: Message) -> None:
         if self._receiving:
-            await self._note_failures()
+            await self._undo_failures()
+        if (task := asyncio.current_task()) is not None and task in self._undone:
+            self._undone.discard(task)
+            raise TransactionAborted(
+                "nothing was committed, because another task of this websocket failed; give each task a session of its "
+                "own: async with db.transaction() as session: ..."
+            )
         if self._is_answering():
             await self._settle(commit=self._is_yes(message))
         self._accepted |= message["type"] == "websocket.accept"
@@ -94,13 +106,14 @@ class WebSocketExchange(AsyncUnitOfWork):
     def _note_worker(self) -> None:
         self._workers.add(asyncio.current_task() if in_event_loop() else None)
 
-    async def _note_failures(self) -> None:
+    async def _undo_failures(self) -> None:
         """Keep nothing of a task that ended in an exception which nobody has asked it for."""
         if self._has_failed():
             await asyncio.sleep(0)  # whoever awaits the task gets its exception in this turn of the loop
             if self._has_failed():
                 logger.warning("a task of a websocket failed, and what was done since the last commit is rolled back")
-                self.rollback_only = True
+                self._undone.update(worker for worker in self._workers if worker is not None and not worker.done())
+                await self._settle(commit=False)
 
     def _has_failed(self) -> bool:
         # By asyncio's own mark: whether a task's exception is still to be asked for, nothing public tells.

@@ -6,17 +6,13 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator
-from contextlib import suppress
 
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
-from starlette.background import BackgroundTask
-from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_chatdify_db import Database, DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import Database, DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -115,64 +111,6 @@ async def test_timeout_in_the_middle_of_a_statement_rolls_back(observer: Observe
         await asyncio.wait_for(sleep(), 0.1)
     assert await observer.in_transaction() == 0
     assert await observer.names() == []
-
-
-async def test_thread_of_a_cancelled_request_commits_nothing(observer: Observer) -> None:
-    """``asyncio.timeout`` does not wait for a ``def`` endpoint, whose own commit is then refused: nothing is there."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-    outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-
-    loop = asyncio.get_running_loop()
-
-    @app.post("/")
-    def work() -> None:
-        db.sync_session.add(Item("a"))
-        db.sync_session.flush()
-        db.sync_session.execute(text("SELECT pg_sleep(0.5)"))
-        try:
-            db.sync_session.commit()
-        except Exception as error:
-            loop.call_soon_threadsafe(outcome.set_result, error)
-        else:
-            loop.call_soon_threadsafe(outcome.set_result, "committed")
-
-    async def impatient(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await app(scope, receive, send)
-        await PlainTextResponse("late", 504)(scope, receive, send)
-
-    async with serve(impatient) as client:
-        assert (await client.post("/")).status_code == 504
-        assert isinstance(await outcome, SQLAlchemyError | OutsideUnitOfWork)
-    assert await observer.names() == []
-
-
-async def test_session_goes_on_after_a_thread_that_nobody_waited_for(observer: Observer) -> None:
-    """A background task writes to the session whose statement, in a thread, took too long for the response."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-
-    def slow() -> None:
-        db.sync_session.execute(text("SELECT pg_sleep(0.5)"))
-
-    def note() -> None:
-        db.sync_session.add(Item("noted"))
-
-    @app.post("/")
-    async def handler() -> Response:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await asyncio.to_thread(slow)
-        return PlainTextResponse("late", 504, background=BackgroundTask(note))
-
-    async with serve(app) as client:
-        assert (await client.post("/")).status_code == 504
-    assert await observer.names() == ["noted"]
 
 
 async def test_cancelled_while_waiting_for_a_connection(small_pool: Database, observer: Observer) -> None:

@@ -60,17 +60,20 @@ async def test_closed_session_begins_anew(app: FastAPI, observer: Observer, capl
         db.sync_session.add(Item("e"))
 
     @app.post("/forgetful")
-    async def forgetful() -> None:
+    async def forgetful(flushed: bool) -> None:
         async with db.session as session:
             session.add(Item("lost"))
+            if flushed:
+                await session.flush()
 
     async with serve(app) as client:
         for path in ("/async", "/def"):
             assert (await client.post(path)).status_code == 200
         assert caplog.messages == []
-        await client.post("/forgetful")
+        for flushed in (False, True):
+            await client.post("/forgetful", params={"flushed": flushed})
     assert await observer.names() == [*"abcde"]
-    assert "what was added to it is lost" in caplog.text
+    assert ["what was done with it is lost" in message for message in caplog.messages] == [True, True]
 
 
 async def whole() -> AsyncIterator[None]:

@@ -10,7 +10,7 @@ import pytest
 from fastapi import WebSocket
 from sqlalchemy import text
 
-from fastapi_chatdify_db import db
+from fastapi_chatdify_db import TransactionAborted, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import connected
@@ -60,6 +60,53 @@ async def test_task_that_fails(observer: Observer, last: str, handled: bool) -> 
             await socket.send("ping")
     assert await observer.names() == (["a"] if handled else [])
     assert isinstance(tasks[0].exception(), ZeroDivisionError)
+
+
+async def test_task_after_one_that_failed(observer: Observer) -> None:
+    """Its answer is about its own work, which is kept."""
+    failing = asyncio.Event()
+
+    async def work(socket: WebSocket, name: str) -> None:
+        db.session.add(Item(name))
+        await db.session.flush()
+        if name == "bad":
+            failing.set()
+            raise ZeroDivisionError
+        await socket.send_text(f"saved {name}")
+
+    handler, _ = receive_and_start(work)
+    async with connected(websocket_app(handler)) as socket:
+        await socket.send("bad")
+        await failing.wait()
+        await socket.send("good")
+        assert await socket.recv() == "saved good"
+        assert await observer.names() == ["good"]
+
+
+async def test_task_beside_one_that_fails(observer: Observer) -> None:
+    """It is told where it answers that its work is lost, and the client is not told that it is there."""
+    told: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+
+    async def work(socket: WebSocket, name: str) -> None:
+        async def fail() -> None:
+            await db.session.flush()
+            raise ZeroDivisionError
+
+        db.session.add(Item(name))
+        failing = asyncio.create_task(fail())
+        await asyncio.wait([failing])
+        try:
+            await socket.send_text("saved")
+        except TransactionAborted as error:
+            told.set_result(error)
+        await socket.send_text("lost")
+
+    handler, _ = receive_and_start(work)
+    async with connected(websocket_app(handler)) as socket:
+        await socket.send("a")
+        assert await socket.recv() == "lost"
+        assert "db.transaction()" in str(await told)
+    assert await observer.names() == []
 
 
 async def test_failure_that_is_handled_later(observer: Observer) -> None:

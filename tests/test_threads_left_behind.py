@@ -1,0 +1,114 @@
+"""Threads that nobody waits for any more: what they go on to do is in no transaction of anybody's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.background import BackgroundTask
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
+from tests.models import Item
+from tests.observing import Observer
+from tests.serving import serve
+
+
+@asynccontextmanager
+async def impatient(endpoint: Callable[[], object]) -> AsyncIterator[tuple[httpx.AsyncClient, asyncio.Future[object]]]:
+    """A client of an application whose ``def`` endpoint is cancelled after 0.2 s, and how its thread will end."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[object] = loop.create_future()
+
+    @app.post("/")
+    def work() -> None:
+        try:
+            result = endpoint()
+        except Exception as error:
+            result = error
+        loop.call_soon_threadsafe(outcome.set_result, result)
+
+    async def within_a_limit(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await app(scope, receive, send)
+        await PlainTextResponse("late", 504)(scope, receive, send)
+
+    async with serve(within_a_limit) as client:
+        yield client, outcome
+
+
+async def test_thread_commits_nothing(observer: Observer) -> None:
+    """``asyncio.timeout`` does not wait for a ``def`` endpoint, whose own commit is then refused: nothing is there."""
+
+    def work() -> str:
+        db.sync_session.add(Item("a"))
+        db.sync_session.flush()
+        db.sync_session.execute(text("SELECT pg_sleep(0.5)"))
+        db.sync_session.commit()
+        return "committed"
+
+    async with impatient(work) as (client, outcome):
+        assert (await client.post("/")).status_code == 504
+        assert isinstance(await outcome, SQLAlchemyError | OutsideUnitOfWork)
+    assert await observer.names() == []
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one row", "many rows"])
+async def test_thread_s_next_statement_is_in_no_transaction(tables: None, observer: Observer, many: bool) -> None:
+    """It waits behind the ROLLBACK, and is not run on the connection that somebody else has by then."""
+    single = Database("single", settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
+    insert = text("INSERT INTO item (name) SELECT CAST(:name AS text) FROM pg_sleep(0.04)")
+
+    def work() -> str:
+        for number in range(20):
+            names = [{"name": f"{number} {each}"} for each in "ab"]
+            single.sync_session.execute(insert, names if many else names[0])
+        return "all done"
+
+    try:
+        for round_ in range(3):
+            async with impatient(work) as (client, outcome):
+                assert (await client.post("/")).status_code == 504
+                assert isinstance(await outcome, SQLAlchemyError | OutsideUnitOfWork)
+            async with single.transaction():
+                await asyncio.to_thread(single.sync_session.add, Item(str(round_)))
+            assert await observer.in_transaction() == 0
+        assert await observer.names() == ["0", "1", "2"]
+    finally:
+        await single.dispose()
+
+
+async def test_session_goes_on_after_a_thread_that_nobody_waited_for(observer: Observer) -> None:
+    """A background task writes to the session whose statement, in a thread, took too long for the response."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    def slow() -> None:
+        db.sync_session.execute(text("SELECT pg_sleep(0.5)"))
+
+    def note() -> None:
+        db.sync_session.add(Item("noted"))
+
+    @app.post("/")
+    async def handler() -> Response:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await asyncio.to_thread(slow)
+        return PlainTextResponse("late", 504, background=BackgroundTask(note))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 504
+    assert await observer.names() == ["noted"]
