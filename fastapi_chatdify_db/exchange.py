@@ -84,7 +84,10 @@ class HTTPExchange(AsyncUnitOfWork):
             await self.finish_async(commit=False)
             raise
         finally:
+            if self.has_inner:
+                await self._end_suspended()
             self.close()
+            del self._receive  # a connection keeps the context that it was made in, and so a recorded body
 
     # Not a coroutine function: most messages have nothing to settle before them and pass straight through.
     def _send_settled(self, message: Message) -> Awaitable[None]:
@@ -127,6 +130,12 @@ class HTTPExchange(AsyncUnitOfWork):
         self.rollback_only = False
         self._started, self._complete = True, not starts
         await self._send(message)
+
+    async def _end_suspended(self) -> None:
+        """End the blocks in a ``def`` body whose client is gone: Starlette leaves it to the garbage collector."""
+        for block in [*self.suspended]:
+            block.abandon()
+            await finish(block, commit=False)
 
     def _is_kept_by(self, start: Message) -> bool:
         if not self._commit_on(start["status"]):

@@ -132,6 +132,8 @@ def roll_back_or_discard(session: Session) -> None:
     except Exception as error:
         if was_cut_off:
             logger.warning("a rollback came in the middle of a statement, whose connection is discarded")
+        elif getattr(error, "code", None) == _IN_USE_ELSEWHERE:
+            pass  # the end of the unit tells of it
         elif has_begun or not isinstance(error, DBAPIError):  # a handler of the application's may have raised it
             logger.warning("rollback failed; its connection is discarded", exc_info=True)
         with suppress(IllegalStateChangeError):  # in use elsewhere, which the end of the unit deals with

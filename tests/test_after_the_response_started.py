@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import gc
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from threading import Event
 
 import httpx
 import pytest
@@ -126,6 +128,36 @@ async def test_stream_left_by_its_client_rolls_back(
     assert await observer.names() == []
     assert "a response was not completed" in caplog.text
     assert await observer.in_transaction() == 0
+
+
+async def test_def_stream_left_by_its_client_holds_nothing(app: FastAPI, observer: Observer) -> None:
+    """A block of its own ends with the request; Starlette leaves the generator to the garbage collector."""
+    go_on = Event()
+
+    @app.get("/")
+    def stream() -> StreamingResponse:
+        def body() -> Iterator[bytes]:
+            with db.sync_transaction() as session:
+                session.add(Item("lost"))
+                session.flush()
+                yield b"first"
+                go_on.wait(60)
+                while True:
+                    yield b"x" * 100_000
+
+        return StreamingResponse(body())
+
+    gc.disable()
+    try:
+        async with serve(app) as client:
+            async with client.stream("GET", "/") as response:
+                assert await anext(response.aiter_raw()) == b"first"
+                assert await observer.in_transaction() == 1
+            go_on.set()
+            await observer.until_no_transactions()
+    finally:
+        gc.enable()
+    assert await observer.names() == []
 
 
 async def test_background_tasks_commit(app: FastAPI, observer: Observer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 
 import httpx
@@ -193,6 +194,14 @@ class Visit:
         await self.app(scope, receive, send)
         if scope["type"] == "http":
             self.kept.append((scope["state"]["tenant"], scope["session"], scope["mark"], "route" in scope))
+
+
+async def test_body_is_not_kept(counter: Observer) -> None:
+    """Nor by the connections that were made for the request, each in a context that lives as long as they do."""
+    async with serve(counting_app(retries=1)) as client:
+        assert (await client.post("/increment", json={"by": 1})).status_code == 200
+        gc.collect()
+        assert [kept for kept in gc.get_objects() if type(kept).__name__ == "_RecordedRequest"] == []
 
 
 async def test_scope_is_new_for_each_run(counter: Observer) -> None:

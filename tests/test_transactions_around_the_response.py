@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from threading import Event
 from typing import Annotated
@@ -194,6 +195,50 @@ async def test_generator_that_was_left(client: httpx.AsyncClient, observer: Obse
     response = await client.post("/left", params={"name": "a"})
     assert (response.status_code == 200) == ("a" in await observer.names())
     assert await observer.in_transaction() == 0
+
+
+async def list_of_numbers() -> None:
+    async for _ in numbers():
+        break
+    db.session.add(Item("a"))
+    await asyncio.sleep(0)  # the event loop closes the generator
+    gc.collect()
+    await asyncio.sleep(0.01)
+
+
+def def_list_of_numbers() -> None:
+    generator = def_transaction()
+    next(generator)
+    db.sync_session.add(Item("a"))
+    del generator
+
+
+def def_callback() -> None:
+    generator = def_transaction()
+    next(generator)
+    db.on_commit(print)
+    del generator
+
+
+@pytest.mark.parametrize("endpoint", [list_of_numbers, def_list_of_numbers, def_callback])
+async def test_generator_that_was_left_and_ended(
+    app: FastAPI, observer: Observer, caplog: pytest.LogCaptureFixture, endpoint: Callable[[], object]
+) -> None:
+    """What was done after it is rolled back with its block, so the client is told no, and the log why."""
+    app.post("/")(endpoint)
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
+    assert await observer.names() == []
+    assert "close the generator" in caplog.text
+
+
+async def test_generator_that_was_left_outside(
+    tables: None, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is nobody to tell but the log."""
+    def_list_of_numbers()
+    assert await observer.names() == []
+    assert "close the generator" in caplog.text
 
 
 async def test_generators_that_end_in_any_order(client: httpx.AsyncClient, observer: Observer) -> None:
