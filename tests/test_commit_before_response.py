@@ -187,10 +187,14 @@ async def test_limit_of_the_body_outside(observer: Observer, by_fastapi: bool) -
         db.session.add(Item(name))
         db.on_commit(lambda: told.append(name))
 
+    async def of_unknown_length() -> AsyncIterator[bytes]:
+        yield b"x"
+
     async with serve(app) as client:
         assert (await client.post("/?name=long", content=b"x" * 11)).status_code == 413
         assert (await client.post("/?name=short", content=b"x" * 10)).status_code == 200
-    assert (await observer.names(), told) == (["short"], ["short"])
+        assert (await client.post("/?name=unknown", content=of_unknown_length())).status_code == 200
+    assert (await observer.names(), told) == (["short", "unknown"], ["short", "unknown"])
 
 
 async def test_most_specific_handler_answers(app: FastAPI, observer: Observer) -> None:

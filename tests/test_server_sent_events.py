@@ -113,6 +113,28 @@ async def test_router_whose_default_is_events(client: httpx.AsyncClient, observe
     assert await observer.names() == ["a"]
 
 
+async def test_block_around_events_that_are_left_by_their_client_keeps_nothing(
+    observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it wrote before the response began was not committed then, and the client has not got what goes with it."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.get("/", response_class=EventSourceResponse)
+    async def endless(session: Annotated[AsyncSession, Depends(block)]) -> AsyncIterable[str]:
+        yield "begin"
+        await asyncio.Event().wait()
+
+    async with serve(app) as client:
+        async with client.stream("GET", "/") as response:
+            chunks = response.aiter_raw()
+            await anext(chunks)
+            assert await observer.in_transaction() == 1
+        await observer.until_no_transactions()
+    assert await observer.names() == []
+    assert "a response was cut short" in caplog.text
+
+
 @pytest.mark.parametrize("writes_first", [True, False])
 async def test_block_of_the_producer(observer: Observer, writes_first: bool) -> None:
     """It ends where the producer ends it, and is kept whole, though it was open before the response began."""
