@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 import pytest
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
 from sqlalchemy import UniqueConstraint, func, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import ChatdifyDBError, Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
+from tests.either_driver import backend_of
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -97,30 +100,79 @@ async def fail_in_a_flush(session: AsyncSession) -> None:
         await session.flush()
 
 
-@pytest.mark.parametrize("failing", [fail, fail_in_a_flush])
+async def fail_safely_and_lose_the_connection(session: AsyncSession) -> None:
+    async with session.begin_nested() as savepoint:
+        await fail(session)
+        await savepoint.rollback()
+    async with db.transaction() as other:
+        await other.execute(select(func.pg_terminate_backend(await session.run_sync(backend_of))))
+
+
+background: set[asyncio.Task[object]] = set()
+
+
+async def go_on_elsewhere(session: AsyncSession) -> None:
+    background.add(asyncio.create_task(session.execute(text("SELECT pg_sleep(1)"))))
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("failing", "flushed", "error"),
+    [
+        (fail, True, "TransactionAborted"),
+        (fail_in_a_flush, True, "PendingRollbackError"),
+        (fail_in_a_flush, False, "PendingRollbackError"),
+        (fail_safely_and_lose_the_connection, True, "DBAPIError"),
+        (go_on_elsewhere, True, "SessionInUse"),
+    ],
+)
 async def test_failure_that_was_swallowed_keeps_the_first_from_committing(
-    reports: Database, observer: Observer, failing: Callable[[AsyncSession], Awaitable[None]]
+    reports: Database,
+    observer: Observer,
+    failing: Callable[[AsyncSession], Awaitable[None]],
+    flushed: bool,
+    error: str,
 ) -> None:
-    """What is known to end in a rollback is told before any database commits; a savepoint's failure is none."""
+    """What is known to end in a rollback is told, by its name, before any database commits."""
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware)
 
-    @app.post("/{safely}")
-    async def handler(safely: bool) -> None:
+    @app.exception_handler(SQLAlchemyError)
+    @app.exception_handler(ChatdifyDBError)
+    async def tell(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse("DBAPIError" if isinstance(error, DBAPIError) else type(error).__name__, status_code=409)
+
+    @app.post("/")
+    async def handler() -> None:
         db.session.add(Item("a"))
-        reports.session.add(Report("a"))
-        await reports.session.flush()
-        if safely:
-            with suppress(DBAPIError):
-                async with reports.session.begin_nested():
-                    await reports.session.execute(text("SELECT 1 / 0"))
-        else:
-            await failing(reports.session)
+        if flushed:
+            reports.session.add(Report("a"))
+            await reports.session.flush()
+        await failing(reports.session)
 
     async with serve(app) as client:
-        assert (await client.post("/false")).status_code == 500
-        assert await observer.names() == []
-        assert (await client.post("/true")).status_code == 200
+        response = await client.post("/")
+    await asyncio.gather(*background, return_exceptions=True)
+    assert (response.status_code, response.json()) == (409, error)
+    assert await observer.names() == []
+    assert await count(reports) == 0
+
+
+async def test_failure_in_a_savepoint_is_none(reports: Database, observer: Observer) -> None:
+    """Both commit."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.post("/")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+        reports.session.add(Report("a"))
+        with suppress(DBAPIError):
+            async with reports.session.begin_nested():
+                await reports.session.execute(text("SELECT 1 / 0"))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 200
     assert await observer.names() == ["a"]
     assert await count(reports) == 1
 
