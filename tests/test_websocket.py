@@ -130,13 +130,14 @@ async def test_refused_handshake_leaves_no_row(observer: Observer) -> None:
     assert await observer.names() == []
 
 
-async def test_normal_closure_commits(observer: Observer) -> None:
+@pytest.mark.parametrize("code", [1000, 1001])
+async def test_normal_closure_commits(observer: Observer, code: int) -> None:
     """Whichever task has accepted the handshake."""
 
     async def handler(socket: WebSocket) -> None:
         await asyncio.create_task(socket.accept())
         db.session.add(Item("a"))
-        await socket.close()
+        await socket.close(code)
 
     async with connected(websocket_app(handler)) as socket:
         with pytest.raises(websockets.ConnectionClosedOK):

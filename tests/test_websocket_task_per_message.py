@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import pytest
-from fastapi import WebSocket
+from fastapi import WebSocket, WebSocketDisconnect
 from sqlalchemy import text
 
 from fastapi_chatdify_db import TransactionAborted, db
@@ -163,3 +163,126 @@ async def test_answer_that_another_task_gives(observer: Observer) -> None:
         assert await socket.recv() == "a"
         assert await observer.names() == ["a"]
         assert await observer.in_transaction() == 0
+
+
+async def test_answer_after_a_failure(observer: Observer) -> None:
+    """Nor is what a task did kept because another one tells the client that it failed."""
+    answers: asyncio.Queue[str] = asyncio.Queue()
+
+    async def fail(socket: WebSocket, name: str) -> None:
+        db.session.add(Item(name))
+        await db.session.flush()
+        answers.put_nowait("failed")
+        raise ZeroDivisionError
+
+    handler, tasks = receive_and_start(fail)
+
+    async def with_writer(socket: WebSocket) -> None:
+        async def write() -> None:
+            await socket.send_text(await answers.get())
+
+        writer = asyncio.create_task(write())
+        await handler(socket)
+        await writer
+
+    async with connected(websocket_app(with_writer)) as socket:
+        await socket.send("a")
+        assert await socket.recv() == "failed"
+        assert await observer.names() == []
+    assert await observer.names() == []
+    assert isinstance(tasks[0].exception(), ZeroDivisionError)
+
+
+async def test_message_after_a_task_that_failed(observer: Observer) -> None:
+    """It has a transaction of its own."""
+
+    async def handler(socket: WebSocket) -> None:
+        async def fail() -> None:
+            db.session.add(Item("lost"))
+            await db.session.flush()
+            raise ZeroDivisionError
+
+        await socket.accept()
+        failing = asyncio.create_task(fail())
+        await asyncio.wait([failing])
+        db.session.add(Item(await socket.receive_text()))
+        await socket.send_text("stored")
+        failing.exception()
+
+    async with connected(websocket_app(handler)) as socket:
+        await socket.send("a")
+        assert await socket.recv() == "stored"
+    assert await observer.names() == ["a"]
+
+
+async def test_failure_that_is_handled_in_the_same_turn_of_the_loop(observer: Observer) -> None:
+    """It is handled, although the handler waits for the client a moment before that."""
+
+    async def handler(socket: WebSocket) -> None:
+        written, go_on = asyncio.Event(), asyncio.Event()
+
+        async def fail() -> None:
+            db.session.add(Item("a"))
+            await db.session.flush()
+            written.set()
+            await go_on.wait()
+            raise ZeroDivisionError
+
+        async def supervise() -> None:
+            with suppress(ZeroDivisionError):
+                await failing
+
+        await socket.accept()
+        failing = asyncio.create_task(fail())
+        supervising = asyncio.create_task(supervise())
+        await written.wait()
+        asyncio.get_running_loop().call_soon(go_on.set)
+        await go_on.wait()  # the second to be woken
+        assert failing.done()
+        assert not supervising.done()
+        await socket.receive_text()
+
+    async with connected(websocket_app(handler)) as socket:
+        await socket.send("end")
+    assert await observer.names() == ["a"]
+
+
+async def test_news_beside_a_task_that_works(observer: Observer) -> None:
+    """What a task sends while the handler waits for the client commits nothing of what others are still at."""
+    written, may_fail = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def finish() -> None:
+        db.session.add(Item("finished"))
+        await db.session.flush()
+
+    async def go_on() -> None:
+        db.session.add(Item("half"))
+        await db.session.flush()
+        written.set()
+        await may_fail.wait()
+        raise ZeroDivisionError
+
+    async def handler(socket: WebSocket) -> None:
+        async def work() -> None:
+            await finishing
+            await go_on()
+
+        async def tell() -> None:
+            await written.wait()
+            await socket.send_text("news")
+
+        await socket.accept()
+        finishing = asyncio.create_task(finish())
+        tasks.extend([finishing, asyncio.create_task(work()), asyncio.create_task(tell())])
+        with suppress(WebSocketDisconnect):
+            await socket.receive_text()
+        await asyncio.wait(tasks)
+
+    async with connected(websocket_app(handler)) as socket:
+        assert await socket.recv() == "news"
+        assert await observer.names() == []
+        may_fail.set()
+        await socket.send("end")
+    assert await observer.names() == []
+    assert isinstance(tasks[1].exception(), ZeroDivisionError)

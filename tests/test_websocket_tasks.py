@@ -202,3 +202,53 @@ async def test_dry_run_beside_a_reader(observer: Observer) -> None:
         await socket.send("go on")
         assert await socket.recv() == "done"
     assert await observer.names() == []
+
+
+async def roll_back(name: str) -> None:
+    db.rollback_only()
+    db.session.add(Item(name))
+
+
+def roll_back_in_a_thread(name: str) -> None:
+    db.rollback_only()
+    db.sync_session.add(Item(name))
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+async def test_dry_run_without_an_answer(observer: Observer, threaded: bool) -> None:
+    """It is over when the handler waits for the next message, which is kept."""
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        name = await socket.receive_text()
+        await (run_in_threadpool(roll_back_in_a_thread, name) if threaded else roll_back(name))
+        db.session.add(Item(await socket.receive_text()))
+        await socket.send_text("stored")
+
+    async with connected(websocket_app(handler)) as socket:
+        await socket.send("dry run")
+        await socket.send("a")
+        assert await socket.recv() == "stored"
+        assert await observer.names() == ["a"]
+
+
+async def test_heartbeat_beside_a_thread(observer: Observer) -> None:
+    """While a thread is in the middle of a statement, what another task sends is no answer."""
+
+    def insert(name: str) -> None:
+        db.sync_session.add(Item(name))
+        db.sync_session.flush()
+        db.sync_session.execute(text("SELECT pg_sleep(0.3)"))
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        inserting = asyncio.create_task(run_in_threadpool(insert, await socket.receive_text()))
+        await observer.until_active()
+        await asyncio.create_task(socket.send_text("beat"))
+        await inserting
+        await socket.send_text("stored")
+
+    async with connected(websocket_app(handler)) as socket:
+        await socket.send("a")
+        assert [await socket.recv(), await socket.recv()] == ["beat", "stored"]
+    assert await observer.names() == ["a"]
