@@ -118,8 +118,11 @@ async def test_dependency_that_yields_in_a_block_of_sqlalchemys(
     assert await observer.names() == ["first", "later"]
 
 
-async def test_connection_that_broke_in_a_rollback(app: FastAPI, observer: Observer) -> None:
-    """The next message of the websocket has another one."""
+@pytest.mark.parametrize("nested", [False, True])
+async def test_connection_that_broke_in_a_rollback(
+    app: FastAPI, observer: Observer, caplog: pytest.LogCaptureFixture, nested: bool
+) -> None:
+    """The next message of the websocket has another one, also if it broke in a savepoint; the log tells of it."""
 
     @app.websocket("/")
     async def handler(socket: WebSocket) -> None:
@@ -129,6 +132,8 @@ async def test_connection_that_broke_in_a_rollback(app: FastAPI, observer: Obser
             await db.session.flush()
             if name == "broken":
                 pid = (await db.session.execute(PID)).scalar_one()
+                if nested:
+                    await db.session.begin_nested()
                 await observer.connection.execute("SELECT pg_terminate_backend($1, 5000)", pid)
                 db.rollback_only()
             await socket.send_text(name)
@@ -138,6 +143,7 @@ async def test_connection_that_broke_in_a_rollback(app: FastAPI, observer: Obser
             await socket.send(name)
             assert await socket.recv() == name
     assert await observer.names() == ["a", "b"]
+    assert "its connection is discarded" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["after_rollback", "after_soft_rollback"])
