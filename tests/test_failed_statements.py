@@ -70,6 +70,37 @@ async def test_error_names_the_first_failure(database: Database) -> None:
         work(sync_session)
 
 
+def execute_many(session: Session, *ids: int) -> None:
+    session.execute(text("INSERT INTO counter VALUES (:id, 1)"), [{"id": each} for each in ids])
+
+
+def execute_without_parameters(session: Session, *ids: int) -> None:
+    connection = session.connection().execution_options(no_parameters=True)
+    connection.exec_driver_sql(f"INSERT INTO counter VALUES {', '.join(f'({each}, 1)' for each in ids)}")
+
+
+@pytest.mark.parametrize("execute", [execute_many, execute_without_parameters])
+async def test_error_names_the_failure_however_it_was_executed(
+    database: Database, observer: Observer, execute: Callable[..., None]
+) -> None:
+    """SQLAlchemy has other ways for lists of parameters, and for none."""
+
+    def work(session: Session) -> None:
+        execute(session, 1, 2)
+        with suppress(IntegrityError):
+            execute(session, 3, 3)
+
+    async def in_block() -> None:
+        async with database.transaction() as session:
+            await session.run_sync(work)
+
+    with pytest.raises(TransactionAborted, match="23505"):
+        await in_block()
+    with pytest.raises(TransactionAborted, match="23505"), database.sync_transaction() as sync_session:
+        work(sync_session)
+    assert await observer.connection.fetchval("SELECT count(*) FROM counter") == 0
+
+
 async def test_flush_that_fails_before_its_first_statement(database: Database, observer: Observer) -> None:
     """The server knows nothing of it, but the row is as lost as after a failed statement."""
 
