@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 
 from fastapi_chatdify_db import AfterCommitError, DBSessionMiddleware, db
 from tests.models import Item
-from tests.observing import Observer
+from tests.observing import Observer, Other
 from tests.serving import serve
 
 
@@ -90,6 +91,46 @@ async def test_callback_whose_failure_is_told_leaves_nothing(observer: Observer)
     with pytest.raises(AfterCommitError):
         await in_block()
     assert await observer.names() == ["kept"]
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError, AfterCommitError])
+async def test_callback_that_fails_in_a_sync_unit_leaves_nothing(other: Other, failure: type[Exception]) -> None:
+    """What it wrote is not committed with what the next callback writes, be its failure told or logged."""
+
+    def write_and_fail() -> None:
+        db.sync_session.add(Item("lost"))
+        db.sync_session.flush()
+        raise failure
+
+    def work() -> None:
+        with suppress(AfterCommitError), db.sync_transaction():
+            db.on_commit(write_and_fail)
+            db.on_commit(lambda: db.sync_session.add(Item("kept")))
+
+    await asyncio.to_thread(work)
+    assert other.names() == "kept"
+
+
+async def test_first_failure_is_told(tables: None) -> None:
+    """Of several that shall be told, in a unit of either kind."""
+
+    def fail(name: str) -> None:
+        raise AfterCommitError(name)
+
+    async def in_block() -> None:
+        async with db.transaction():
+            db.on_commit(partial(fail, "first"))
+            db.on_commit(partial(fail, "second"))
+
+    def work() -> None:
+        with db.sync_transaction():
+            db.on_commit(partial(fail, "first"))
+            db.on_commit(partial(fail, "second"))
+
+    with pytest.raises(AfterCommitError, match="first"):
+        await in_block()
+    with pytest.raises(AfterCommitError, match="first"):
+        await asyncio.to_thread(work)
 
 
 async def test_coroutine_of_a_plain_function_is_an_error_in_a_sync_unit(
