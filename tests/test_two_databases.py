@@ -56,6 +56,11 @@ def app_on_both(reports: Database) -> FastAPI:
             await reports.session.flush()
             raise HTTPException(status)
 
+    @app.post("/def/{status}")
+    def plain_def(status: int, title: str = "a") -> None:
+        db.sync_session.add(Item("a"))
+        reports.sync_session.add(Report(title))
+
     return app
 
 
@@ -80,12 +85,13 @@ async def test_both_roll_back(reports: Database, observer: Observer) -> None:
     assert await count(reports) == 0
 
 
+@pytest.mark.parametrize("path", ["/200", "/def/200"])
 async def test_statement_that_fails_on_the_second_keeps_the_first_from_committing(
-    reports: Database, observer: Observer
+    reports: Database, observer: Observer, path: str
 ) -> None:
     """Everything is flushed to every database before any commits, so only a COMMIT itself can come too late."""
     async with serve(app_on_both(reports)) as client:
-        assert (await client.post("/200", params={"title": "\0"})).status_code == 500
+        assert (await client.post(path, params={"title": "\0"})).status_code == 500
     assert await observer.names() == []
 
 
