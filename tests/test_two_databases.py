@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 import pytest
 from fastapi import FastAPI, HTTPException, Request
@@ -193,6 +194,27 @@ async def test_second_commit_that_fails_is_an_error_though_the_first_stays(
         assert (await client.post("/200", params={"title": "same"})).status_code == 500
     assert await observer.names() == ["a"]
     assert await count(reports) == 1
+
+
+@pytest.mark.parametrize("status", [200, 404])
+async def test_callback_waits_for_its_own_database(reports: Database, observer: Observer, status: int) -> None:
+    """That the other one is committed, by the application, neither runs it nor drops it."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    ran: list[str] = []
+
+    @app.post("/")
+    async def handler() -> None:
+        for database in (db, reports):
+            await database.session.execute(text("SELECT txid_current()"))
+            database.on_commit(partial(ran.append, database.name))
+        await reports.session.commit()
+        if status != 200:
+            raise HTTPException(status)
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == status
+    assert ran == (["reports", "db"] if status == 200 else ["reports"])
 
 
 async def test_transaction_block_is_for_its_own_database(reports: Database, observer: Observer) -> None:
