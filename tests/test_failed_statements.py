@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import Database, DatabaseSettings, TransactionAborted
+from tests.either_driver import run
 from tests.failing import DUPLICATE, NOT_A_NUMBER
 from tests.models import Counter, Item
 from tests.observing import Observer
@@ -68,6 +69,24 @@ async def test_error_names_the_first_failure(database: Database) -> None:
         await in_block()
     with pytest.raises(TransactionAborted, match="23505"), database.sync_transaction() as sync_session:
         work(sync_session)
+
+
+@pytest.mark.parametrize(("driver", "unfit"), [("asyncpg", 1), ("psycopg2", "\0")])
+async def test_failure_on_the_drivers_connection_after_one_that_the_server_never_saw(
+    database: Database, observer: Observer, driver: str, unfit: object
+) -> None:
+    """The first one cost nothing; the other one, of which only the driver knows, what was written in between."""
+
+    def work(session: Session) -> None:
+        with suppress(ValueError, DBAPIError):
+            session.execute(insert(Item).values(name=unfit))
+        session.execute(insert(Item).values(name="a"))
+        with pytest.raises(Exception, match="zero"):
+            session.connection().connection.cursor().execute("SELECT 1 / 0")
+
+    with pytest.raises(TransactionAborted):
+        await run(database, driver, work)
+    assert await observer.names() == []
 
 
 def execute_many(session: Session, *ids: int) -> None:
