@@ -80,7 +80,6 @@ def _refuse(session: FollowedSession) -> None:
 def _refuse_on(state: ConnectionState) -> None:
     if state.in_flight():
         # The driver does not know yet that the other statement began a transaction, and would not send the COMMIT.
-        state.cut_off()
         raise SessionInUse(IN_USE)
     if state.adapter_began_none and state.in_transaction():
         raise TransactionAborted(

@@ -241,6 +241,30 @@ async def test_commit_in_the_middle_of_a_statement_is_refused(observer: Observer
     assert await observer.names() == []
 
 
+@pytest.mark.parametrize("waits", [True, False])
+async def test_commit_that_was_refused_may_be_handled(observer: Observer, waits: bool) -> None:
+    """The unit goes on: it commits all of it later, or is refused again, and is no success without its rows."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    statements: list[asyncio.Task[object]] = []
+
+    @app.post("/")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+        await db.session.flush()
+        statements.append(asyncio.create_task(db.session.execute(text("SELECT pg_sleep(0.3)"))))
+        await asyncio.sleep(0)
+        with pytest.raises(SessionInUse):
+            await db.session.commit()
+        if waits:
+            await asyncio.wait(statements)
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == (200 if waits else 500)
+    await asyncio.gather(*statements, return_exceptions=True)
+    assert await observer.names() == (["a"] if waits else [])
+
+
 def test_threads_that_ask_at_once_get_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two would be two transactions, of which one may fail."""
     made, both = Engines.new_sync_session, Barrier(2)
