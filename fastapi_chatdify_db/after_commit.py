@@ -27,12 +27,11 @@ class _Pending:
 class CallbackQueue:
     """The callbacks of one unit of work, from registration until they are due or dropped."""
 
-    __slots__ = ("_due", "_pending", "_watched")
+    __slots__ = ("_due", "_pending")
 
     def __init__(self) -> None:
         self._pending: list[_Pending] = []
         self._due: deque[AfterCommit] = deque()
-        self._watched: set[Session] = set()
 
     def add(self, callback: AfterCommit, session: Session | None) -> None:
         """Register a callback, bound to the innermost transaction or savepoint of ``session`` if there is one."""
@@ -41,7 +40,9 @@ class CallbackQueue:
             if _is_committed(transaction):
                 self._due.append(callback)  # called by a handler of its after_commit
                 return
-            self._watch(transaction.session)
+            # Twice is once to SQLAlchemy.
+            event.listen(transaction.session, "after_commit", self._after_commit)
+            event.listen(transaction.session, "after_soft_rollback", self._after_rollback)
         self._pending.append(_Pending(callback, transaction))
 
     def settle(self, *, committed: bool) -> None:
@@ -57,12 +58,6 @@ class CallbackQueue:
         They come in the order of registration; those from before a transaction began come last.
         """
         return self._due.popleft() if self._due else None
-
-    def _watch(self, session: Session) -> None:
-        if session not in self._watched:
-            self._watched.add(session)
-            event.listen(session, "after_commit", self._after_commit)
-            event.listen(session, "after_soft_rollback", self._after_rollback)
 
     def _after_commit(self, session: Session) -> None:
         if session.in_nested_transaction():
