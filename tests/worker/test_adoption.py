@@ -75,6 +75,56 @@ def test_base_beside_ours(app: Any) -> None:
         assert isinstance(app.tasks[name], celery_ext.Task)
 
 
+def test_base_with_a_mixin(app: Any) -> None:
+    """What a class has besides Celery's stays, before ours or after it."""
+    before, after = (type(name, (), {name: True}) for name in ("before", "after"))
+    mixed = type("Mixed", (before, celery.Task, after), {})
+    task: Any = app.task(base=mixed, shared=False)(insert)
+    assert task.before
+    assert task.delay_on_commit
+    assert task.after
+
+
+@pytest.mark.parametrize("base", [None, base_of_the_users])
+def test_failure_after_the_commit_is_not_retried(app: Any, empty_tables: Observer, base: Any) -> None:
+    """``autoretry_for`` takes the classes that it leaves alone when a task is made, from our class, too."""
+    ran: list[str] = []
+
+    def fails_to_send() -> None:
+        ran.append("once")
+        raise celery_ext.DispatchFailed("not sent")
+
+    task = app.task(base=base and base(), shared=False, autoretry_for=(Exception,), default_retry_delay=0)
+    with pytest.raises(celery_ext.DispatchFailed):
+        task(fails_to_send).apply().get()
+    assert ran == ["once"]
+
+
+@pytest.mark.parametrize("finalized", [False, True])
+async def test_task_that_was_there_before(empty_tables: Observer, finalized: bool) -> None:
+    """A task that was made before ``init_app``, of an application that is finalized or not, has a unit of work, too."""
+    app: Any = Celery("early", broker="memory://", backend="cache+memory://", set_as_current=False)
+    early = app.task(base=base_of_the_users(), shared=False, lazy=False)(insert)
+    if finalized:
+        app.finalize()
+    celery_ext.init_app(app)
+    app.finalize()
+    early.apply(("early",)).get()
+    assert await empty_tables.names() == ["early"]
+    app.close()
+
+
+async def test_registered_class_that_calls_its_body_itself(app: Any, empty_tables: Observer) -> None:
+    """Its own ``__call__`` need not know of ours."""
+
+    class ByItself(class_of_the_users()):  # type: ignore[misc]
+        def __call__(self, name: str) -> None:
+            self.run(name)
+
+    app.register_task(ByItself).apply(("x",)).get()
+    assert await empty_tables.names() == ["x"]
+
+
 def test_init_app_again(app: Any) -> None:
     """The last database counts, for tasks that are made later too."""
     celery_ext.init_app(app, db=other)
