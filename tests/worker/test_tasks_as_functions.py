@@ -8,8 +8,10 @@ from functools import wraps
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, current_task
+from celery.app.trace import trace_task
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
 import celery_ext
 from celery_ext.dispatch import lineage
@@ -34,6 +36,11 @@ def test_lineage(empty_tables: Observer, kind: str) -> None:
 
     task = parent if kind == "def" else async_parent
     assert task.apply(task_id="parent").get() == {"parent_id": "parent", "root_id": "parent"}
+    grandchild = {"id": "child", "root_id": "grandparent"}
+    assert trace_task(task, "child", (), {}, grandchild, app=app).retval == {
+        "parent_id": "child",
+        "root_id": "grandparent",
+    }
     assert lineage() == {}
     app.close()
 
@@ -60,7 +67,23 @@ def test_decorator_that_runs_a_coroutine(empty_tables: Observer) -> None:
     async def retried() -> str:
         return "awaited"
 
+    class Synchronous:
+        """The same, written as a class."""
+
+        def __init__(self, function: Callable[[], Coroutine[Any, Any, str]]) -> None:
+            self.function = function
+            wraps(function)(self)
+
+        def __call__(self) -> str:
+            return asyncio.run(self.function())
+
+    @app.task(shared=False)
+    @Synchronous
+    async def wrapped_by_a_class() -> str:
+        return "returned"
+
     assert wrapped.apply().get() == "returned"
+    assert wrapped_by_a_class.apply().get() == "returned"
     assert retried.apply().get() == "awaited"
     app.close()
 
@@ -76,10 +99,12 @@ async def test_called_functions(eager: dict[str, Any], empty_tables: Observer) -
             db.session.add(Item("lost"))
 
     await without_session_async()
+    await asyncio.to_thread(without_session_async)
+    await asyncio.to_thread(without_session_async.apply().get)
     assert eager["without_session"]() == "OutsideUnitOfWork"
     assert add("alone") == "alone"
     await add_async("alone async")
-    with pytest.raises(Exception, match="uq_item_name"):
+    with pytest.raises(IntegrityError, match="uq_item_name"):
         add("lost", "duplicate")
     with db.sync_transaction():
         add("joined")
@@ -87,7 +112,38 @@ async def test_called_functions(eager: dict[str, Any], empty_tables: Observer) -
     async with db.transaction():
         await add_async("joined async")
         db.rollback_only()
-    assert await empty_tables.names() == ["alone", "alone async"]
+    with db.sync_transaction():
+        await add_async("beside a synchronous unit")
+        db.rollback_only()
+    assert await empty_tables.names() == ["alone", "alone async", "beside a synchronous unit"]
+
+
+async def test_called_function_has_a_request_of_its_own(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """``self.request`` is not that of the task around it, whose next attempt it would send with ``self.retry``.
+
+    Nor is ``celery.current_task``, in a ``def``, which Celery names in the lines of its task logger.
+    """
+    app: Celery[celery_ext.Task] = eager["record"].app
+
+    @app.task(bind=True, shared=False)
+    def inner(self: celery_ext.Task) -> str | None:
+        assert current_task == self
+        return self.request.id
+
+    @app.task(bind=True, shared=False)
+    async def inner_async(self: celery_ext.Task) -> str | None:
+        return self.request.id
+
+    @app.task(bind=True, shared=False)
+    def outer(self: celery_ext.Task) -> list[str | None]:
+        return [self.request.id, inner()]
+
+    @app.task(bind=True, shared=False)
+    async def outer_async(self: celery_ext.Task) -> list[str | None]:
+        return [self.request.id, inner(), await inner_async()]
+
+    assert outer.apply(task_id="outer").get() == ["outer", None]
+    assert outer_async.apply(task_id="outer").get() == ["outer", None, None]
 
 
 async def test_nested_calls_commit_nothing(eager: dict[str, Any], empty_tables: Observer) -> None:
