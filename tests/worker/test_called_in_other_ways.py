@@ -79,6 +79,12 @@ async def test_body_that_is_called_past_run(empty_tables: Observer, caplog: pyte
             return self.__wrapped__(*args, **kwargs)
 
     @app.task(base=Bypass, shared=False)
+    def without_a_word() -> None: ...
+
+    assert without_a_word.apply().state == "SUCCESS"
+    assert caplog.text == ""
+
+    @app.task(base=Bypass, shared=False)
     def bypassing() -> None:
         db.sync_session.add(Item("lost"))
         db.sync_session.flush()
