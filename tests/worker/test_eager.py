@@ -10,6 +10,7 @@ from celery import Celery
 from celery.result import allow_join_result
 from fastapi import FastAPI
 from sqlalchemy import select, text
+from sqlalchemy.exc import MultipleResultsFound
 
 import celery_ext
 from celery_ext import StatementFailed
@@ -171,6 +172,31 @@ def test_db_retry(eager: dict[str, Any], empty_tables: Observer, db_retry: bool,
     with pytest.raises(StatementFailed, match=code):
         fails.apply().get()
     assert ran == [code] * runs
+
+
+def test_what_an_error_names(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """The column, where there is no constraint; an exception of ``one()``, which quotes no row, is what it is."""
+    app: Celery[celery_ext.Task] = eager["record"].app
+
+    @app.task(shared=False)
+    def insert_null() -> None:
+        db.sync_session.execute(text("INSERT INTO item (name) VALUES (NULL)"))
+
+    @app.task(shared=False)
+    def one_of_two() -> None:
+        db.sync_session.add_all([Item("a"), Item("b")])
+        db.sync_session.scalars(select(Item)).one()
+
+    with pytest.raises(StatementFailed, match=r"^IntegrityError: SQLSTATE 23502, table item, column name$"):
+        insert_null.apply().get()
+    with pytest.raises(MultipleResultsFound):
+        one_of_two.apply().get()
+
+
+async def test_body_that_is_run_twice(eager: dict[str, Any], empty_tables: Observer) -> None:
+    """A ``__call__`` that tries again by itself may, where there is no row: each time in a unit of its own."""
+    eager["tries_again"].apply(("x",)).get()
+    assert await empty_tables.names() == ["x"]
 
 
 async def test_task_in_a_request(eager: dict[str, Any], empty_tables: Observer) -> None:
