@@ -22,7 +22,7 @@ from starlette.requests import Request
 import celery_ext
 from celery_ext import ArgumentsNotSerializable, DispatchFailed
 from celery_ext.sender import send_within
-from fastapi_chatdify_db import DBSessionMiddleware, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import PATIENCE, Observer
 from tests.serving import free_socket, serve
@@ -84,6 +84,28 @@ async def test_nothing_is_sent_after_a_rollback(prefork: Worker, empty_tables: O
     await asyncio.to_thread(record.AsyncResult(last).get, timeout=20)
     await empty_tables.until_names(["linked def", "linked last", "linked outer"])
     assert "read_item" not in prefork.log[started:]
+
+
+def test_unit_of_another_database(unheard: Celery[celery_ext.Task], database_url: str, rows: Observer) -> None:
+    """Its commit and its savepoints decide, as those of any unit around the call do."""
+    other = Database("other", settings=DatabaseSettings(database_url=database_url))
+    published: list[object] = []
+
+    def note(headers: dict[str, object], **_: object) -> None:
+        published.append(headers["id"])
+
+    before_task_publish.connect(note)
+    try:
+        with other.sync_transaction() as session:
+            savepoint = session.begin_nested()
+            task(unheard, "read_item").delay_on_commit("x")
+            savepoint.rollback()
+            kept = task(unheard, "read_item").delay_on_commit("x")
+            assert published == []
+        assert published == [kept]
+    finally:
+        before_task_publish.disconnect(note)
+    other.engines.dispose_sync()
 
 
 def test_messages_go_the_same_way(prefork: Worker) -> None:
@@ -170,6 +192,17 @@ async def test_broker_that_is_down_fails_a_unit_once(broken: Celery[Any], caplog
     assert re.findall(r"read_item\[(\S+)\] was not sent", caplog.text) == ids
 
 
+async def test_broker_is_tried_again_later(broken: Celery[Any], caplog: pytest.LogCaptureFixture) -> None:
+    """A unit that goes on, as a websocket's does, does not take it for down for ever."""
+    async with db.transaction():
+        for _ in range(2):
+            task(broken, "read_item").delay_on_commit("x")
+            await db.release()
+            await asyncio.sleep(0.6)
+    assert caplog.text.count("was not sent") == 2
+    assert "not tried" not in caplog.text
+
+
 async def test_failed_dispatch_is_raised_outside_a_unit_too(broken: Celery[Any]) -> None:
     """Where there is nothing to commit, the call itself raises."""
     with pytest.raises(DispatchFailed, match="was not sent"):
@@ -237,6 +270,25 @@ def test_what_exits_while_it_sends(unheard: Celery[celery_ext.Task]) -> None:
     task(unheard, "read_item").apply_async_on_commit(("x",), on_error="raise")
 
 
+async def test_failure_that_is_not_the_brokers(
+    unheard: Celery[celery_ext.Task], rows: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is wrong with one message keeps back no other of the same unit."""
+    ids: list[str] = []
+
+    def leave(headers: dict[str, object], **_: object) -> None:
+        if headers["id"] == ids[0]:
+            raise SystemExit("meant for command lines")
+
+    before_task_publish.connect(leave)
+    try:
+        async with db.transaction():
+            ids += [task(unheard, "read_item").delay_on_commit("x") for _ in range(2)]
+    finally:
+        before_task_publish.disconnect(leave)
+    assert re.findall(r"read_item\[(\S+)\] was not sent", caplog.text) == ids[:1]
+
+
 def test_idle_thread_keeps_no_message() -> None:
     """What was sent, the unit and the request around it are given up when it is sent, not with the next message."""
 
@@ -267,11 +319,25 @@ async def test_arguments_that_cannot_be_sent(unheard: Celery[celery_ext.Task], r
     assert await rows.names() == []
 
 
+def test_arguments_that_the_task_does_not_check(unheard: Celery[celery_ext.Task]) -> None:
+    """With ``typing=False`` it is sent with whatever it is given."""
+
+    @unheard.task(typing=False, shared=False)
+    def untyped() -> None: ...
+
+    assert untyped.apply_async_on_commit(("x",), on_error="raise")
+
+
 async def test_serializer_of_the_task(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
     """What it carries is sent, although JSON does not carry it."""
     add = task(unheard, "add_item")
+
+    @unheard.task(serializer="pickle", shared=False)
+    def takes_a_set(names: set[str]) -> None: ...
+
     async with db.transaction():
         assert add.apply_async_on_commit(None, {"name": {"x"}}, serializer="pickle", task_id=None)
+        assert takes_a_set.delay_on_commit({"x"})
 
 
 @pytest.mark.parametrize("kind", ["fails_to_send", "fails_to_send_async"])
