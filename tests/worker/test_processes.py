@@ -87,6 +87,58 @@ assert fork_and_wait(child) == 0
     )
 
 
+def test_gevent_that_patches_nothing() -> None:
+    """A library that only imports it, or looks whether it is there, changes nothing."""
+    in_a_new_process(
+        """
+import gevent.monkey
+import psycopg2.extensions
+from celery.signals import worker_init
+from celery_ext import event_loop
+
+async def answer(): return 42
+
+worker_init.send(None)
+assert psycopg2.extensions.get_wait_callback() is None
+assert event_loop.run(answer()) == 42
+"""
+    )
+
+
+def test_soft_limit_during_a_commit_within_a_commit() -> None:
+    """It is held back until the outer one is done; and a handler of the application's own is left alone."""
+    in_a_new_process(
+        """
+import os, signal
+from billiard.pool import SIG_SOFT_TIMEOUT, soft_timeout_sighandler
+from celery.exceptions import SoftTimeLimitExceeded
+from celery_ext.soft_limit import soft_limit_held_back
+from tests.forking import fork_and_wait
+
+def pass_meanwhile():
+    with soft_limit_held_back:
+        with soft_limit_held_back:
+            os.kill(os.getpid(), SIG_SOFT_TIMEOUT)
+        steps.append("inner done")
+    steps.append("outer done")
+
+def child():
+    signal.signal(SIG_SOFT_TIMEOUT, soft_timeout_sighandler)
+    try:
+        pass_meanwhile()
+    except SoftTimeLimitExceeded:
+        steps.append("limit")
+    assert steps == ["inner done", "limit"], steps
+
+steps = []
+assert fork_and_wait(child) == 0
+signal.signal(SIG_SOFT_TIMEOUT, lambda *_: steps.append("handled"))
+pass_meanwhile()
+assert steps == ["handled", "inner done", "outer done"], steps
+"""
+    )
+
+
 def test_interrupt_that_a_coroutine_survives() -> None:
     """What ends the waiting thread, unlike a soft time limit, ends it although the coroutine has returned."""
     in_a_new_process(
@@ -140,16 +192,45 @@ async def _other_tasks() -> int:
     return len(asyncio.all_tasks()) - 1
 
 
-async def test_worker_in_a_process_that_goes_on(empty_tables: Observer) -> None:
+@pytest.mark.parametrize("leave", ["SystemExit", "KeyboardInterrupt"])
+def test_coroutine_that_leaves(leave: str) -> None:
+    """What would end the loop, and every later task with it, ends the one that waits."""
+    in_a_new_process(
+        f"""
+import asyncio, signal
+from celery_ext import event_loop
+
+async def leaves(): raise {leave}
+async def loop(): return asyncio.get_running_loop()
+
+signal.alarm(10)
+before = event_loop.run(loop())
+try:
+    event_loop.run(leaves())
+except {leave}:
+    assert event_loop.run(loop()) is before
+else:
+    raise AssertionError
+"""
+    )
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+async def test_worker_in_a_process_that_goes_on(empty_tables: Observer, kind: str) -> None:
     """At its shutdown, as of ``celery.contrib.testing``'s, it closes its connections; tasks may be run after it."""
     own = Database("own", settings=DatabaseSettings(db_application_name="shut down"))
     app = Celery("shut down", backend="cache+memory://", set_as_current=False)
     celery_ext.init_app(app, db=own)
 
     @app.task(shared=False)
-    async def ask() -> int:
+    def in_def() -> int:
+        return int(own.sync_session.scalar(text("SELECT 42")) or 0)
+
+    @app.task(shared=False)
+    async def in_async() -> int:
         return int(await own.session.scalar(text("SELECT 42")))
 
+    ask = in_def if kind == "def" else in_async
     for _ in range(2):
         assert ask.apply().get() == 42
         assert await empty_tables.connections("shut down") == 1
