@@ -63,6 +63,15 @@ async def test_moments_are_kept_by_a_late_commit(unheard: Celery[celery_ext.Task
     assert all(abs(kept - moment) < timedelta(seconds=0.5) for kept in row.values())
 
 
+async def test_moment_without_a_time_zone(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """It is one in UTC, as Celery reads it."""
+    moment = datetime.now(UTC) + timedelta(hours=1)
+    async with db.transaction():
+        task(unheard, "add_item").apply_durably(("x",), eta=moment.replace(tzinfo=None))
+    due_at = await rows.connection.fetchval("SELECT due_at FROM durable_task")
+    assert abs(due_at - moment) < timedelta(seconds=1)
+
+
 async def test_expires_of_the_task(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
     """``@app.task(expires=...)`` counts from the commit too, unless the call says otherwise; no message has its own."""
     expiring = task(unheard, "expiring")
@@ -78,10 +87,18 @@ async def test_expires_of_the_task(unheard: Celery[celery_ext.Task], rows: Obser
     assert {message.headers["id"]: message.headers["expires"] for message in messages} == dict.fromkeys(ids)
 
 
-async def test_inherited_priority(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+@pytest.mark.parametrize(("inherits", "expected"), [(True, "661122"), (False, "001122")])
+async def test_inherited_priority(
+    unheard: Celery[celery_ext.Task], rows: Observer, inherits: bool, expected: str
+) -> None:
     """With ``task_inherit_parent_priority`` what a task sends has its priority, where nothing else says one."""
-    unheard.conf.task_inherit_parent_priority = True
+    unheard.conf.task_inherit_parent_priority = inherits
     child = task(unheard, "record")
+
+    unheard.conf.task_default_priority = 2
+
+    @unheard.task(shared=False)
+    def urgent() -> None: ...
 
     @unheard.task(shared=False)
     def parent() -> list[str]:
@@ -90,6 +107,8 @@ async def test_inherited_priority(unheard: Celery[celery_ext.Task], rows: Observ
             child.delay_durably("x"),
             child.apply_async_on_commit(("x",), priority=1),
             child.apply_durably(("x",), priority=1),
+            urgent.delay_on_commit(),
+            urgent.delay_durably(),
         ]
 
     with unheard.connection_for_read() as connection:
@@ -99,7 +118,7 @@ async def test_inherited_priority(unheard: Celery[celery_ext.Task], rows: Observ
         with relaying(unheard, db):
             messages = [await asyncio.to_thread(queue.get, timeout=20) for _ in ids]
     priorities = {message.headers["id"]: str(message.properties["priority"]) for message in messages}
-    assert "".join(priorities[task_id] for task_id in ids) == "6611"
+    assert "".join(priorities[task_id] for task_id in ids) == expected
 
 
 async def test_idempotency_key(relayed: Worker, rows: Observer) -> None:
