@@ -7,13 +7,16 @@ import asyncio
 import pytest
 from celery import Celery
 from celery.app.trace import trace_task
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore, Reject, Retry
+from greenlet import GreenletExit
+from sqlalchemy import Connection
 
 import celery_ext
 from celery_ext.durable import administration
-from fastapi_chatdify_db import db
+from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.models import Item
 from tests.observing import Observer
+from tests.worker.application import create_app
 from tests.worker.running import Worker, deliver, task
 
 
@@ -27,6 +30,63 @@ async def test_error_that_cannot_be_stored_as_it_is(relayed: Worker, rows: Obser
         behind = relayed.task("add_item").apply_durably(("behind",), ordering_key="k")
     await rows.until_status(failing, "failed")
     await rows.until_status(behind, "done")
+
+
+async def test_error_that_cannot_be_told(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """An error whose own text fails is a failure, too, and of a text without end the row keeps the beginning."""
+
+    class Untold(Exception):
+        def __str__(self) -> str:
+            raise LookupError
+
+    @unheard.task(shared=False)
+    def fails(*, long: bool) -> None:
+        raise ValueError("x" * 10_000) if long else Untold
+
+    async with db.transaction():
+        ids = [fails.delay_durably(long=long) for long in (False, True)]
+    for task_id, long in zip(ids, (False, True), strict=True):
+        trace_task(fails, task_id, (), {"long": long}, {"id": task_id, "durable": task_id}, app=unheard)
+    errors = [row["error"] for row in await rows.connection.fetch("SELECT error FROM durable_task ORDER BY seq")]
+    assert errors[0] == "Untold, whose text cannot be had: LookupError"
+    assert len(errors[1]) == 2000
+
+
+async def test_retry_by_hand_is_a_failure(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """Celery's exception without ``self.retry``, which sends the next attempt, says of none when it is to be."""
+
+    @unheard.task(shared=False)
+    def fails() -> None:
+        raise Retry("later")
+
+    async with db.transaction():
+        task_id = fails.delay_durably()
+    deliver(fails, task_id)
+    assert await rows.durable_tasks() == [("failed", "[[], {}]")]
+
+
+async def test_end_that_cannot_be_stored(database_url: str, rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """Where there is no connection for it, the relay rings the row again."""
+    settings = DatabaseSettings(database_url=database_url, db_pool_size=1, db_max_overflow=0, db_pool_timeout=0.1)
+    small = Database("small", settings=settings)
+    app = create_app("memory://", "cache+memory://", "nowhere")
+    celery_ext.init_app(app, db=small)
+
+    @app.task(shared=False)
+    def fails() -> None:
+        small.sync_session.rollback()
+        taken.append(small.sync_engine.connect())
+        raise ValueError
+
+    taken: list[Connection] = []
+    async with small.transaction():
+        task_id = fails.delay_durably()
+    deliver(fails, task_id)
+    taken[0].close()
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
+    assert f"[{task_id}] will be run again: ValueError" in caplog.text
+    await small.dispose()
+    app.close()
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
@@ -54,16 +114,19 @@ async def test_failure_that_is_no_exception(unheard: Celery[celery_ext.Task], ro
     assert await rows.names() == []
 
 
-async def test_end_of_the_worker_is_no_failure(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, GreenletExit])
+async def test_end_of_the_worker_is_no_failure(
+    unheard: Celery[celery_ext.Task], rows: Observer, end: type[BaseException]
+) -> None:
     """A task that a leaving process interrupts is run again."""
 
     @unheard.task(shared=False)
     def interrupted() -> None:
-        raise SystemExit
+        raise end
 
     async with db.transaction():
         task_id = interrupted.delay_durably()
-    with pytest.raises(SystemExit):
+    with pytest.raises(end):
         deliver(interrupted, task_id)
     assert await rows.durable_tasks() == [("pending", "[[], {}]")]
 
@@ -117,7 +180,10 @@ async def test_failure_before_the_body_of_what_is_not_due(unheard: Celery[celery
     assert await rows.durable_tasks() == [("pending", "[[], {}]")]
 
 
-@pytest.mark.parametrize(("how", "status"), [("ignore", "cancelled"), ("reject", "cancelled"), ("retry", "pending")])
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [("ignore", "cancelled"), ("reject", "cancelled"), ("give back", "pending"), ("retry", "pending")],
+)
 async def test_end_before_the_body(unheard: Celery[celery_ext.Task], rows: Observer, how: str, status: str) -> None:
     """Celery's other ways to end count in ``before_start`` as they do in the body."""
 
@@ -125,7 +191,7 @@ async def test_end_before_the_body(unheard: Celery[celery_ext.Task], rows: Obser
         def before_start(self, *_: object) -> None:
             if how == "retry":
                 self.retry(countdown=60)
-            raise Ignore if how == "ignore" else Reject("not today", requeue=False)
+            raise Ignore if how == "ignore" else Reject("not today", requeue=how == "give back")
 
     @unheard.task(base=Gate, shared=False)
     def never_starts() -> None: ...
