@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import closing
 from typing import Any
 
+import psycopg2
 import pytest
 from celery import Celery
 from celery.exceptions import Ignore
@@ -16,6 +18,7 @@ import celery_ext
 from celery_ext.durable import lease, statements
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, db
+from tests.models import Item
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, deliver, task, worker
 
@@ -65,10 +68,16 @@ async def test_cold_shutdown_of_the_pool_solo(rows: Observer, name: str) -> None
     [
         *(("40001", "pending"), ("08006", "pending"), ("57P03", "pending"), ("57014", "failed")),
         *(("refused", "failed"), ("given up", "cancelled")),
+        *(("the driver's", "pending"), ("one of two", "failed")),
     ],
 )
-async def test_whose_failure_it_is(unheard: Celery[celery_ext.Task], rows: Observer, error: str, status: str) -> None:
-    """PostgreSQL's codes tell; a connection of the task's own that is refused is its failure, and Ignore its word."""
+async def test_whose_failure_it_is(
+    unheard: Celery[celery_ext.Task], rows: Observer, database_url: str, error: str, status: str
+) -> None:
+    """PostgreSQL's codes tell, without SQLAlchemy too.
+
+    A connection of the task's own that is refused is its failure, as is one of two errors, and Ignore is its word.
+    """
 
     @unheard.task(shared=False)
     def fails() -> None:
@@ -76,6 +85,11 @@ async def test_whose_failure_it_is(unheard: Celery[celery_ext.Task], rows: Obser
             socket.create_connection(("127.0.0.1", 1))
         if error == "given up":
             raise Ignore from DatabaseUnavailable("gone")
+        if error == "one of two":
+            raise ExceptionGroup("both", [DatabaseUnavailable("gone"), ValueError()])
+        if error == "the driver's":
+            with closing(psycopg2.connect(database_url)) as own:
+                own.cursor().execute("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '57P01'; END $$")
         db.sync_session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{error}'; END $$"))
 
     async with db.transaction():
@@ -85,15 +99,17 @@ async def test_whose_failure_it_is(unheard: Celery[celery_ext.Task], rows: Obser
 
 
 @pytest.mark.parametrize(
-    ("options", "seconds"),
+    ("options", "retries", "seconds"),
     [
-        ({"retry_backoff": 30, "retry_jitter": False}, 30),
-        ({"retry_backoff": True, "retry_backoff_max": 0}, 0),
-        ({"default_retry_delay": 40}, 40),
+        ({"retry_backoff": 30, "retry_jitter": False}, 0, 30),
+        ({"retry_backoff": 30, "retry_jitter": False}, 2, 120),
+        ({"retry_backoff": 3000, "retry_jitter": False}, 0, 600),
+        ({"retry_backoff": True, "retry_backoff_max": 0}, 0, 0),
+        ({"default_retry_delay": 40}, 0, 40),
     ],
 )
 async def test_db_retry_waits(
-    unheard: Celery[celery_ext.Task], rows: Observer, options: dict[str, Any], seconds: int
+    unheard: Celery[celery_ext.Task], rows: Observer, options: dict[str, Any], retries: int, seconds: int
 ) -> None:
     """As long as Celery's own options say."""
 
@@ -103,8 +119,11 @@ async def test_db_retry_waits(
 
     async with db.transaction():
         task_id = fails.delay_durably()
+    await rows.connection.execute("UPDATE durable_task SET retries = $1", retries)
     deliver(fails, task_id)
-    pause = await rows.connection.fetchval("SELECT due_at - clock_timestamp() FROM durable_task WHERE retries = 1")
+    pause = await rows.connection.fetchval(
+        "SELECT due_at - clock_timestamp() FROM durable_task WHERE retries = $1", retries + 1
+    )
     assert round(pause.total_seconds(), -1) == seconds
 
 
@@ -122,6 +141,47 @@ async def test_interrupted_task_runs_again_after_growing_pauses(
         distance = await rows.connection.fetchval("SELECT ring_at - now() FROM durable_task")
         seconds.append(round(distance.total_seconds()))
     assert seconds == [1, 1, 2, 8, 512]
+
+
+async def test_rows_are_rung_again_after_growing_pauses(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """A row that is sent and not done is rung again after the time of grace, and then less and less often."""
+    async with db.transaction():
+        task(unheard, "add_item").delay_durably("x")
+    seconds = []
+    for rings in (0, 1, 2, 6, 40):
+        await rows.connection.execute("UPDATE durable_task SET rings = $1, ring_at = now()", rings)
+        async with db.transaction() as session:
+            await session.execute(statements.CLAIM, {"batch": 1, "grace": 10})
+        distance = await rows.connection.fetchval("SELECT ring_at - now() FROM durable_task")
+        seconds.append(round(distance.total_seconds()))
+    assert seconds == [10, 20, 40, 640, 640]
+
+
+async def test_who_has_waited_longest_is_sent_first(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """So that a relay with more to do than it can has no row wait for ever."""
+    async with db.transaction():
+        ids = [task(unheard, "add_item").delay_durably(f"{number}") for number in range(3)]
+    await rows.connection.execute("UPDATE durable_task SET ring_at = now() - seq * interval '1 second'")
+    one = {"batch": 1, "grace": 10}
+    async with db.transaction() as session:
+        await session.execute(text("SET LOCAL enable_indexscan = off"))  # which has them in that order by itself
+        await session.execute(text("SET LOCAL enable_bitmapscan = off"))
+        assert [(await session.execute(statements.CLAIM, one)).one().id for _ in ids] == ids[::-1]
+
+
+async def test_retry_begins_anew(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """The next attempt is rung as a new task is, and the row has the error of the last one."""
+
+    @unheard.task(bind=True, shared=False)
+    def retries(self: celery_ext.Task) -> None:
+        raise self.retry(exc=ValueError("not yet"), countdown=60)
+
+    async with db.transaction():
+        task_id = retries.delay_durably()
+    await rows.connection.execute("UPDATE durable_task SET rings = 5")
+    deliver(retries, task_id)
+    row = await rows.connection.fetchrow("SELECT status, retries, rings, error FROM durable_task")
+    assert row == ("pending", 1, 0, "ValueError: not yet")
 
 
 async def test_duplicate_of_a_coroutine_is_dropped_quietly(relayed: Worker, rows: Observer) -> None:
@@ -243,6 +303,25 @@ async def test_task_that_was_ended_elsewhere_leaves_nothing_more(relayed: Worker
     assert await rows.names() == ["other", "x begun"]
 
 
+async def test_retry_of_a_task_that_was_ended_elsewhere(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """Nor does what goes on to ask for another attempt leave anything more."""
+
+    @unheard.task(bind=True, shared=False)
+    def goes_on(self: celery_ext.Task) -> None:
+        db.sync_session.add(Item("begun"))
+        db.sync_session.commit()
+        with db.sync_transaction() as other:
+            other.execute(text("UPDATE durable_task SET status = 'cancelled'"))
+        db.sync_session.add(Item("lost"))
+        self.retry(countdown=0, throw=False)
+
+    async with db.transaction():
+        task_id = goes_on.delay_durably()
+    await asyncio.to_thread(deliver, goes_on, task_id)
+    assert await rows.names() == ["begun"]
+    assert await rows.durable_tasks() == [("cancelled", "[[], {}]")]
+
+
 async def test_retry_with_options(relayed: Worker, rows: Observer) -> None:
     """``self.retry(time_limit=..., queue=...)``: the row keeps them for its next attempts, which are durable too."""
     options = {"time_limit": 77, "headers": {"x": "sent"}}
@@ -259,6 +338,19 @@ async def test_retry_with_options(relayed: Worker, rows: Observer) -> None:
         "nobody-listens",
         "3",
     ]
+
+
+async def test_retry_with_an_option_that_cannot_be_stored(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """Nor is that one run for ever."""
+
+    @unheard.task(bind=True, shared=False)
+    def retries(self: celery_ext.Task) -> None:
+        raise self.retry(countdown=0, shadow=object())
+
+    async with db.transaction():
+        task_id = retries.delay_durably()
+    deliver(retries, task_id)
+    assert await rows.durable_tasks() == [("cancelled", "[[], {}]")]
 
 
 async def test_retry_that_cannot_be_stored(relayed: Worker, rows: Observer) -> None:
