@@ -15,8 +15,9 @@ import celery_ext
 from celery_ext.durable import lease
 from celery_ext.durable.delivery import Delivery
 from fastapi_chatdify_db import Database, db
+from tests.models import Item
 from tests.observing import Observer
-from tests.worker.running import task
+from tests.worker.running import deliver, task
 
 LOCK = "hashtextextended('a', 21)"
 IS_FREE = f"SELECT CASE WHEN pg_try_advisory_lock({LOCK}) THEN pg_advisory_unlock({LOCK}) ELSE false END"
@@ -45,6 +46,52 @@ async def test_lease_whose_connection_died(rows: Observer) -> None:
     assert not await rows.connection.fetchval(IS_FREE)
     lease.free(database, "a")
     assert await rows.connection.fetchval(IS_FREE)
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+async def test_task_of_one_transaction_takes_none(
+    unheard: Celery[celery_ext.Task], rows: Observer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It has its row's lock to its end, savepoints or not, and costs no second connection."""
+
+    def hold(*_: object) -> bool:
+        raise AssertionError("a lease was taken")
+
+    @unheard.task(shared=False)
+    def in_def() -> None:
+        with db.sync_session.begin_nested():
+            db.sync_session.add(Item("x"))
+
+    @unheard.task(shared=False)
+    async def in_async() -> None:
+        async with db.session.begin_nested():
+            db.session.add(Item("x"))
+
+    monkeypatch.setattr(lease, "hold", hold)
+    worked = in_def if kind == "def" else in_async
+    async with db.transaction():
+        task_id = worked.delay_durably()
+    await asyncio.to_thread(deliver, worked, task_id)
+    assert await rows.durable_tasks() == [("done", "[[], {}]")]
+
+
+async def test_lease_that_another_has_taken(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """Whoever gave up the row by a rollback of its own commits nothing more once another process has begun."""
+
+    @unheard.task(bind=True, shared=False)
+    def goes_on(self: celery_ext.Task) -> None:
+        db.sync_session.rollback()
+        other.execute(text("SELECT pg_advisory_lock(hashtextextended(:id, 21))"), {"id": self.request.id})
+        db.sync_session.add(Item("lost"))
+        db.sync_session.commit()
+
+    async with db.transaction():
+        task_id = goes_on.delay_durably()
+    with db.sync_engine.connect() as other:
+        await asyncio.to_thread(deliver, goes_on, task_id)
+        assert await rows.names() == []
+        other.invalidate()
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
 
 
 async def test_event_loop_goes_on_meanwhile(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
