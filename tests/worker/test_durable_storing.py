@@ -139,8 +139,13 @@ async def test_relays_are_told_of_each_commit(unheard: Celery[Any], rows: Observ
     told: asyncio.Queue[None] = asyncio.Queue()
     await rows.connection.add_listener(statements.CHANNEL, lambda *_: told.put_nowait(None))
     record = task(unheard, "record")
-    for outcome in ("commit", "roll back"):
-        async with db.transaction():
+    for outcome in ("commit", "roll back", "roll back a savepoint"):
+        async with db.transaction() as session:
+            if outcome == "roll back a savepoint":
+                async with session.begin_nested() as savepoint:
+                    record.delay_durably("x")
+                    await savepoint.rollback()
+                continue
             record.delay_durably("x")
             record.delay_durably("y")
             if outcome == "roll back":
@@ -276,6 +281,14 @@ async def test_serializer_that_no_worker_accepts(
         if serializer == "pickle":
             differently.delay_durably()
     assert len(await rows.durable_tasks()) == (2 if serializer == "pickle" else 1)
+
+
+async def test_serializer_where_workers_accept_all(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """Without ``accept_content`` there is nothing to refuse."""
+    unheard.conf.accept_content = None
+    async with db.transaction():
+        task(unheard, "record").apply_durably(("x",), serializer="pickle")
+    assert len(await rows.durable_tasks()) == 1
 
 
 async def test_other_databases_are_refused(tmp_path: Path) -> None:
