@@ -136,6 +136,37 @@ async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None
     assert [row["name"] for row in in_order] == ["b 1", "a 0", "a 1", "a 2", "a 4"]
 
 
+async def test_retried_by_hand_while_another_ends(unheard: Celery[Any], rows: Observer) -> None:
+    """It waits for whoever is ending the last task of its key, which will not see it, and then rings it itself."""
+    async with db.transaction():
+        failed, last = (task(unheard, "record").apply_durably((name,), ordering_key="k") for name in "ab")
+    await rows.connection.execute("UPDATE durable_task SET status = 'failed' WHERE id = $1", failed)
+    await rows.connection.execute("UPDATE durable_task SET ring_at = due_at WHERE id = $1", last)
+    with db.sync_transaction() as session:
+        session.execute(statements.LOCK_KEYS, {"keys": ["k"]})
+        session.execute(statements.FINISH, {"id": last, "status": "done", "error": None}).one()
+        session.execute(statements.RING_NEXT_OF_KEY, {"key": "k"})
+        retrying = asyncio.create_task(asyncio.to_thread(administration.retry, db, failed))
+        waits = asyncio.create_task(rows.until_somebody_waits_for_a_lock())
+        await asyncio.wait([retrying, waits], return_when=asyncio.FIRST_COMPLETED)
+    assert await retrying == 1
+    waits.cancel()
+    due = "SELECT id FROM durable_task WHERE status = 'pending' AND ring_at < 'infinity'"
+    assert [row["id"] for row in await rows.connection.fetch(due)] == [failed]
+
+
+async def test_message_for_one_that_waits(unheard: Celery[Any], rows: Observer) -> None:
+    """Whoever could not send it, or not begin it, does not give it the turn that it waits for."""
+    async with db.transaction():
+        first, waiting = (task(unheard, "record").apply_durably((name,), ordering_key="k") for name in "ab")
+        await db.session.flush()
+    async with db.transaction() as session:
+        await session.execute(statements.UNCLAIM, {"ids": [first, waiting]})
+        await session.execute(statements.RING_SOON, {"id": waiting})
+    found = await rows.connection.fetch("SELECT rings, ring_at = 'infinity' AS waits FROM durable_task ORDER BY seq")
+    assert [tuple(row) for row in found] == [(0, False), (0, True)]
+
+
 async def test_cancelling_one_that_waits(unheard: Celery[Any], rows: Observer) -> None:
     """It is not the end of the one that runs: a failed task that is retried by hand still waits for that."""
     add = task(unheard, "add_item")
