@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,19 +13,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import pytest
 from celery import Celery, current_app, signals
 from fastapi import FastAPI
+from sqlalchemy import event
 
 import celery_ext
-from celery_ext.durable import administration, statements
+from celery_ext.durable import administration, relay, statements
 from celery_ext.durable.relay import relaying
-from fastapi_chatdify_db import db, health_router
-from tests.observing import Observer
+from fastapi_chatdify_db import Database, DatabaseSettings, db, health_router
+from tests.observing import PATIENCE, Observer
 from tests.serving import serve
 from tests.worker.application import create_app
-from tests.worker.running import Worker, deliver, task, until_logged
+from tests.worker.running import Worker, brokers, deliver, task, until_logged, urls
 
 
 @asynccontextmanager
@@ -118,6 +121,86 @@ async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: p
         app.close()
 
 
+async def test_pauses_begin_anew(unheard: Celery[Any], rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """A relay that lost its connection twice within a week is not one that has lost it twice on end."""
+    with relaying(unheard, db):
+        for times in (1, 2):
+            async with db.transaction():
+                task_id = task(unheard, "record").delay_durably("x")
+            await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
+            await rows.terminate_others()
+            while caplog.text.count("relay pauses (1)") < times:
+                assert "relay pauses (2)" not in caplog.text
+                await asyncio.sleep(0.01)
+
+
+async def test_many_batches(unheard: Celery[Any], rows: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a full batch a relay waits for nothing."""
+    monkeypatch.setattr(relay, "BATCH", 1)
+    monkeypatch.setattr(relay, "_POLL", PATIENCE)
+    async with db.transaction():
+        for number in range(10):
+            task(unheard, "record").delay_durably(f"{number}")
+    with relaying(unheard, db):
+        async with asyncio.timeout(PATIENCE / 2):
+            await rows.until("NOT EXISTS (SELECT FROM durable_task WHERE rings = 0)")
+
+
+async def test_told_while_it_looks(unheard: Celery[Any], rows: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a relay was told of before it begins to wait, it does not wait for."""
+    monkeypatch.setattr(relay, "_POLL", PATIENCE)
+    ids: list[str] = []
+
+    def store_meanwhile(_: object, __: object, statement: str, *___: object) -> None:
+        if "extract(epoch FROM ring_at" in statement and not ids:
+            with db.sync_transaction():
+                ids.append(task(unheard, "record").delay_durably("x"))
+
+    event.listen(db.sync_engine, "before_cursor_execute", store_meanwhile)
+    try:
+        with relaying(unheard, db):
+            async with asyncio.timeout(PATIENCE / 2):
+                await rows.until("EXISTS (SELECT FROM durable_task WHERE rings > 0)")
+    finally:
+        event.remove(db.sync_engine, "before_cursor_execute", store_meanwhile)
+
+
+@pytest.mark.skipif("redis" not in brokers(), reason="needs Redis")
+async def test_options_of_the_transport(rows: Observer) -> None:
+    """A relay's messages go where the application's own do."""
+    app = create_app(urls("redis")[0], "cache+memory://", f"chatdify-test-{uuid4().hex}")
+    app.conf.broker_transport_options = {"global_keyprefix": "chatdify-test-"}
+    async with db.transaction():
+        task_id = task(app, "record").delay_durably("x")
+    with relaying(app, db), app.connection_for_read() as connection:
+        message = await asyncio.to_thread(connection.SimpleQueue(app.conf.task_default_queue).get, timeout=20)
+    assert message.headers["id"] == task_id
+    app.close()
+
+
+@pytest.mark.parametrize("pgbouncer", [False, True])
+async def test_limit_of_a_statement(unheard: Celery[Any], rows: Observer, database_url: str, pgbouncer: bool) -> None:
+    """It is set for a relay's session, which behind PgBouncer would be that of others, too."""
+    seen: list[str] = []
+    settings = DatabaseSettings(database_url=database_url, db_pgbouncer=pgbouncer)
+    database = Database("bounced", settings=settings)
+    event.listen(database.sync_engine, "before_cursor_execute", lambda _, __, statement, *___: seen.append(statement))
+    async with db.transaction():
+        task_id = task(unheard, "record").delay_durably("x")
+    with relaying(unheard, database):
+        await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
+    assert any("statement_timeout" in statement for statement in seen) is not pgbouncer
+    await database.dispose()
+
+
+def test_stopped_twice(unheard: Celery[Any]) -> None:
+    """By two signals, of which the second comes when it has ended."""
+    ending = relay.Relay(unheard, db, grace=1)
+    ending.stop()
+    ending.run()
+    ending.stop()
+
+
 async def test_locked_row_holds_nothing_up(prefork: Worker, rows: Observer) -> None:
     """A relay passes over the rows that workers are at, or other relays."""
     add = prefork.task("add_item")
@@ -134,8 +217,9 @@ async def test_locked_row_holds_nothing_up(prefork: Worker, rows: Observer) -> N
         await rows.until_status(locked, "done")
 
 
-async def test_command_line(prefork: Worker, rows: Observer) -> None:
-    """The relay as a process sends what is there, ends at SIGTERM, and its other commands look after the rows."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_command_line(prefork: Worker, rows: Observer, number: signal.Signals) -> None:
+    """The relay as a process sends what is there, ends at a signal, and its other commands look after the rows."""
     command = [sys.executable, "-m", "celery_ext.relay", "-A", "tests.worker.application"]
     environment = os.environ | prefork.environment
 
@@ -146,12 +230,12 @@ async def test_command_line(prefork: Worker, rows: Observer) -> None:
         done = prefork.task("add_item").delay_durably("x")
         failing = prefork.task("add_item").delay_durably("y", "raise")
         cancelled = prefork.task("add_item").apply_durably(("z",), countdown=3600)
-    relay = await asyncio.create_subprocess_exec(*command, "run", env=environment, stderr=subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(*command, "run", env=environment, stderr=subprocess.PIPE)
     await rows.until_status(done, "done")
     await rows.until_status(failing, "failed")
-    relay.terminate()
-    _, log = await relay.communicate()
-    assert relay.returncode == 0
+    process.send_signal(number)
+    _, log = await process.communicate()
+    assert process.returncode == 0
     assert b"relayed sent=2" in log
     status = await asyncio.to_thread(run, "status")
     assert status.stdout.split()[:2] == ["pending", "1"]
@@ -163,6 +247,7 @@ async def test_command_line(prefork: Worker, rows: Observer) -> None:
     assert (unknown.returncode, unknown.stderr) == (1, "nobody has not failed, or is not known\n")
     assert (await asyncio.to_thread(run, "retry", "--all")).stdout == "0 to be run again\n"
     assert (await asyncio.to_thread(run, "retry")).returncode == 2
+    assert (await asyncio.to_thread(run, "retry", failing, "--all")).returncode == 2
     assert (await asyncio.to_thread(run, "prune", "--days", "0")).stdout == "2 deleted\n"
     assert [status for status, _ in await rows.durable_tasks()] == ["pending"]
 
@@ -175,6 +260,57 @@ async def test_cancelling_does_not_wait_for_the_worker(unheard: Celery[Any], row
         await rows.connection.execute("SELECT FROM durable_task FOR UPDATE")
         assert not await asyncio.wait_for(asyncio.to_thread(administration.cancel, db, task_id), 10)
     assert administration.cancel(db, task_id)
+
+
+async def test_figures(unheard: Celery[Any], rows: Observer) -> None:
+    """What is not due yet has no age, what was sent once was not rung again, and what has ended does not count."""
+    async with db.transaction():
+        task(unheard, "record").apply_durably(("later",), countdown=3600)
+        for _ in range(6):
+            task(unheard, "record").delay_durably("x")
+    await rows.connection.execute("UPDATE durable_task SET status = 'done' WHERE due_at < now()")
+    assert administration.figures(db) == {
+        "pending": 1,
+        "sent": 0,
+        "rerung": 0,
+        "failed": 0,
+        "oldest_pending_age": None,
+    }
+    await rows.connection.execute(
+        """UPDATE durable_task SET rings = seq - 2, due_at = now() - interval '100 s',
+           status = CASE seq WHEN 6 THEN 'failed' WHEN 7 THEN 'cancelled' ELSE 'pending' END WHERE seq > 1"""
+    )
+    figures = administration.figures(db)
+    assert 100 <= (figures.pop("oldest_pending_age") or 0) < 160
+    assert figures == {"pending": 5, "sent": 3, "rerung": 2, "failed": 1}
+
+
+async def test_failed_tasks(unheard: Celery[Any], rows: Observer) -> None:
+    """The newest come first; one that is retried begins anew, and is as old as that."""
+    async with db.transaction():
+        ids = [task(unheard, "record").delay_durably(f"{number}") for number in range(3)]
+    await rows.connection.execute(
+        """UPDATE durable_task SET status = 'failed', retries = 3, rings = 2, due_at = now() - interval '1 day',
+           finished_at = now() - CASE seq WHEN 2 THEN 2 ELSE 3 END * seq * interval '1 minute'"""
+    )
+    assert [row.id for row in administration.failed(db, 2)] == [ids[0], ids[1]]
+    assert administration.retry(db, ids[1]) == 1
+    row = await rows.connection.fetchrow(
+        """SELECT retries, rings, finished_at, now() - due_at < '1 minute' AND now() - ring_at < '1 minute' AS due
+           FROM durable_task WHERE status = 'pending'"""
+    )
+    assert row == (0, 0, None, True)
+
+
+async def test_prune_goes_on(unheard: Celery[Any], rows: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It deletes in batches, and all of them."""
+    monkeypatch.setattr(administration, "_PRUNED_AT_ONCE", 2)
+    async with db.transaction():
+        for _ in range(5):
+            task(unheard, "record").delay_durably("x")
+    await rows.connection.execute("UPDATE durable_task SET status = 'done', finished_at = now() - interval '1 day'")
+    assert administration.prune(db, 0) == 5
+    assert await rows.durable_tasks() == []
 
 
 async def test_prune_keeps_what_is_young_or_failed(unheard: Celery[Any], rows: Observer) -> None:
