@@ -13,7 +13,7 @@ from kombu import Queue
 from kombu.transport.base import StdChannel
 
 import celery_ext
-from celery_ext.durable.relay import relaying
+from celery_ext.durable.relay import BATCH, relaying
 from fastapi_chatdify_db import db
 from tests.observing import Observer
 from tests.worker.application import create_app
@@ -68,6 +68,18 @@ async def test_full_queue(queues: Queues, rows: Observer, caplog: pytest.LogCapt
     assert queues.messages() == len(sent)
     claimed = "SELECT count(*) FROM durable_task WHERE rings = 1 AND ring_at > now() + interval '30 minutes'"
     assert await rows.connection.fetchval(claimed) == 3
+
+
+async def test_many_at_once(queues: Queues, caplog: pytest.LogCaptureFixture) -> None:
+    """The broker confirms many messages in one go."""
+    caplog.set_level("INFO", logger="celery_ext.durable.relay")
+    add_item = task(queues.app, "add_item")
+    async with db.transaction():
+        for number in range(BATCH):
+            add_item.delay_durably(f"{number}")
+    with relaying(queues.app, db, grace=3600):
+        await until_logged(caplog, f"relayed sent={BATCH} rerung=0 refused=0")
+    assert queues.messages() == BATCH
 
 
 async def test_events_of_sent_tasks(queues: Queues, caplog: pytest.LogCaptureFixture) -> None:
