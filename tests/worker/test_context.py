@@ -123,6 +123,20 @@ def test_beside_opentelemetrys_own_instrumentation(unheard: Celery[celery_ext.Ta
         assert delivered(CORRELATION_ID=REQUEST_ID) == 0
 
 
+def test_eager_task_in_a_trace(unheard: Celery[celery_ext.Task]) -> None:
+    """It is in the trace of whoever runs it, although no message brought that along."""
+
+    @unheard.task(shared=False)
+    def seen() -> int:
+        return get_current_span().get_span_context().trace_id
+
+    token = context.attach(propagate.extract({"traceparent": TRACE}))
+    try:
+        assert seen.apply().get() == int(TRACE.split("-")[1], 16)
+    finally:
+        context.detach(token)
+
+
 @pytest.mark.parametrize("trail", [True, False])
 @pytest.mark.parametrize("kind", ["def", "async def"])
 def test_children_of_a_result(unheard: Celery[celery_ext.Task], kind: str, trail: bool) -> None:
