@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -32,7 +31,6 @@ def _application(
     context: typer.Context,
     app: Annotated[str, typer.Option("--app", "-A", help="The Celery application, as for celery -A.")],
 ) -> None:
-    sys.path.insert(0, "")
     try:
         context.obj = find_app(app)
     except (ImportError, AttributeError) as error:
