@@ -82,7 +82,7 @@ def refuse_durable_options(task: Task, options: Mapping[str, object], instead: s
         TypeError: There is such an option.
     """
     for name in options:
-        if "key" in name and (meant := get_close_matches(name, ("ordering_key", "idempotency_key"), 1, _ALIKE)):
+        if meant := get_close_matches(name, ("ordering_key", "idempotency_key"), 1, _ALIKE):
             raise TypeError(f"{task.name} got the unknown option {name}; write {instead.format(*meant)}")
 
 

@@ -241,6 +241,8 @@ def test_broker_that_hangs() -> None:
     [
         ({"ordering_key": "k"}, r"unknown option ordering_key; write apply_durably\(\.\.\., ordering_key=\.\.\.\)"),
         ({"idempotence_key": "k"}, r"unknown option idempotence_key; write .*idempotency_key="),
+        ({"ordering": "k"}, r"unknown option ordering; write .*ordering_key="),
+        ({"idempotency": "k"}, r"unknown option idempotency; write .*idempotency_key="),
         ({"on_error": "ignore"}, "write on_error='log' or on_error='raise'"),
     ],
 )
