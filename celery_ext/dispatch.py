@@ -89,12 +89,11 @@ def refuse_durable_options(task: Task, options: Mapping[str, object], instead: s
 def _check_serializable(
     task: Task, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]
 ) -> None:
-    app = task.app
     # Before 5.7, Celery does not dump models itself.
-    if app.conf.task_always_eager or getattr(task, "_dump_pydantic_arguments", None) is not None:
+    if getattr(task, "_dump_pydantic_arguments", None) is not None:
         return
     try:
-        dumps((tuple(args), dict(kwargs)), options.get("serializer") or task.serializer or app.conf.task_serializer)
+        dumps((tuple(args), dict(kwargs)), options.get("serializer") or task.serializer)
     except Exception as error:  # whatever a serializer raises
         raise ArgumentsNotSerializable(
             f"the arguments of {task.name} cannot be sent ({error}); send ids, not objects"

@@ -145,7 +145,7 @@ def check_accepted(task: Task, options: Mapping[str, Any]) -> None:
     Raises:
         ArgumentsNotSerializable: The application does not accept the serializer.
     """
-    serializer = options.get("serializer") or task.serializer or task.app.conf.task_serializer
+    serializer = options.get("serializer") or task.serializer
     accepted = prepare_accept_content(task.app.conf.accept_content)
     if accepted is not None and registry.name_to_type.get(serializer) not in accepted:
         raise ArgumentsNotSerializable(

@@ -13,7 +13,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import MultipleResultsFound
 
 import celery_ext
-from celery_ext import StatementFailed
+from celery_ext import ArgumentsNotSerializable, StatementFailed
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import Observer
@@ -135,6 +135,8 @@ async def test_arguments_are_checked_at_the_call(eager: dict[str, Any], empty_ta
     async with db.transaction():
         with pytest.raises(TypeError, match="missing 1 required"):
             eager["read_item"].delay_on_commit()
+        with pytest.raises(ArgumentsNotSerializable, match="send ids, not objects"):
+            eager["read_item"].delay_on_commit(object())
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
