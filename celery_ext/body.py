@@ -32,7 +32,7 @@ logger: Final = logging.getLogger(__name__)
 
 Body = Callable[..., Any]
 
-_ENDS_OF_THE_WORKER: Final = (KeyboardInterrupt, SystemExit, GeneratorExit, GreenletExit, asyncio.CancelledError)
+_ENDS_OF_THE_WORKER: Final = (KeyboardInterrupt, SystemExit, GreenletExit)
 """Which say nothing about the task: it is run again."""
 
 _lock: Final = Lock()

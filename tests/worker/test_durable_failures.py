@@ -114,6 +114,23 @@ async def test_failure_that_is_no_exception(unheard: Celery[celery_ext.Task], ro
     assert await rows.names() == []
 
 
+@pytest.mark.parametrize("error", [asyncio.CancelledError, GeneratorExit])
+async def test_what_ends_no_worker(
+    unheard: Celery[celery_ext.Task], rows: Observer, error: type[BaseException]
+) -> None:
+    """What leaks out of an ``asyncio.run()`` of the task's own would do so each time that it is run again."""
+
+    @unheard.task(shared=False)
+    def leaks() -> None:
+        raise error
+
+    async with db.transaction():
+        task_id = leaks.delay_durably()
+    with pytest.raises(error):
+        deliver(leaks, task_id)
+    assert await rows.durable_tasks() == [("failed", "[[], {}]")]
+
+
 @pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, GreenletExit])
 async def test_end_of_the_worker_is_no_failure(
     unheard: Celery[celery_ext.Task], rows: Observer, end: type[BaseException]
