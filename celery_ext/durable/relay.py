@@ -208,7 +208,7 @@ class Relay:
             self._looked_for_forgotten = now
             connection.execute(statements.RING_FORGOTTEN)
         until_next = connection.scalar(statements.SECONDS_UNTIL_NEXT)
-        limit = _POLL if until_next is None else max(0.0, min(_POLL, float(until_next)))
+        limit = _POLL if until_next is None else min(_POLL, float(until_next))
         driver: Any = connection.connection.dbapi_connection
         if not driver.notifies:
             self._pause(limit, driver)
@@ -228,7 +228,7 @@ class Relay:
         options = {**(broker.transport_options or {}), **dict.fromkeys(limits, _BROKER_LIMIT)}
         options.pop("confirm_publish", None)  # Confirms does that for a whole batch
         connection = broker.clone(transport_options=options)
-        producer = self._app.amqp.Producer(connection.default_channel, auto_declare=False)
+        producer = self._app.amqp.Producer(connection.default_channel)
         self._line = _Line(connection, producer, Confirms(connection))
         return self._line
 
