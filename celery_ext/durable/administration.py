@@ -58,7 +58,7 @@ def cancel(database: Database, task_id: str) -> bool:
         if key is not None:  # before the row, in the order of a worker that ends one; else the two could deadlock
             session.execute(statements.LOCK_KEYS, {"keys": [key]})
         cancelled = session.execute(statements.CANCEL, {"id": task_id}).one_or_none() is not None
-        if cancelled and key is not None:
+        if key is not None:
             session.execute(statements.RING_NEXT_OF_KEY, {"key": key})
         return cancelled
 

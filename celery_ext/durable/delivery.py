@@ -167,7 +167,7 @@ class Delivery:
             session.execute(statements.LOCK_KEYS, {"keys": sorted({self._ordering_key, *outbox.keys(session)})})
         values = {"id": self.task_id, "status": status, "error": error}
         ended = session.execute(statements.FINISH, values).one_or_none()
-        if ended is not None and self._ordering_key is not None:
+        if self._ordering_key is not None:
             session.execute(statements.RING_NEXT_OF_KEY, {"key": self._ordering_key})
         return ended is not None
 
