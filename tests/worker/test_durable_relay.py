@@ -25,7 +25,7 @@ from celery_ext.durable import administration, relay, statements
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import Database, DatabaseSettings, db, health_router
 from tests.observing import PATIENCE, Observer
-from tests.serving import serve
+from tests.serving import free_socket, serve
 from tests.worker.application import create_app
 from tests.worker.running import Worker, brokers, deliver, task, until_logged, urls
 
@@ -119,6 +119,25 @@ async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: p
             async with forwarding(door, there.port):
                 await rows.until_status(task_id, "done")
         app.close()
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "redis"])
+async def test_broker_that_is_mute(
+    rows: Observer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """One that accepts a connection and says nothing is waited for ten seconds (here a half), and then tried again."""
+    monkeypatch.setattr(relay, "_BROKER_LIMIT", 0.5)
+    with free_socket() as listener:
+        app = create_app(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}//", "cache+memory://", "nowhere")
+        app.finalize()
+        async with db.transaction():
+            task(app, "record").delay_durably("x")
+        with relaying(app, db):
+            try:
+                await until_logged(caplog, "relay pauses (2)")
+            finally:
+                listener.close()  # which ends a relay that waits
+    app.close()
 
 
 async def test_pauses_begin_anew(unheard: Celery[Any], rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
