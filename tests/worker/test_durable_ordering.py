@@ -159,12 +159,13 @@ async def test_message_for_one_that_waits(unheard: Celery[Any], rows: Observer) 
     """Whoever could not send it, or not begin it, does not give it the turn that it waits for."""
     async with db.transaction():
         first, waiting = (task(unheard, "record").apply_durably((name,), ordering_key="k") for name in "ab")
-        await db.session.flush()
+        other = task(unheard, "record").delay_durably("c")
+    await rows.connection.execute("UPDATE durable_task SET rings = 1 WHERE id = $1", other)
     async with db.transaction() as session:
-        await session.execute(statements.UNCLAIM, {"ids": [first, waiting]})
+        await session.execute(statements.UNCLAIM, {"ids": [first, waiting, other]})
         await session.execute(statements.RING_SOON, {"id": waiting})
     found = await rows.connection.fetch("SELECT rings, ring_at = 'infinity' AS waits FROM durable_task ORDER BY seq")
-    assert [tuple(row) for row in found] == [(0, False), (0, True)]
+    assert [tuple(row) for row in found] == [(0, False), (0, True), (0, False)]
 
 
 async def test_cancelling_one_that_waits(unheard: Celery[Any], rows: Observer) -> None:

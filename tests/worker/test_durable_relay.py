@@ -365,6 +365,19 @@ async def test_task_of_an_included_module(
     app.close()
 
 
+async def test_task_that_a_relay_does_not_know(unheard: Celery[Any], rows: Observer) -> None:
+    """It is sent by its name, since a worker may know it."""
+    async with db.transaction():
+        task_id = task(unheard, "record").delay_durably("x")
+    await rows.connection.execute("UPDATE durable_task SET name = 'known.elsewhere'")
+    with unheard.connection_for_read() as connection:
+        queue = connection.SimpleQueue("nowhere")
+        queue.clear()  # of what other tests sent
+        with relaying(unheard, db):
+            message = await asyncio.to_thread(queue.get, timeout=20)
+    assert (message.headers["id"], message.headers["task"]) == (task_id, "known.elsewhere")
+
+
 async def test_handlers_in_a_relay(unheard: Celery[Any], rows: Observer) -> None:
     """They find the application that is relayed as Celery's current one, which is kept by thread."""
     current: list[object] = []
