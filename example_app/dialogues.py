@@ -10,7 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from example_app.db.models import Dialogue, Message, MessageState, WebhookDelivery
-from example_app.schemas import MessageCreated, WebhookConversation
+from example_app.events import MessageCreated, WebhookConversation
 from fastapi_chatdify_db import db
 
 DELIVERIES_KEPT: Final = timedelta(days=7)

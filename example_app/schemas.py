@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import Path
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 from example_app.settings import Status
 
@@ -37,16 +37,8 @@ def _sendable(value: JsonValue) -> JsonValue:
     return value
 
 
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")  # in Python they are
-    return value
-
-
 Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
 CustomAttributes = dict[Text, Annotated[JsonValue, AfterValidator(_sendable)]]
-ID = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, lt=2**63)]
-"""Chatwoot's, in a body; its documentation also writes them as strings."""
 ConversationID = Annotated[int, Path(ge=1, lt=2**63, description="Chatwoot's display id", examples=[7])]
 DifyID = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9._:-]+$", max_length=255, examples=["5c1b6c1a-8b07-4d4c-9ecf-4d9d0c0f7f5b"])
@@ -56,120 +48,6 @@ Ok = Literal["success"]
 
 def _example(example: dict[str, Any]) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [example]})
-
-
-class Sender(BaseModel):
-    """Who wrote a message."""
-
-    type: str | None = None
-
-
-class Assignee(BaseModel):
-    """The agent a conversation is assigned to."""
-
-    id: ID
-
-
-class Meta(BaseModel):
-    """Chatwoot's ``meta`` of a conversation."""
-
-    assignee: Assignee | None = None
-
-
-class Account(BaseModel):
-    """The Chatwoot account that tells; a conversation's id is its own."""
-
-    id: ID
-
-
-class WebhookConversation(BaseModel):
-    """A conversation in a webhook."""
-
-    id: ID
-    status: Text = "pending"
-    meta: Meta = Meta()
-
-    @property
-    def assignee_id(self) -> int | None:
-        """Who it is assigned to."""
-        return self.meta.assignee.id if self.meta.assignee else None
-
-
-class AccountEvent(BaseModel):
-    """What Chatwoot tells, and of which account."""
-
-    account: Account | None = None
-
-    def is_of_another_account(self, account_id: int) -> bool:
-        """Whether its conversation is another one than ours of the same number."""
-        return self.account is not None and self.account.id != account_id
-
-
-class MessageCreated(AccountEvent):
-    """Chatwoot's ``message_created``."""
-
-    event: Literal["message_created"]
-    id: ID
-    content: Text | None = None
-    message_type: str
-    private: bool = False
-    content_type: str | None = None
-    content_attributes: dict[str, JsonValue] | None = None
-    sender: Sender | None = None
-    conversation: WebhookConversation
-
-    @property
-    def attributes(self) -> dict[str, JsonValue]:
-        """What Chatwoot, or who posted the message, says of it."""
-        return self.content_attributes or {}
-
-    @property
-    def is_automatic_reply(self) -> bool:
-        """Whether it is an e-mail that no human wrote; to answer it may begin an endless exchange."""
-        email = self.attributes.get("email")
-        return isinstance(email, dict) and email.get("auto_reply") is True
-
-
-class ConversationChanged(AccountEvent):
-    """Chatwoot's events about a conversation, whose fields stand at the top level or under ``conversation``.
-
-    An agent bot is told of the last two.
-    """
-
-    event: Literal[
-        "conversation_created",
-        "conversation_updated",
-        "conversation_status_changed",
-        "conversation_opened",
-        "conversation_resolved",
-    ]
-    conversation: WebhookConversation
-
-
-class ConversationDeleted(AccountEvent):
-    """A conversation is gone; today's Chatwoot does not say so."""
-
-    event: Literal["conversation_deleted"]
-    conversation: WebhookConversation
-
-
-class OtherEvent(BaseModel):
-    """An event that is acknowledged and ignored."""
-
-    event: Annotated[Text, Field(max_length=255)]
-
-
-WebhookEvent = MessageCreated | ConversationChanged | ConversationDeleted | OtherEvent
-
-WEBHOOK_EXAMPLE: Final = {
-    "event": "message_created",
-    "id": 1041,
-    "content": "Where is my parcel?",
-    "message_type": "incoming",
-    "private": False,
-    "sender": {"id": 12, "type": "contact"},
-    "conversation": {"id": 7, "status": "pending", "meta": {"assignee": None}},
-}
 
 
 class WebhookResult(BaseModel):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from example_app.clients.chatwoot import MARKER
-from example_app.schemas import ConversationChanged, ConversationDeleted, MessageCreated, OtherEvent, WebhookEvent
+from example_app.events import ConversationChanged, ConversationDeleted, MessageCreated, OtherEvent, WebhookEvent
 from example_app.settings import Settings
 
 _MODELS: Final[dict[str, type[WebhookEvent]]] = {

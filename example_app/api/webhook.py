@@ -10,15 +10,9 @@ from example_app import dialogues, dispatch
 from example_app.api.doors import WEBHOOK, authentic_body
 from example_app.api.problems import documented
 from example_app.db.models import MessageState
+from example_app.events import WEBHOOK_EXAMPLE, ConversationChanged, ConversationDeleted, MessageCreated, OtherEvent
 from example_app.logs import logger
-from example_app.schemas import (
-    WEBHOOK_EXAMPLE,
-    ConversationChanged,
-    ConversationDeleted,
-    MessageCreated,
-    OtherEvent,
-    WebhookResult,
-)
+from example_app.schemas import WebhookResult
 from example_app.settings import get_settings
 from example_app.webhook import parse, reason_to_skip
 

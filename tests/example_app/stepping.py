@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 
 from example_app.clients.http import OutsideError
 from example_app.dialogues import store_message, upsert_dialogue
+from example_app.events import MessageCreated, WebhookConversation
 from example_app.fakes.dify import DifyConversation
 from example_app.fakes.faults import Fault
-from example_app.schemas import MessageCreated, WebhookConversation
 from example_app.tasks import handle_dify_error, handle_dify_response, process_message_with_dify
 from fastapi_chatdify_db import db
 from tests.example_app.conftest import Outside, rows

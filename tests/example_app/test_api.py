@@ -7,9 +7,9 @@ import logging
 import httpx
 import pytest
 
+from example_app.events import WEBHOOK_EXAMPLE
 from example_app.fakes.faults import Fault
 from example_app.main import create_app
-from example_app.schemas import WEBHOOK_EXAMPLE
 from fastapi_chatdify_db import InvalidSettings, db
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside
 from tests.serving import serve

@@ -11,8 +11,8 @@ from example_app import dialogues
 from example_app.clients.http import Rejected, Unanswered
 from example_app.dialogues import delete_dialogue
 from example_app.dispatch import DELETE, RESPOND, dispatch_deletion
+from example_app.events import WebhookConversation
 from example_app.fakes.faults import Fault
-from example_app.schemas import WebhookConversation
 from example_app.steps import dify_user
 from example_app.tasks import delete_dify_conversation, forget_old_deliveries
 from fastapi_chatdify_db import db

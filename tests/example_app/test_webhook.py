@@ -15,7 +15,7 @@ import pytest
 from example_app import dialogues
 from example_app.api import doors
 from example_app.dispatch import PROCESS
-from example_app.schemas import WEBHOOK_EXAMPLE
+from example_app.events import WEBHOOK_EXAMPLE
 from fastapi_chatdify_db import DatabaseUnavailable
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside, rows, signed, write
 
