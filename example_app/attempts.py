@@ -16,6 +16,7 @@ from sqlalchemy.orm import joinedload
 from sqlalchemy.orm.exc import StaleDataError
 
 import celery_ext
+from example_app.clients.chatwoot import PerhapsRefused
 from example_app.clients.http import OutsideError
 from example_app.db.models import Message, MessageState
 from example_app.dispatch import dispatch_step
@@ -45,7 +46,8 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
     Raises:
         celery.exceptions.Retry: It failed, and is tried again later.
         celery.exceptions.Ignore: The dialogue was deleted.
-        OutsideError: There is no giving up, and the failure will not pass: the task has failed.
+        OutsideError: There is no giving up, and the failure will not pass, or is a ``PerhapsRefused`` after as many
+            attempts: the task has failed.
     """
     try:
         message = await db.session.get(Message, message_id, options=[joinedload(Message.dialogue)])
@@ -101,5 +103,6 @@ def pause(attempts: int, error: Exception) -> float:
 
 def _may_pass(error: Exception, *, tries_left: bool) -> bool:
     if isinstance(error, OutsideError):
-        return error.may_pass
+        # One that stays would have a hand-over open the conversation again and again, also when an agent has closed it.
+        return error.may_pass and (tries_left or not isinstance(error, PerhapsRefused))
     return tries_left or isinstance(error, TimeoutError)  # an API that hangs may answer later, a bug of ours stays

@@ -6,11 +6,15 @@ from typing import Final
 
 from pydantic import BaseModel, JsonValue, RootModel
 
-from example_app.clients.http import OutsideAPI, read
+from example_app.clients.http import OutsideAPI, OutsideError, Unanswered, read
 from example_app.settings import Settings
 
 MARKER: Final = "chatdify"
 """The key in ``content_attributes`` by which a message of ours is recognized."""
+
+
+class PerhapsRefused(Unanswered):
+    """422 to a message: Chatwoot refused it, for now or for good, or has stored it all the same."""
 
 
 class Team(BaseModel):
@@ -61,6 +65,14 @@ class Chatwoot(OutsideAPI):
         base_url = f"{settings.chatwoot_api_url.rstrip('/')}/accounts/{settings.chatwoot_account_id}"
         super().__init__("Chatwoot", base_url, {"api_access_token": settings.chatwoot_api_key or ""}, settings)
         self._as_admin = {"api_access_token": settings.chatwoot_admin_api_key or settings.chatwoot_api_key or ""}
+
+    def failure(self, call: str, status: int, code: str, retry_after: float = 0.0) -> OutsideError:
+        """As of any API, but Chatwoot answers 422 whatever goes wrong with a new message, also once it is stored.
+
+        See ``rescue StandardError`` in ``app/controllers/api/v1/accounts/conversations/messages_controller.rb``.
+        """
+        error = super().failure(call, status, code, retry_after)
+        return PerhapsRefused(*error.args) if status == 422 and call.endswith("/messages") else error
 
     async def send_message(
         self, conversation_id: int | str, content: str, *, private: bool = False, marker: str = "api"

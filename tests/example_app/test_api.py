@@ -47,6 +47,15 @@ async def test_message_is_posted(client: httpx.AsyncClient, outside: Outside) ->
     assert (conversation.answers(), conversation.notes()) == ([text], [text])
 
 
+async def test_message_that_chatwoot_may_have_stored(client: httpx.AsyncClient, outside: Outside) -> None:
+    """Chatwoot's 422 does not say that it refused a message, so neither do we."""
+    outside.chatwoot.faults.add(Fault("POST", "/messages", 422, too_late=True))
+    response = await post(client, "send-chatwoot-message?conversation_id=7&message=Hello")
+    assert outside.chatwoot.conversation(7).answers() == ["Hello"]
+    assert response.status_code == 502
+    assert response.json()["detail"] == "Whether Chatwoot did it is not known; look before you repeat it."
+
+
 async def test_labels_and_attributes_and_priority(client: httpx.AsyncClient, outside: Outside) -> None:
     """Each is set in Chatwoot; nothing to set is a success that sends nothing."""
     response = await post(client, "update-labels/7", ["vip", "parcel"])

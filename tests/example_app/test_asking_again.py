@@ -77,11 +77,12 @@ async def test_nobody_waits_for_years(outside: Outside, header: str) -> None:
     assert caught.value.retry_after == 3600
 
 
-async def test_post_whose_answer_was_lost_is_not_repeated(outside: Outside) -> None:
-    """Chatwoot took the answer and said 502: it is found there, not posted again."""
+@pytest.mark.parametrize("status", [502, 422])
+async def test_post_whose_answer_was_lost_is_not_repeated(outside: Outside, status: int) -> None:
+    """Chatwoot took the answer, and a proxy said 502, or itself 422: it is found there, not posted again."""
     [message] = await receive(outside, "Hello")
     await run(ask, message)
-    outside.chatwoot.faults.add(Fault("POST", "/messages", 502, too_late=True))
+    outside.chatwoot.faults.add(Fault("POST", "/messages", status, too_late=True))
     assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
     assert len(outside.chatwoot.conversation(7).answers()) == 1
 
@@ -102,11 +103,12 @@ async def test_what_a_proxy_may_have_passed_on_is_not_repeated(outside: Outside,
     assert len(outside.chatwoot.conversation(7).answers()) == (step == "respond")
 
 
-async def test_post_that_chatwoot_refused_is_repeated(outside: Outside) -> None:
-    """Chatwoot said 500 and did nothing: the answer is posted in the second attempt."""
+@pytest.mark.parametrize("status", [500, 422])
+async def test_post_that_chatwoot_refused_is_repeated(outside: Outside, status: int) -> None:
+    """Chatwoot said 500 or 422 and did nothing: the answer is posted in the second attempt."""
     [message] = await receive(outside, "Hello")
     await run(ask, message)
-    outside.chatwoot.faults.add(Fault("POST", "/messages", 500))
+    outside.chatwoot.faults.add(Fault("POST", "/messages", status))
     assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
     assert len(outside.chatwoot.conversation(7).answers()) == 1
 

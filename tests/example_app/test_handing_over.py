@@ -6,6 +6,7 @@ import httpx
 import pytest
 from celery.exceptions import Retry
 
+from example_app.clients.chatwoot import PerhapsRefused
 from example_app.clients.dify import Answer, Dify, Question
 from example_app.clients.http import Rejected
 from example_app.dispatch import HAND_OVER
@@ -187,9 +188,22 @@ async def test_conversation_that_is_gone_ends_the_hand_over(outside: Outside, pa
 
 
 async def test_answer_that_chatwoot_does_not_take(outside: Outside) -> None:
-    """An answer that can't be posted hands the conversation over."""
+    """An answer that is refused in each attempt hands the conversation over."""
     [message] = await receive(outside, "Hello")
     await run(ask, message)
-    outside.chatwoot.faults.add(Fault("POST", "/messages", 422))
-    assert await run(respond, message) == "failed"
+    outside.chatwoot.faults.add(Fault("POST", "/messages", 422, times=4))
+    assert [await run(respond, message) for _ in range(4)] == ["again"] * 3 + ["failed"]
     assert (await dispatched())[-1] == (HAND_OVER, str(message), "tell 7")
+    assert await run(hand_over, message) == "handed_over"
+    assert len(outside.chatwoot.conversation(7).answers()) == 1
+
+
+async def test_hand_over_that_chatwoot_does_not_take(outside: Outside) -> None:
+    """It does not open the conversation for ever: after as many attempts as an answer has, its task fails."""
+    [message] = await receive(outside, "Hello")
+    outside.chatwoot.faults.add(Fault("POST", "/messages", 422, times=4))
+    assert [await run(hand_over, message) for _ in range(3)] == ["again"] * 3
+    async with db.transaction():
+        with pytest.raises(PerhapsRefused):
+            await hand_over(message)
+    assert outside.chatwoot.conversation(7).status == "open"
