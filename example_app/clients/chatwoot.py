@@ -11,6 +11,9 @@ from example_app.settings import Settings
 
 MARKER: Final = "chatdify"
 """The key in ``content_attributes`` by which a message of ours is recognized."""
+_WINDOW: Final = 60.0
+"""Seconds that a 429 holds at most: ``throttle('req/ip', ..., period: 1.minute)`` in Chatwoot's
+``config/initializers/rack_attack.rb``. Unless it is configured to, Rack::Attack sends no ``Retry-After``."""
 
 
 class PerhapsRefused(Unanswered):
@@ -67,10 +70,13 @@ class Chatwoot(OutsideAPI):
         self._as_admin = {"api_access_token": settings.chatwoot_admin_api_key or settings.chatwoot_api_key or ""}
 
     def failure(self, call: str, status: int, code: str, retry_after: float = 0.0) -> OutsideError:
-        """As of any API, but Chatwoot answers 422 whatever goes wrong with a new message, also once it is stored.
+        """As of any API, but a 429 holds for a minute, and a 422 to a new message says nothing.
 
-        See ``rescue StandardError`` in ``app/controllers/api/v1/accounts/conversations/messages_controller.rb``.
+        It is the answer to whatever goes wrong with one, also once it is stored: see ``rescue StandardError`` in
+        Chatwoot's ``app/controllers/api/v1/accounts/conversations/messages_controller.rb``.
         """
+        if status == 429:
+            retry_after = retry_after or _WINDOW
         error = super().failure(call, status, code, retry_after)
         return PerhapsRefused(*error.args) if status == 422 and call.endswith("/messages") else error
 

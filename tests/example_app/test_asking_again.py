@@ -6,13 +6,16 @@ import asyncio
 import pickle
 import time
 
+import httpx
 import pytest
+from celery.exceptions import Retry
 
 from example_app import steps
 from example_app.clients import get_chatwoot
 from example_app.clients.dify import StillAnswering
 from example_app.clients.http import Busy, OutsideError
 from example_app.fakes.faults import Fault
+from example_app.tasks import handle_dify_response
 from tests.example_app.conftest import Configure, Outside, rows, write
 from tests.example_app.stepping import ASK, ask, ask_in_vain, dispatched, receive, respond, run, until_answered
 
@@ -101,6 +104,27 @@ async def test_what_a_proxy_may_have_passed_on_is_not_repeated(outside: Outside,
     [conversation] = outside.dify.conversations.values()
     assert len(conversation.messages) == 1
     assert len(outside.chatwoot.conversation(7).answers()) == (step == "respond")
+
+
+async def test_busy_chatwoot_is_left_alone_for_its_minute(
+    outside: Outside, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its 429 does not say for how long it holds; neither a task nor a caller of the API is to come back sooner."""
+    pauses = []
+
+    def retry(*, exc: Exception, countdown: float) -> Retry:
+        pauses.append(countdown)
+        return Retry(exc=exc)
+
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
+    monkeypatch.setattr(handle_dify_response, "retry", retry)
+    outside.chatwoot.faults.add(Fault("GET", "", 429, times=2))
+    with pytest.raises(Retry):
+        await run(respond, message)
+    response = await client.post("/api/v1/refresh-teams")
+    assert (pauses, response.status_code, response.headers["Retry-After"]) == ([60], 503, "60")
+    assert outside.chatwoot.faults.had == 2  # none was repeated within its call
 
 
 @pytest.mark.parametrize("status", [500, 422])
