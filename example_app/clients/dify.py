@@ -25,6 +25,7 @@ from example_app.settings import Settings
 _NAME: Final = "Dify"
 _ASK: Final = "Dify, POST /chat-messages"
 _PAUSED: Final = "workflow_paused"
+_WAITS: Final = "waits for a human within the workflow"
 
 ID = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
 """What Dify calls a thing; anything else could be neither stored nor asked for."""
@@ -145,6 +146,7 @@ class Dify(OutsideAPI):
 
         Raises:
             StillAnswering: It is under way, or was when Dify died.
+            Paused: There is none: what Dify has of it is what the workflow said until then.
             OutsideError: Another of its subclasses: Dify did not tell.
         """
         parameters: dict[str, str | int] = {"conversation_id": conversation_id, "user": user, "limit": 20}
@@ -153,6 +155,8 @@ class Dify(OutsideAPI):
             if message.status == "error":
                 continue  # Dify failed over it, so it may be asked again
             if message.query == query and message.id not in known and message.created_at >= since:
+                if message.status == "paused":
+                    raise Paused("Dify, GET /messages", _WAITS)
                 if not message.answer:
                     raise StillAnswering("Dify, GET /messages", "has no answer yet", asked_at=message.created_at)
                 return Answer(conversation_id=message.conversation_id, message_id=message.id, answer=message.answer)
@@ -235,5 +239,5 @@ async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[str]:
 
 def _answer(content: JsonValue) -> Answer:
     if isinstance(content, dict) and content.get("event") == _PAUSED:
-        raise Paused(_ASK, "waits for a human within the workflow")
+        raise Paused(_ASK, _WAITS)
     return read(Answer, content, _NAME)

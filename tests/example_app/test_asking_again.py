@@ -219,6 +219,15 @@ async def test_question_that_dify_failed_over_is_asked_again(outside: Outside) -
     assert await rows("SELECT answer FROM message") == [("You said: Hello",)]
 
 
+@pytest.mark.parametrize("said", ["", "I am asking a colleague."])
+async def test_workflow_that_pauses_when_nobody_listens(outside: Outside, said: str) -> None:
+    """It waits for a human, whose answer never comes; what it said before is none."""
+    message, conversation = await ask_in_vain(outside, 504)
+    conversation.messages[0].answer, conversation.messages[0].status = said, "paused"
+    assert await run(ask, message) == "failed"
+    assert len(conversation.messages) == 1
+
+
 async def test_answer_that_never_comes_is_asked_for_again(outside: Outside) -> None:
     """While Dify may still answer, its answer is waited for; one that died is asked again in the same conversation."""
     message, conversation = await ask_in_vain(outside, 504)
