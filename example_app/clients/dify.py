@@ -13,6 +13,7 @@ from example_app.clients.http import (
     NotFound,
     OutsideAPI,
     OutsideError,
+    Rejected,
     Unanswered,
     as_outside_error,
     pieces,
@@ -101,6 +102,15 @@ class _Event(BaseModel):
     answer: str | None = None
     status: JsonValue = None
     code: JsonValue = None
+    data: JsonValue = None
+
+    @property
+    def is_failed_workflow(self) -> bool:
+        """Whether the stream of a workflow ends in its failure; Dify sends the event ``error`` only after that end."""
+        match self.data:
+            case {"status": "failed"}:
+                return self.event == "workflow_finished"
+        return False
 
 
 class Dify(OutsideAPI):
@@ -206,6 +216,8 @@ class Dify(OutsideAPI):
                 status = event.status if isinstance(event.status, int) else 500
                 error = self.failure(_ASK, status, plain_code(event.code))
                 raise Unanswered(*error.args) if error.never_began else error  # it has begun
+            if event.is_failed_workflow:
+                raise Rejected(_ASK, "says that the workflow failed")
             if event.event in ("message", "agent_message"):
                 texts.append(event.answer or "")
             if event.event == "message_replace":  # by Dify's moderation

@@ -104,6 +104,7 @@ async def test_empty_answer_posts_nothing(outside: Outside, answer: str) -> None
         ({"event": "error", "status": 429, "code": "too_many_requests"}, "again"),
         ({"event": "error"}, "again"),
         ({"event": "workflow_paused"}, "failed"),
+        ({"event": "workflow_finished", "data": {"status": "failed", "error": "told to"}}, "failed"),
     ],
     ids=str,
 )

@@ -150,6 +150,18 @@ async def test_emoji_in_two_events(
     assert await rows("SELECT answer FROM message") == [(answer,)]
 
 
+@pytest.mark.parametrize("data", [{"status": "succeeded"}, {"status": "partial-succeeded"}, {}, None], ids=str)
+async def test_workflow_that_finishes_before_its_message(both_are: Be, configure: Configure, data: object) -> None:
+    """Unless it has failed, its answer is one."""
+    ids = {"conversation_id": "1", "message_id": "1"}
+    finished = {"event": "workflow_finished", "data": data}
+    await both_are(
+        Response(events({"event": "message", "answer": "Hi"} | ids, finished, {"event": "message_end"} | ids))
+    )
+    configure(DIFY_RESPONSE_MODE="streaming")
+    assert (await (await get_dify()).ask(QUESTION)).answer == "Hi"
+
+
 async def test_lines_in_pieces(both_are: Be, configure: Configure) -> None:
     """A stream may be cut anywhere, also within a character, and have CR LF at its lines' ends."""
     ids = {"conversation_id": "1", "message_id": "1"}
