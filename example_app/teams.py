@@ -36,6 +36,10 @@ class TeamDirectory:
         self._read_at = time.monotonic()
         return self._teams
 
+    def forget(self) -> None:
+        """Have the next look go to Chatwoot, since a team that was found is none (any more)."""
+        self._read_at = float("-inf")
+
     @property
     def names(self) -> list[str]:
         """The teams that were there at the last look."""

@@ -41,6 +41,8 @@ router: Final = APIRouter(
 Chatwoot = Annotated[ChatwootClient, Depends(get_chatwoot)]
 
 
+_LOOKS_FOR_A_TEAM: Final = 2
+"""The second one when the first has found a team that was deleted in Chatwoot, and perhaps made anew."""
 LONGEST_IN_A_URL: Final = 5_000
 """Characters, each of which takes up to 12 bytes there; uvicorn takes 64 kB and cuts off what sends more."""
 
@@ -116,14 +118,19 @@ async def refresh_teams(chatwoot: Chatwoot) -> TeamsResult:
 
 @router.post("/assign-team/{conversation_id}")
 async def assign_team(chatwoot: Chatwoot, conversation_id: ConversationID, new: NewTeam) -> TeamResult:
-    """Assign a conversation to a team by its name; an empty name leaves it alone."""
+    """Assign a conversation to a team by its name; an empty name leaves it alone.
+
+    A team that is cached and was deleted in Chatwoot is a 404, too, and leaves the conversation without a team.
+    """
     if new.team.casefold() in ("", "none"):
         return TeamResult(conversation_id=conversation_id, team="None")
-    team = await directory.find(chatwoot, new.team)
-    if team is None:
-        raise HTTPException(404, f"There is no such team. There are: {', '.join(directory.names) or 'none'}.")
-    result = await chatwoot.assign_team(conversation_id, team.id)
-    return TeamResult(conversation_id=conversation_id, team=new.team, team_id=team.id, result=result)
+    for _ in range(_LOOKS_FOR_A_TEAM):
+        if (team := await directory.find(chatwoot, new.team)) is None:
+            break
+        if (result := await chatwoot.assign_team(conversation_id, team.id)) is not None:
+            return TeamResult(conversation_id=conversation_id, team=new.team, team_id=team.id, result=result)
+        directory.forget()
+    raise HTTPException(404, f"There is no such team. There are: {', '.join(directory.names) or 'none'}.")
 
 
 @router.post("/toggle-status/{conversation_id}")

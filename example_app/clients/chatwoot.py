@@ -141,5 +141,5 @@ class Chatwoot(OutsideAPI):
         return await self.call("POST", f"/conversations/{conversation_id}/toggle_status", json={"status": status})
 
     async def assign_team(self, conversation_id: int, team_id: int) -> JsonValue:
-        """Assign the conversation to a team."""
+        """Assign the conversation to a team; None says that there is none of that id, and the conversation has none."""
         return await self.call("POST", f"/conversations/{conversation_id}/assignments", json={"team_id": team_id})

@@ -204,9 +204,10 @@ class FakeChatwoot:
         return JSONResponse({"meta": {}, "payload": payload})
 
     async def _assignments(self, request: Request) -> Response:
-        conversation = self._found(request)
-        conversation.team_id = (await request.json())["team_id"]
-        return JSONResponse(next(team for team in self.teams if team["id"] == conversation.team_id))
+        wanted = (await request.json())["team_id"]
+        team = next((team for team in self.teams if team["id"] == wanted), None)
+        self._found(request).team_id = wanted if team else None
+        return JSONResponse(team)
 
     async def _teams(self, request: Request) -> Response:
         return JSONResponse(self.teams)

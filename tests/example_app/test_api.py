@@ -78,38 +78,6 @@ async def test_status_tells_the_one_before(client: httpx.AsyncClient, outside: O
     assert outside.chatwoot.conversation(7).status == "snoozed"
 
 
-@pytest.mark.parametrize("cache", ["true", "false"])
-async def test_team_by_name(client: httpx.AsyncClient, outside: Outside, configure: Configure, cache: str) -> None:
-    """A team is found in whatever case, also one that is newer than the cache; an unknown one is a 404 that helps."""
-    configure(ENABLE_TEAM_CACHE=cache)
-    assert (await post(client, "refresh-teams")).json() == {
-        "status": "success",
-        "teams": 2,
-        "cache_enabled": cache == "true",
-    }
-    answer = (await post(client, "assign-team/7", {"team": "sALES"})).json()
-    assert (answer["team"], answer["team_id"]) == ("sALES", 2)
-    outside.chatwoot.teams.append({"id": 3, "name": "Returns"})
-    assert (await post(client, "assign-team/7", {"team": "Returns"})).json()["team_id"] == 3
-    assert outside.chatwoot.conversation(7).team_id == 3
-    unknown = await post(client, "assign-team/7", {"team": "Nobody"})
-    assert (unknown.status_code, "Sales" in unknown.json()["detail"]) == (404, True)
-    for nothing in ("", "None"):
-        assert (await post(client, "assign-team/7", {"team": nothing})).json()["team"] == "None"
-
-
-async def test_cached_teams_are_not_asked_for_again(
-    client: httpx.AsyncClient, outside: Outside, configure: Configure
-) -> None:
-    """With the cache a known team is assigned although Chatwoot does not tell its teams; without, that is a 502."""
-    configure(ENABLE_TEAM_CACHE="true")
-    await post(client, "refresh-teams")
-    outside.chatwoot.faults.add(Fault("GET", "/teams", 500, times=100))
-    assert (await post(client, "assign-team/7", {"team": "Sales"})).status_code == 200
-    configure(ENABLE_TEAM_CACHE="false")
-    assert (await post(client, "assign-team/7", {"team": "Sales"})).status_code == 502
-
-
 async def test_dialogue_is_found_by_either_id(client: httpx.AsyncClient) -> None:
     """Both look-ups tell what is stored, and 404 otherwise."""
     webhook = f"/api/v1/chatwoot-webhook?secret={WEBHOOK_SECRET}"
