@@ -26,15 +26,17 @@ class Sender(BaseModel):
 
 
 class Assignee(BaseModel):
-    """The agent a conversation is assigned to."""
+    """The agent or agent bot that a conversation is assigned to; Chatwoot numbers each kind by itself."""
 
     id: ID
+    type: str | None = None
 
 
 class Meta(BaseModel):
     """Chatwoot's ``meta`` of a conversation."""
 
     assignee: Assignee | None = None
+    assignee_type: str | None = None
 
 
 class Account(BaseModel):
@@ -52,8 +54,11 @@ class WebhookConversation(BaseModel):
 
     @property
     def assignee_id(self) -> int | None:
-        """Who it is assigned to."""
-        return self.meta.assignee.id if self.meta.assignee else None
+        """The agent it is assigned to; None also when that is an agent bot."""
+        assignee = self.meta.assignee
+        if assignee is None or assignee.type == "agent_bot" or self.meta.assignee_type == "AgentBot":
+            return None
+        return assignee.id
 
 
 class AccountEvent(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -99,3 +100,33 @@ async def test_names_in_development(configure: Configure, tables: None, host: st
     configure(ENVIRONMENT="development", API_BASE_URL="https://tunnel.example/api/v1")
     async with serve(create_app()) as client:
         assert (await client.get("/api/v1/health", headers={"Host": host})).status_code == status
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_ten_megabytes_are_refused(client: httpx.AsyncClient, chunked: bool) -> None:
+    """A body beyond the limit gets 413, with a length announced or without."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(160):
+            yield b" " * 65536
+
+    body = chunks() if chunked else b" " * 10 * 2**20
+    response = await client.post(PATH, content=body, headers=signed(b"", str(int(time.time()))))
+    assert response.status_code == 413
+    assert response.json()["status"] == 413
+    assert response.headers["Connection"] == "close"
+
+
+async def test_long_message_in_a_large_payload(client: httpx.AsyncClient) -> None:
+    """Chatwoot's longest message, twice in its payload and with every character escaped, is taken."""
+    text = r"\u003c" * 150_000
+    body = json.dumps({"event": "contact_updated"})[:-1] + f', "content": "{text}", "again": "{text}"}}'
+    timestamp = str(int(time.time()))
+    headers = signed(body.encode(), timestamp) | {"Content-Type": "application/json"}
+    assert (await client.post(PATH, content=body.encode(), headers=headers)).status_code == 200
+
+
+async def test_two_megabytes_are_refused_elsewhere(client: httpx.AsyncClient) -> None:
+    """Only the webhook's bodies are as large as that."""
+    response = await client.post("/api/v1/update-labels/7", content=b" " * 2 * 2**20)
+    assert response.status_code == 413
