@@ -20,7 +20,7 @@ ID = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, lt=2**63)]
 
 
 class Sender(BaseModel):
-    """Who wrote a message."""
+    """Who wrote a message; a customer has no type."""
 
     type: str | None = None
 
@@ -99,7 +99,7 @@ class MessageCreated(AccountEvent):
 class ConversationChanged(AccountEvent):
     """Chatwoot's events about a conversation, whose fields stand at the top level or under ``conversation``.
 
-    An agent bot is told of the last two.
+    An agent bot is told of the last four.
     """
 
     event: Literal[
@@ -133,6 +133,6 @@ WEBHOOK_EXAMPLE: Final = {
     "content": "Where is my parcel?",
     "message_type": "incoming",
     "private": False,
-    "sender": {"id": 12, "type": "contact"},
+    "sender": {"id": 12, "name": "Ana"},
     "conversation": {"id": 7, "status": "pending", "meta": {"assignee": None}},
 }

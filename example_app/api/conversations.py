@@ -75,7 +75,7 @@ async def update_custom_attributes(
     conversation_id: ConversationID,
     custom_attributes: Annotated[CustomAttributes, Body(examples=[{"region": "Berlin"}])],
 ) -> CustomAttributesResult:
-    """Set a conversation's custom attributes; none at all leaves it alone."""
+    """Replace a conversation's custom attributes, those that agents have set as well; none at all leaves it alone."""
     if not custom_attributes:
         return CustomAttributesResult(conversation_id=conversation_id, custom_attributes="No custom attrs provided")
     result = await chatwoot.set_custom_attributes(conversation_id, custom_attributes)

@@ -103,7 +103,7 @@ class Chatwoot(OutsideAPI):
     async def has_message(self, conversation_id: int | str, marker: str) -> bool:
         """Whether a message with this marker is among the latest of the conversation."""
         path = f"/conversations/{conversation_id}/messages"
-        # An agent bot's own token may post, and read nothing.
+        # An agent bot's own token may post, and read nothing, or since 4.15 the conversation without its messages.
         messages = read(_Messages, await self.call("GET", path, headers=self._as_admin), self.name).payload
         return any((message.content_attributes or {}).get(MARKER) == marker for message in messages)
 
@@ -128,7 +128,7 @@ class Chatwoot(OutsideAPI):
         return await self.call("POST", path, json={"labels": list(labels)}, headers=self._as_admin)
 
     async def set_custom_attributes(self, conversation_id: int, attributes: dict[str, JsonValue]) -> JsonValue:
-        """Set the conversation's custom attributes."""
+        """Replace the conversation's custom attributes."""
         body: JsonValue = {"custom_attributes": attributes}
         return await self.call("POST", f"/conversations/{conversation_id}/custom_attributes", json=body)
 

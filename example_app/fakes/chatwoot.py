@@ -21,7 +21,7 @@ from example_app.api.doors import sign
 from example_app.fakes.faults import Faults
 
 BOT = {"id": 1, "type": "agent_bot", "name": "Chatdify"}
-CUSTOMER = {"id": 12, "type": "contact", "name": "Customer"}
+CUSTOMER = {"id": 12, "name": "Customer"}
 
 
 @dataclass
@@ -50,7 +50,7 @@ class ChatwootConversation:
             "id": self.id,
             "inbox_id": 1,
             "status": self.status,
-            "meta": {"sender": CUSTOMER, "assignee": None, "team": None},
+            "meta": {"sender": CUSTOMER | {"type": "contact"}, "assignee": None, "assignee_type": None, "team": None},
             "labels": self.labels,
             "custom_attributes": self.custom_attributes,
         }
@@ -189,7 +189,7 @@ class FakeChatwoot:
 
     async def _custom_attributes(self, request: Request) -> Response:
         conversation = self._found(request)
-        conversation.custom_attributes |= (await request.json())["custom_attributes"]
+        conversation.custom_attributes = (await request.json())["custom_attributes"]
         return JSONResponse({"custom_attributes": conversation.custom_attributes})
 
     async def _priority(self, request: Request) -> Response:

@@ -57,7 +57,8 @@ async def test_message_that_chatwoot_may_have_stored(client: httpx.AsyncClient, 
 
 
 async def test_labels_and_attributes_and_priority(client: httpx.AsyncClient, outside: Outside) -> None:
-    """Each is set in Chatwoot; nothing to set is a success that sends nothing."""
+    """Each is replaced in Chatwoot; nothing to set is a success that sends nothing."""
+    outside.chatwoot.conversation(7).custom_attributes = {"order": "A-17"}
     response = await post(client, "update-labels/7", ["vip", "parcel"])
     assert response.json() == {"status": "success", "conversation_id": 7, "labels": {"payload": ["vip", "parcel"]}}
     await post(client, "update-custom-attributes/7", {"region": "Berlin"})
