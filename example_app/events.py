@@ -95,6 +95,11 @@ class MessageCreated(AccountEvent):
         email = self.attributes.get("email")
         return isinstance(email, dict) and email.get("auto_reply") is True
 
+    @property
+    def is_unsupported(self) -> bool:
+        """Whether the customer sent what Chatwoot cannot show, and its words are Chatwoot's."""
+        return self.attributes.get("is_unsupported") is True
+
 
 class ConversationChanged(AccountEvent):
     """Chatwoot's events about a conversation, whose fields stand at the top level or under ``conversation``.

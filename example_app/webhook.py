@@ -58,6 +58,8 @@ def reason_to_skip(event: MessageCreated, settings: Settings) -> str | None:
         return "the bot's own message"
     if event.is_automatic_reply:
         return "automatic reply"
+    if event.is_unsupported:
+        return "unsupported message"
     if event.content_type == "voice_call":
         return "call"
     if event.private:

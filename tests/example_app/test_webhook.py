@@ -85,6 +85,7 @@ async def test_same_message_in_another_delivery_is_one(client: httpx.AsyncClient
         {"content": "Voice Call", "content_type": "voice_call"},
         {"content_attributes": {"email": {"auto_reply": True, "subject": "Out of office"}}},
         {"content_attributes": {"chatdify": "1:answer"}},
+        {"content": "This message is unavailable.", "content_attributes": {"is_unsupported": True}},
         {"conversation": {"id": 7, "status": "resolved"}},
         {"account": {"id": 2}},
     ],
