@@ -16,8 +16,10 @@ from example_app import dialogues
 from example_app.api import doors
 from example_app.dispatch import PROCESS
 from example_app.events import WEBHOOK_EXAMPLE
-from fastapi_chatdify_db import DatabaseUnavailable
+from example_app.main import create_app
+from fastapi_chatdify_db import DatabaseUnavailable, db
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside, rows, signed, write
+from tests.serving import serve
 
 PATH = "/api/v1/chatwoot-webhook"
 
@@ -115,6 +117,16 @@ async def test_database_that_is_away(client: httpx.AsyncClient, monkeypatch: pyt
         patch.setattr(dialogues, "is_new_delivery", refuse)
         assert (await deliver(client, message(), "1")).status_code == 500
     assert (await deliver(client, message(), "1")).json()["status"] == "processing"
+
+
+async def test_pool_that_is_full(configure: Configure, own_database: str) -> None:
+    """A webhook is answered 500 before Chatwoot, after five seconds, gives it up for good."""
+    configure(ENVIRONMENT="development", DATABASE_URL=own_database, DB_POOL_SIZE="1", DB_MAX_OVERFLOW="0")
+    async with serve(create_app()) as client:
+        assert (await deliver(client, message(id=1))).status_code == 200  # the application has started
+        async with asyncio.timeout(5), db.async_engine.connect():
+            assert (await deliver(client, message(), "1")).status_code == 500
+        assert (await deliver(client, message(), "1")).json()["status"] == "processing"
 
 
 async def test_settings_widen_what_is_answered(client: httpx.AsyncClient, configure: Configure) -> None:
