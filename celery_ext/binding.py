@@ -12,6 +12,7 @@ import celery
 import psycopg2.extensions
 import psycopg2.extras
 from celery import Celery, signals
+from celery.app.autoretry import add_autoretry_behaviour
 from celery.local import Proxy
 from celery.states import SUCCESS
 
@@ -56,6 +57,7 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
     _adopt(app.Task, db)
     if is_new:
         _adopt_bases(app)
+        _adopt_made(app)
     app.on_after_finalize.connect(_adopt_all, weak=False)
     if app.finalized:  # type: ignore[attr-defined]  # missing in the stubs
         _adopt_all(app)
@@ -103,6 +105,15 @@ def _adopt_all(sender: Any, **_: object) -> None:
     for task in sender.tasks.values():
         _adopt(type(task), _databases[sender])
         put_in_unit(task)
+
+
+def _adopt_made(app: Any) -> None:
+    """Adopt the tasks that are there already, and let ``autoretry_for`` read from our class what it leaves alone."""
+    for task in app._tasks.values():
+        _adopt(type(task), _databases[app])
+        if getattr(task, "autoretry_for", ()) and "_orig_run" in vars(task):
+            task.run = vars(task).pop("_orig_run")
+            add_autoretry_behaviour(task)
 
 
 def _adopt(task_class: Any, database: Database) -> None:

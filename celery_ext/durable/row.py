@@ -127,7 +127,7 @@ def serialize(name: str, value: object) -> str:
     try:
         written = str(dumps(value))
         deserialize(written)  # fails for a dictionary that looks like kombu's notation for e.g. a date
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever kombu's encoders and decoders raise
         raise ArgumentsNotSerializable(
             f"the arguments of {name} are no JSON ({error}); send ids, not objects"
         ) from error

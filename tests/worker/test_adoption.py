@@ -86,18 +86,29 @@ def test_base_with_a_mixin(app: Any) -> None:
 
 
 @pytest.mark.parametrize("base", [None, base_of_the_users])
-def test_failure_after_the_commit_is_not_retried(app: Any, empty_tables: Observer, base: Any) -> None:
+@pytest.mark.parametrize("before", [False, True])
+def test_failure_after_the_commit_is_not_retried(app: Any, empty_tables: Observer, base: Any, before: bool) -> None:
     """``autoretry_for`` takes the classes that it leaves alone when a task is made, from our class, too."""
     ran: list[str] = []
 
-    def fails_to_send() -> None:
-        ran.append("once")
-        raise celery_ext.DispatchFailed("not sent")
+    def fails(error: type[Exception]) -> None:
+        ran.append(error.__name__)
+        raise error("once or twice")
 
-    task = app.task(base=base and base(), shared=False, autoretry_for=(Exception,), default_retry_delay=0)
-    with pytest.raises(celery_ext.DispatchFailed):
-        task(fails_to_send).apply().get()
-    assert ran == ["once"]
+    def make(app: Any) -> Any:
+        options = {"autoretry_for": (Exception,), "retry_kwargs": {"max_retries": 1}, "default_retry_delay": 0}
+        return app.task(base=base and base(), shared=False, lazy=False, **options)(fails)
+
+    if before:
+        app = Celery("early", broker="memory://", backend="cache+memory://", set_as_current=False)
+        task = make(app)
+        celery_ext.init_app(app)
+    else:
+        task = make(app)
+    for error in (celery_ext.DispatchFailed, LookupError):
+        with pytest.raises(error):
+            task.apply((error,)).get()
+    assert ran == ["DispatchFailed", "LookupError", "LookupError"]
 
 
 @pytest.mark.parametrize("finalized", [False, True])

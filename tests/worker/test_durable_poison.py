@@ -19,7 +19,10 @@ from tests.worker.running import Worker, brokers, task, urls
 
 @pytest.mark.parametrize(
     "argument",
-    [{"__type__": kind, "__value__": value} for kind, value in (("x", 1), ("datetime", "now"), ("bytes", 1))],
+    [
+        {"__type__": kind, "__value__": value}
+        for kind, value in (("x", 1), ("datetime", "now"), ("bytes", 1), ("decimal", "x"))
+    ],
 )
 async def test_what_cannot_be_read_back_is_not_stored(
     unheard: Celery[celery_ext.Task], rows: Observer, argument: object
