@@ -124,6 +124,8 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _commit(unit: UnitOfWork, task: Task) -> None:
     """Commit; a soft time limit that passes meanwhile does not make a committed task a failure."""
+    if unit.untouched:
+        return
     committed = False
     try:
         with soft_limit_held_back:

@@ -35,14 +35,17 @@ def inject(headers: dict[str, Any]) -> None:
             headers.setdefault(name, value)
 
 
-def restore(request: Context) -> Callable[[], None]:
-    """Make the sender's context the current one; returns what ends that."""
+def restore(request: Context) -> Callable[[], None] | None:
+    """Make the sender's context the current one; returns what ends that, or None where there is nothing to change."""
     sent = vars(request)
     carrier = {name: value for name in _trace_headers() if (value := sent.get(name)) is not None}
+    has_another_trace = _has_another_trace(request, carrier)
+    if _REQUEST_ID not in sent and not has_another_trace:
+        return None
     stack = ExitStack()
     if (request_id := request.get(_REQUEST_ID)) is not None:
         stack.enter_context(carried_request_id(request_id))
-    if _has_another_trace(request, carrier):
+    if has_another_trace:
         stack.callback(otel.detach, otel.attach(propagate.extract(carrier, otel.Context())))
     return stack.close
 

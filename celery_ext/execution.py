@@ -72,11 +72,12 @@ class Execution:
         return self._unit
 
     def body_ended(self) -> None:
-        """Close the body's unit; handlers until ``task_postrun`` get another."""
+        """Close the body's unit; handlers until ``task_postrun`` get another, or the same one if it is unused."""
         assert self._unit is not None
         self._body_over = True
-        self._unit.close()
-        self._open(UnitOfWork())
+        if not self._unit.untouched or self.task.is_async:
+            self._unit.close()
+            self._open(UnitOfWork())
 
     def end(self, error: Exception | None) -> None:
         """At ``task_postrun``: commit what the handlers did.
@@ -95,7 +96,8 @@ class Execution:
         except Exception:
             logger.exception("what the handlers of task %s[%s] wrote is lost", self.task.name, self._task_id)
         finally:
-            self._leave_context()
+            if self._leave_context is not None:
+                self._leave_context()
             if self.delivery is not None:
                 self.delivery.close()
 
