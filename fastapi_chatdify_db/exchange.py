@@ -84,10 +84,10 @@ class HTTPExchange(AsyncUnitOfWork):
             await self.finish_async(commit=False)
             raise
         finally:
-            if self.has_inner:
-                await self._end_suspended()
             self.close()
             del self._receive  # a connection keeps the context that it was made in, and so a recorded body
+            if self.has_inner:
+                await self._end_suspended()
 
     # Not a coroutine function: most messages have nothing to settle before them and pass straight through.
     def _send_settled(self, message: Message) -> Awaitable[None]:
@@ -115,6 +115,8 @@ class HTTPExchange(AsyncUnitOfWork):
         try:
             if not commit and self._wants_retry():
                 raise TryAgain
+            if commit and not self.rollback_only:
+                self.refuse_loss()
             for block in self._blocks():
                 block.awaits_response = starts  # what is done from here on
                 await finish(block, commit=commit)
