@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.connection_state import ConnectionState, state_of
 from fastapi_chatdify_db.exceptions import OutsideUnitOfWork, SessionInUse, TransactionAborted
-from fastapi_chatdify_db.session_end import IN_USE, FollowedSession, states
+from fastapi_chatdify_db.session_end import IN_USE, FollowedSession, in_use, states
 from fastapi_chatdify_db.sqlstates import sqlstate, was_given_up
 
 
@@ -50,10 +50,13 @@ def prepare_commit(session: Session) -> None:
     """Do, and raise, before any of several sessions commits, what would fail this one's commit but for COMMIT itself.
 
     Raises:
+        SessionInUse: A task or thread is in the middle of an operation of it.
         TransactionAborted: A statement has failed.
         sqlalchemy.exc.SQLAlchemyError: The flush failed, now or before.
     """
     assert isinstance(session, FollowedSession)
+    if in_use(session):
+        raise SessionInUse(IN_USE)
     session.flush()
     if not session.is_active:
         session.connection()  # raises what the commit would

@@ -9,13 +9,21 @@ from functools import partial
 
 import pytest
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from sqlalchemy import UniqueConstraint, func, select, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
-from fastapi_chatdify_db import ChatdifyDBError, Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import (
+    ChatdifyDBError,
+    Database,
+    DatabaseSettings,
+    DBSessionMiddleware,
+    OutsideUnitOfWork,
+    SessionInUse,
+    db,
+)
 from tests.either_driver import backend_of
 from tests.models import Item
 from tests.observing import Observer
@@ -160,9 +168,34 @@ async def test_failure_that_was_swallowed_keeps_the_first_from_committing(
     async with serve(app) as client:
         response = await client.post("/")
     await asyncio.gather(*background, return_exceptions=True)
+    background.clear()
     assert (response.status_code, response.json()) == (409, error)
     assert await observer.names() == []
     assert await count(reports) == 0
+
+
+async def test_session_that_waits_for_its_connection_keeps_the_first_from_committing(observer: Observer) -> None:
+    """It is in use, like one that waits for its statement."""
+    single = Database("single", settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+
+    @app.exception_handler(SessionInUse)
+    async def tell(request: Request, error: SessionInUse) -> Response:
+        return Response(status_code=409)
+
+    @app.post("/")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+        await go_on_elsewhere(single.session)
+
+    async with serve(app) as client, single.transaction() as session:
+        await session.execute(text("SELECT 1"))
+        assert (await client.post("/")).status_code == 409
+    await asyncio.gather(*background, return_exceptions=True)
+    background.clear()
+    await single.dispose()
+    assert await observer.names() == []
 
 
 async def test_failure_in_a_savepoint_is_none(reports: Database, observer: Observer) -> None:
