@@ -112,7 +112,10 @@ class WebSocketExchange(AsyncUnitOfWork):
             await asyncio.sleep(0)  # whoever awaits the task gets its exception in this turn of the loop
             if self._has_failed():
                 logger.warning("a task of a websocket failed, and what was done since the last commit is rolled back")
-                self._undone.update(worker for worker in self._workers if worker is not None and not worker.done())
+                for worker in self._workers:
+                    # Whoever reads has told the client what it had to tell.
+                    if worker not in (None, self._reader) and not worker.done():
+                        self._undone.add(worker)
                 await self._settle(commit=False)
 
     def _has_failed(self) -> bool:
