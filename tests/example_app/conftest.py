@@ -34,6 +34,11 @@ _numbers = itertools.count()
 Configure = Callable[..., None]
 
 
+def pytest_collection_finish() -> None:
+    """Take back the settings that the worker gave the one database, when pytest looked at the tasks in the modules."""
+    db._settings = None
+
+
 @pytest.fixture
 def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Configure]:
     """Set environment variables and let the application read them anew."""
@@ -58,12 +63,12 @@ def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Co
         CELERY_RESULT_BACKEND="cache+memory://",
         CELERY_RETRY_COUNTDOWN="0",
     )
-    assert celery_app.conf.broker_url == "memory://localhost"
-    # What create_app() tells the one database is not for the tests that follow, nor theirs for it.
+    # What the application tells the one database is not for the tests that follow, nor theirs for it.
     monkeypatch.setattr(db, "_settings", get_settings())
     monkeypatch.setattr(db, "engines", Engines(lambda: db.settings, on_error=note_error))
     monkeypatch.setattr(db, "services", {})
     monkeypatch.setattr(db, "creates_tables", False)
+    assert celery_app.conf.broker_url == "memory://localhost"
     yield configure
     get_settings.cache_clear()
 
