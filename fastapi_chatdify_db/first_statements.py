@@ -119,7 +119,6 @@ def _begins_ordinarily(state: ConnectionState) -> bool:
             or (connection.isolation_level == _PSYCOPG2_READ_COMMITTED and state.reads_alone)
         )
         and not connection.readonly
-        and not connection.deferrable
         and not state.in_transaction()
     )
 
