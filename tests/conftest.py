@@ -13,9 +13,10 @@ from uuid import uuid4
 import asyncpg
 import psycopg2
 import pytest
+from fastapi import FastAPI
 from sqlalchemy import URL, make_url
 
-from fastapi_chatdify_db import Database, DatabaseSettings, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
 from fastapi_chatdify_db.embedded import embedded_postgres
 from tests import models as models
 from tests.observing import Observer, Other
@@ -142,3 +143,11 @@ async def small_pool(tables: None) -> AsyncIterator[Database]:
     database = Database("small", settings=DatabaseSettings(db_pool_size=2, db_max_overflow=0, db_pool_timeout=0.5))
     yield database
     await database.dispose()
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    """An application that has units of work, and no routes yet."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    return app

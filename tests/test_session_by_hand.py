@@ -15,19 +15,12 @@ from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
+from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import connected, serve
 
 PID = text("SELECT pg_backend_pid()")
-
-
-@pytest.fixture
-def app(observer: Observer) -> FastAPI:
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-    return app
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db import DBSessionMiddleware, db
+from fastapi_chatdify_db import db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -42,13 +42,6 @@ async def numbers() -> AsyncGenerator[int]:
         for number in range(3):
             session.add(Item(f"number {number}"))
             yield number
-
-
-@pytest.fixture
-def app() -> FastAPI:
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-    return app
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Streaming bodies and background tasks work in a following transaction of their own."""
+"""What a body does while it is sent is in a transaction of its own, which ends with the response."""
 
 from __future__ import annotations
 
@@ -21,13 +21,6 @@ from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
-
-
-@pytest.fixture
-def app() -> FastAPI:
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-    return app
 
 
 async def test_rows_of_a_stream_commit_at_its_end(app: FastAPI, observer: Observer) -> None:
@@ -160,56 +153,6 @@ async def test_def_stream_left_by_its_client_holds_nothing(app: FastAPI, observe
     assert await observer.names() == []
 
 
-async def test_background_tasks_commit(app: FastAPI, observer: Observer) -> None:
-    """A background task sees the request's row, and its own is committed when it ends."""
-
-    @app.get("/")
-    async def handler(tasks: BackgroundTasks) -> None:
-        db.session.add(Item("request"))
-
-        async def background() -> None:
-            assert (await db.session.scalars(select(Item.name))).all() == ["request"]
-            db.session.add(Item("background"))
-
-        tasks.add_task(background)
-
-    async with serve(app) as client:
-        assert (await client.get("/")).status_code == 200
-    assert await observer.names() == ["background", "request"]
-
-
-async def test_def_background_task_commits(app: FastAPI, observer: Observer) -> None:
-    """A plain function runs in a thread, with the synchronous session."""
-
-    @app.get("/")
-    async def handler(tasks: BackgroundTasks) -> None:
-        tasks.add_task(lambda: db.sync_session.add(Item("thread")))
-
-    async with serve(app) as client:
-        assert (await client.get("/")).status_code == 200
-    assert await observer.names() == ["thread"]
-
-
-async def test_background_task_that_fails_rolls_back_only_itself(app: FastAPI, observer: Observer) -> None:
-    """The request was committed before the client was told; a later failure does not touch it."""
-
-    @app.get("/")
-    async def handler(tasks: BackgroundTasks) -> None:
-        db.session.add(Item("request"))
-
-        async def background() -> None:
-            db.session.add(Item("background"))
-            await db.session.flush()
-            raise ZeroDivisionError
-
-        tasks.add_task(background)
-
-    async with serve(app) as client:
-        assert (await client.get("/")).status_code == 200
-    assert await observer.names() == ["request"]
-    assert await observer.in_transaction() == 0
-
-
 async def test_body_of_a_slow_client_holds_no_connection(app: FastAPI, observer: Observer) -> None:
     """While a large body waits for its reader, the pool has every connection."""
     body = b"x" * 20_000_000
@@ -227,27 +170,6 @@ async def test_body_of_a_slow_client_holds_no_connection(app: FastAPI, observer:
         assert response.status_code == 200
         assert db.async_engine.pool.status().startswith("Pool size: 10  Connections in pool: 1")
         assert await observer.in_transaction() == 0
-
-
-async def test_background_task_after_a_stream_that_wrote_commits(app: FastAPI, observer: Observer) -> None:
-    """The stream's rows are committed at its end, and the background task's when that ends."""
-
-    @app.get("/")
-    async def handler(tasks: BackgroundTasks) -> StreamingResponse:
-        async def body() -> AsyncIterator[bytes]:
-            db.session.add(Item("stream"))
-            yield b"all"
-
-        async def background() -> None:
-            assert await observer.names() == ["stream"]
-            db.session.add(Item("background"))
-
-        tasks.add_task(background)
-        return StreamingResponse(body())
-
-    async with serve(app) as client:
-        assert (await client.get("/")).status_code == 200
-    assert await observer.names() == ["background", "stream"]
 
 
 async def ask_directly(app: FastAPI, sent: list[str], **scope: object) -> None:
@@ -301,16 +223,3 @@ async def test_background_task_after_a_file_that_the_server_sends(observer: Obse
     await ask_directly(app, sent, extensions={"http.response.pathsend": {}})
     assert sent == ["http.response.start", "http.response.pathsend"]
     assert await observer.names() == ["background"]
-
-
-async def test_callback_of_a_background_task_that_does_nothing_else(app: FastAPI, observer: Observer) -> None:
-    """A unit with nothing but a callback is not at rest."""
-    ran: list[str] = []
-
-    @app.get("/")
-    async def handler(tasks: BackgroundTasks) -> None:
-        tasks.add_task(lambda: db.on_commit(lambda: ran.append("callback")))
-
-    async with serve(app) as client:
-        assert (await client.get("/")).status_code == 200
-    assert ran == ["callback"]
