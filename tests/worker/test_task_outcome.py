@@ -89,6 +89,14 @@ async def test_failed_commit_is_retried(prefork: Worker, empty_tables: Observer)
     assert await empty_tables.names() == ["unique_at_second_try", "unique_at_second_try_async"]
 
 
+@pytest.mark.parametrize("kind", ["fails_to_send", "fails_to_send_async"])
+async def test_failure_to_send_does_not_run_the_task_again(prefork: Worker, empty_tables: Observer, kind: str) -> None:
+    """``autoretry_for`` leaves alone what the commit does not undo."""
+    sent = prefork.task(kind).delay("x")
+    assert "DispatchFailed" in repr(await prefork.result(sent.id))
+    assert await empty_tables.names() == ["x"]
+
+
 @pytest.mark.parametrize("outcome", ["ignore", "reject"])
 async def test_ignored_and_rejected_tasks_leave_nothing(prefork: Worker, empty_tables: Observer, outcome: str) -> None:
     """``Ignore`` and ``Reject`` roll back."""
