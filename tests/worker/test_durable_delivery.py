@@ -8,13 +8,15 @@ import signal
 
 import pytest
 from celery import Celery
+from sqlalchemy import text
 
 import celery_ext
 from celery_ext.durable import administration, statements
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
+from tests.models import Item
 from tests.observing import Observer
-from tests.worker.running import Worker, brokers, task, worker
+from tests.worker.running import Worker, brokers, deliver, task, worker
 
 
 async def test_duplicate_messages_are_dropped(relayed: Worker, rows: Observer) -> None:
@@ -28,6 +30,18 @@ async def test_duplicate_messages_are_dropped(relayed: Worker, rows: Observer) -
     last = add.delay("last")
     await asyncio.to_thread(last.get, timeout=20)
     assert await rows.names() == ["last", "x"]
+
+
+async def test_duplicate_of_a_coroutine_is_dropped_quietly(relayed: Worker, rows: Observer) -> None:
+    """A duplicate message of an ``async def`` task is dropped without a word."""
+    task = relayed.task("release_and_wait")
+    async with db.transaction():
+        task_id = task.delay_durably("x", 9)
+    await rows.until_status(task_id, "done")
+    for _ in range(200):  # enough for the garbage collector, which tells of coroutines that nobody awaited
+        task.apply_async(("x", 9), task_id=task_id, headers={"durable": task_id})
+    await asyncio.to_thread(relayed.task("add_item").delay("last").get, timeout=20)
+    assert "never awaited" not in relayed.log
 
 
 @pytest.mark.usefixtures("kills")
@@ -113,30 +127,6 @@ async def test_lease_ends_with_its_process(rows: Observer) -> None:
         await rows.until_status(task_id, "done")
     names = [name for name in await rows.names() if not name.isdigit()]
     assert names == ["pid begun", "pid ended"]
-
-
-async def test_retries_are_kept_in_the_row(relayed: Worker, rows: Observer) -> None:
-    """``autoretry_for`` and ``self.retry`` count in the row, ``def`` or ``async def``; another attempt succeeds."""
-    async with db.transaction():
-        ids = [
-            relayed.task("unique_at_second_try").delay_durably("def"),
-            relayed.task("unique_at_second_try_async").delay_durably("async def"),
-            relayed.task("add_item_async").delay_durably("retry", "retry"),
-        ]
-    assert [await relayed.result(task_id) for task_id in ids] == [1, 1, ids[2]]
-    query = "SELECT retries FROM durable_task WHERE id = ANY($1)"
-    assert [row["retries"] for row in await rows.connection.fetch(query, ids)] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("name", ["unique_at_second_try", "unique_at_second_try_async"])
-async def test_late_message_has_the_retries_of_the_row(prefork: Worker, rows: Observer, name: str) -> None:
-    """The message may be older than the latest attempt."""
-    retried = prefork.task(name)
-    async with db.transaction():
-        task_id = retried.delay_durably("x")
-    await rows.connection.execute("UPDATE durable_task SET retries = 1")
-    retried.apply_async(("x",), task_id=task_id, headers={"durable": task_id})
-    assert await prefork.result(task_id) == 1
 
 
 async def test_failed_for_good(relayed: Worker, rows: Observer) -> None:
@@ -238,3 +228,35 @@ async def test_coroutine_behind_a_decorator(relayed: Worker, rows: Observer, dur
         decorated.delay("x")
         await asyncio.to_thread(relayed.until_logged, "CoroutineReturned")
     assert await rows.names() == []
+
+
+async def test_task_that_was_ended_elsewhere_leaves_nothing_more(relayed: Worker, rows: Observer) -> None:
+    """Who goes on after the row was ended by somebody else leaves nothing more."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    async with db.transaction():
+        task_id = relayed.task("release_and_wait").delay_durably("x", 9)
+    await rows.until_somebody_waits_for_a_lock()
+    await rows.connection.execute("UPDATE durable_task SET status = 'done' WHERE id = $1", task_id)
+    await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+    await asyncio.to_thread(relayed.until_logged, f"[{task_id}] was ended elsewhere")
+    await asyncio.to_thread(relayed.task("add_item").delay("other").get, timeout=20)
+    assert await rows.names() == ["other", "x begun"]
+
+
+async def test_retry_of_a_task_that_was_ended_elsewhere(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """Nor does what goes on to ask for another attempt leave anything more."""
+
+    @unheard.task(bind=True, shared=False)
+    def goes_on(self: celery_ext.Task) -> None:
+        db.sync_session.add(Item("begun"))
+        db.sync_session.commit()
+        with db.sync_transaction() as other:
+            other.execute(text("UPDATE durable_task SET status = 'cancelled'"))
+        db.sync_session.add(Item("lost"))
+        self.retry(countdown=0, throw=False)
+
+    async with db.transaction():
+        task_id = goes_on.delay_durably()
+    await asyncio.to_thread(deliver, goes_on, task_id)
+    assert await rows.names() == ["begun"]
+    assert await rows.durable_tasks() == [("cancelled", "[[], {}]")]

@@ -18,7 +18,7 @@ from uuid import uuid4
 import pytest
 from celery import Celery, current_app, signals
 from fastapi import FastAPI
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 import celery_ext
 from celery_ext.durable import administration, relay, statements
@@ -163,6 +163,18 @@ async def test_many_batches(unheard: Celery[Any], rows: Observer, monkeypatch: p
     with relaying(unheard, db):
         async with asyncio.timeout(PATIENCE / 2):
             await rows.until("NOT EXISTS (SELECT FROM durable_task WHERE rings = 0)")
+
+
+async def test_who_has_waited_longest_is_sent_first(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """So that a relay with more to do than it can has no row wait for ever."""
+    async with db.transaction():
+        ids = [task(unheard, "add_item").delay_durably(f"{number}") for number in range(3)]
+    await rows.connection.execute("UPDATE durable_task SET ring_at = now() - seq * interval '1 second'")
+    one = {"batch": 1, "grace": 10}
+    async with db.transaction() as session:
+        await session.execute(text("SET LOCAL enable_indexscan = off"))  # which has them in that order by itself
+        await session.execute(text("SET LOCAL enable_bitmapscan = off"))
+        assert [(await session.execute(statements.CLAIM, one)).one().id for _ in ids] == ids[::-1]
 
 
 async def test_told_while_it_looks(unheard: Celery[Any], rows: Observer, monkeypatch: pytest.MonkeyPatch) -> None:

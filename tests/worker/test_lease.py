@@ -14,10 +14,11 @@ from sqlalchemy.exc import DBAPIError
 import celery_ext
 from celery_ext.durable import lease
 from celery_ext.durable.delivery import Delivery
-from fastapi_chatdify_db import Database, db
+from celery_ext.durable.relay import relaying
+from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.models import Item
 from tests.observing import Observer
-from tests.worker.running import deliver, task
+from tests.worker.running import brokers, deliver, task, worker
 
 LOCK = "hashtextextended('a', 21)"
 IS_FREE = f"SELECT CASE WHEN pg_try_advisory_lock({LOCK}) THEN pg_advisory_unlock({LOCK}) ELSE false END"
@@ -46,6 +47,28 @@ async def test_lease_whose_connection_died(rows: Observer) -> None:
     assert not await rows.connection.fetchval(IS_FREE)
     lease.free(database, "a")
     assert await rows.connection.fetchval(IS_FREE)
+
+
+async def test_leases_of_one_process(rows: Observer) -> None:
+    """Each is held until its own end, on one connection, which is replaced when it is lost and closed by the last."""
+    database = Database("leasing", settings=DatabaseSettings(db_application_name="leasing"))
+    free = """SELECT CASE WHEN pg_try_advisory_lock(hashtextextended($1, 21))
+                     THEN pg_advisory_unlock(hashtextextended($1, 21)) ELSE false END"""
+    assert all(lease.hold(database, task_id) for task_id in "aab")
+    assert await rows.connections("leasing") == 1
+    lease.free(database, "a")
+    assert [await rows.connection.fetchval(free, task_id) for task_id in "ab"] == [True, False]
+    await rows.terminate_others()
+    with pytest.raises(DBAPIError):
+        lease.hold(database, "c")
+    assert lease.hold(database, "c")
+    lease.free(database, "b")
+    assert not await rows.connection.fetchval(free, "c")
+    await rows.terminate_others()
+    lease.free(database, "c")
+    assert lease.hold(database, "d")
+    lease.free(database, "d")
+    await rows.until_connections("leasing", 0)
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
@@ -115,3 +138,34 @@ async def test_event_loop_goes_on_meanwhile(unheard: Celery[celery_ext.Task], ro
     assert seen == ["another task ran"]
     assert not await rows.connection.fetchval(IS_FREE)
     delivery.close()
+
+
+async def test_duplicate_in_the_process_of_the_lease(rows: Observer) -> None:
+    """In a pool of threads, a message that is dropped leaves the lease to the task beside it, which has it."""
+    await rows.connection.execute("SELECT pg_advisory_lock(9)")
+    with worker(brokers()[-1], "-c", "2", pool="threads") as running, relaying(running.app, db):
+        released = running.task("release_and_wait")
+        async with db.transaction():
+            task_id = released.delay_durably("x", 9)
+        await rows.until_somebody_waits_for_a_lock()
+        for _ in range(5):
+            released.apply_async(("x", 9), task_id=task_id, headers={"durable": task_id})
+        await asyncio.to_thread(running.task("add_item").delay("after the duplicates").get, timeout=20)
+        await rows.connection.execute("SELECT pg_advisory_unlock(9)")
+        await rows.until_status(task_id, "done")
+    assert await rows.names() == ["after the duplicates", "x begun", "x ended"]
+
+
+async def test_lease_beside_a_pool_of_one(rows: Observer) -> None:
+    """Its connection is one beyond the pool, of which a task may hold the last one, and needs one at its end."""
+    smallest = {"DB_POOL_SIZE": "1", "DB_MAX_OVERFLOW": "0", "DB_POOL_TIMEOUT": "1"}
+    with worker(brokers()[-1], "-c", "1", environment=smallest) as running, relaying(running.app, db):
+        async with db.transaction():
+            ends = {
+                running.task(name).delay_durably(f"{name} {outcome}", outcome): status
+                for name in ("commit_halfway", "commit_halfway_async")
+                for outcome, status in (("succeed", "done"), ("raise", "failed"))
+            }
+        for task_id, status in ends.items():
+            await rows.until_status(task_id, status)
+    assert "will be run again" not in running.log
