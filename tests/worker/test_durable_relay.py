@@ -1,18 +1,10 @@
-"""The relay, by itself or beside an application, and its command line."""
+"""A relay, beside an application or by itself, sends every row that is due, as the application would have."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -25,33 +17,9 @@ from celery_ext.durable import administration, relay, statements
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import Database, DatabaseSettings, db, health_router
 from tests.observing import PATIENCE, Observer
-from tests.serving import free_socket, serve
+from tests.serving import serve
 from tests.worker.application import create_app
-from tests.worker.running import Worker, brokers, deliver, task, until_logged, urls
-
-
-@asynccontextmanager
-async def forwarding(door: socket.socket, port: int | None) -> AsyncIterator[None]:
-    """Pass on what comes in at a socket to a port of this machine, and what comes back; then end every connection."""
-    ends: list[asyncio.StreamWriter] = []
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        back, onward = await asyncio.open_connection("127.0.0.1", port)
-        ends.extend((writer, onward))
-        await asyncio.gather(pump(reader, onward), pump(back, writer))
-
-    async with await asyncio.start_server(serve, sock=door):
-        try:
-            yield
-        finally:  # or a relay that is stopped would wait for an answer, and keep this loop from passing it on
-            for end in ends:
-                end.close()
-                await end.wait_closed()
+from tests.worker.running import Worker, brokers, deliver, task, urls
 
 
 async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> None:
@@ -102,55 +70,6 @@ async def test_relays_are_told(unheard: Celery[Any], rows: Observer) -> None:
     await until_told()  # of the third one, since the second has failed
     assert await asyncio.to_thread(administration.retry, db, ids[1]) == 1
     await until_told()
-
-
-async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
-    """What a relay claimed for a broker that is down is due at once, not after the time of grace."""
-    there = urlsplit(prefork.environment["TEST_BROKER"])
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        elsewhere = there._replace(netloc=there.netloc.replace(f":{there.port}", f":{door.getsockname()[1]}"))
-        app = create_app(elsewhere.geturl(), prefork.environment["TEST_BACKEND"], prefork.environment["TEST_QUEUE"])
-        app.finalize()
-        with relaying(app, db, grace=3600):
-            async with db.transaction():
-                task_id = task(app, "add_item").delay_durably("x")
-            await until_logged(caplog, "relay pauses")
-            async with forwarding(door, there.port):
-                await rows.until_status(task_id, "done")
-        app.close()
-
-
-@pytest.mark.parametrize("scheme", ["amqp", "redis"])
-async def test_broker_that_is_mute(
-    rows: Observer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, scheme: str
-) -> None:
-    """One that accepts a connection and says nothing is waited for ten seconds (here a half), and then tried again."""
-    monkeypatch.setattr(relay, "_BROKER_LIMIT", 0.5)
-    with free_socket() as listener:
-        app = create_app(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}//", "cache+memory://", "nowhere")
-        app.finalize()
-        async with db.transaction():
-            task(app, "record").delay_durably("x")
-        with relaying(app, db):
-            try:
-                await until_logged(caplog, "relay pauses (2)")
-            finally:
-                listener.close()  # which ends a relay that waits
-    app.close()
-
-
-async def test_pauses_begin_anew(unheard: Celery[Any], rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
-    """A relay that lost its connection twice within a week is not one that has lost it twice on end."""
-    with relaying(unheard, db):
-        for times in (1, 2):
-            async with db.transaction():
-                task_id = task(unheard, "record").delay_durably("x")
-            await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
-            await rows.terminate_others()
-            while caplog.text.count("relay pauses (1)") < times:
-                assert "relay pauses (2)" not in caplog.text
-                await asyncio.sleep(0.01)
 
 
 async def test_many_batches(unheard: Celery[Any], rows: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,116 +165,6 @@ async def test_locked_row_holds_nothing_up(prefork: Worker, rows: Observer) -> N
         finally:
             await work.rollback()
         await rows.until_status(locked, "done")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_command_line(prefork: Worker, rows: Observer, number: signal.Signals) -> None:
-    """The relay as a process sends what is there, ends at a signal, and its other commands look after the rows."""
-    command = [sys.executable, "-m", "celery_ext.relay", "-A", "tests.worker.application"]
-    environment = os.environ | prefork.environment
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
-
-    async with db.transaction():
-        done = prefork.task("add_item").delay_durably("x")
-        failing = prefork.task("add_item").delay_durably("y", "raise")
-        cancelled = prefork.task("add_item").apply_durably(("z",), countdown=3600)
-    process = await asyncio.create_subprocess_exec(*command, "run", env=environment, stderr=subprocess.PIPE)
-    await rows.until_status(done, "done")
-    await rows.until_status(failing, "failed")
-    process.send_signal(number)
-    _, log = await process.communicate()
-    assert process.returncode == 0
-    assert b"relayed sent=2" in log
-    status = await asyncio.to_thread(run, "status")
-    assert status.stdout.split()[:2] == ["pending", "1"]
-    assert failing in (await asyncio.to_thread(run, "failed")).stdout
-    assert (await asyncio.to_thread(run, "cancel", cancelled)).stdout == f"{cancelled} cancelled\n"
-    assert (await asyncio.to_thread(run, "cancel", done)).returncode == 1
-    assert (await asyncio.to_thread(run, "retry", failing)).stdout == "1 to be run again\n"
-    unknown = await asyncio.to_thread(run, "retry", "nobody")
-    assert (unknown.returncode, unknown.stderr) == (1, "nobody has not failed, or is not known\n")
-    assert (await asyncio.to_thread(run, "retry", "--all")).stdout == "0 to be run again\n"
-    assert (await asyncio.to_thread(run, "retry")).returncode == 2
-    assert (await asyncio.to_thread(run, "retry", failing, "--all")).returncode == 2
-    assert (await asyncio.to_thread(run, "prune", "--days", "0")).stdout == "2 deleted\n"
-    assert [status for status, _ in await rows.durable_tasks()] == ["pending"]
-
-
-async def test_cancelling_does_not_wait_for_the_worker(unheard: Celery[Any], rows: Observer) -> None:
-    """Of a row that is locked, which its worker does, it is said at once that it cannot be cancelled."""
-    async with db.transaction():
-        task_id = task(unheard, "record").delay_durably("x")
-    async with rows.connection.transaction():
-        await rows.connection.execute("SELECT FROM durable_task FOR UPDATE")
-        assert not await asyncio.wait_for(asyncio.to_thread(administration.cancel, db, task_id), 10)
-    assert administration.cancel(db, task_id)
-
-
-async def test_figures(unheard: Celery[Any], rows: Observer) -> None:
-    """What is not due yet has no age, what was sent once was not rung again, and what has ended does not count."""
-    async with db.transaction():
-        task(unheard, "record").apply_durably(("later",), countdown=3600)
-        for _ in range(6):
-            task(unheard, "record").delay_durably("x")
-    await rows.connection.execute("UPDATE durable_task SET status = 'done' WHERE due_at < now()")
-    assert administration.figures(db) == {
-        "pending": 1,
-        "sent": 0,
-        "rerung": 0,
-        "failed": 0,
-        "oldest_pending_age": None,
-    }
-    await rows.connection.execute(
-        """UPDATE durable_task SET rings = seq - 2, due_at = now() - interval '100 s',
-           status = CASE seq WHEN 6 THEN 'failed' WHEN 7 THEN 'cancelled' ELSE 'pending' END WHERE seq > 1"""
-    )
-    figures = administration.figures(db)
-    assert 100 <= (figures.pop("oldest_pending_age") or 0) < 160
-    assert figures == {"pending": 5, "sent": 3, "rerung": 2, "failed": 1}
-
-
-async def test_failed_tasks(unheard: Celery[Any], rows: Observer) -> None:
-    """The newest come first; one that is retried begins anew, and is as old as that."""
-    async with db.transaction():
-        ids = [task(unheard, "record").delay_durably(f"{number}") for number in range(3)]
-    await rows.connection.execute(
-        """UPDATE durable_task SET status = 'failed', retries = 3, rings = 2, due_at = now() - interval '1 day',
-           finished_at = now() - CASE seq WHEN 2 THEN 2 ELSE 3 END * seq * interval '1 minute'"""
-    )
-    assert [row.id for row in administration.failed(db, 2)] == [ids[0], ids[1]]
-    assert administration.retry(db, ids[1]) == 1
-    row = await rows.connection.fetchrow(
-        """SELECT retries, rings, finished_at, now() - due_at < '1 minute' AND now() - ring_at < '1 minute' AS due
-           FROM durable_task WHERE status = 'pending'"""
-    )
-    assert row == (0, 0, None, True)
-
-
-async def test_prune_goes_on(unheard: Celery[Any], rows: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It deletes in batches, and all of them."""
-    monkeypatch.setattr(administration, "_PRUNED_AT_ONCE", 2)
-    async with db.transaction():
-        for _ in range(5):
-            task(unheard, "record").delay_durably("x")
-    await rows.connection.execute("UPDATE durable_task SET status = 'done', finished_at = now() - interval '1 day'")
-    assert administration.prune(db, 0) == 5
-    assert await rows.durable_tasks() == []
-
-
-async def test_prune_keeps_what_is_young_or_failed(unheard: Celery[Any], rows: Observer) -> None:
-    """Deleted is what was done, or cancelled, before those days."""
-    async with db.transaction():
-        for name in ("done", "cancelled", "failed", "pending", "young"):
-            task(unheard, "record").delay_durably(name)
-    await rows.connection.execute(
-        """UPDATE durable_task SET
-           status = CASE arguments::json -> 0 ->> 0 WHEN 'young' THEN 'done' ELSE arguments::json -> 0 ->> 0 END,
-           finished_at = now() - CASE arguments::json -> 0 ->> 0 WHEN 'young' THEN 6 ELSE 8 END * interval '1 day'"""
-    )
-    assert administration.prune(db, 7) == 2
-    assert [status for status, _ in await rows.durable_tasks()] == ["failed", "pending", "done"]
 
 
 async def test_task_of_an_included_module(
