@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition, Thread
@@ -18,6 +18,7 @@ from uuid import uuid4
 import pytest
 from celery import Celery
 from celery.app.trace import trace_task
+from celery.signals import before_task_publish
 from kombu import Queue
 from sqlalchemy import make_url
 
@@ -60,6 +61,16 @@ def task(app: Celery[Any], name: str) -> celery_ext.Task:
 def deliver(task: celery_ext.Task, task_id: str) -> None:
     """Do with a durable task's message what a worker does, in this process."""
     trace_task(task, task_id, (), {}, {"id": task_id, "durable": task_id}, app=task.app)
+
+
+@contextmanager
+def publishing(handler: Callable[..., None]) -> Iterator[None]:
+    """Call a handler, with Celery's arguments, before each message that is sent in the block."""
+    before_task_publish.connect(handler)
+    try:
+        yield
+    finally:
+        before_task_publish.disconnect(handler)
 
 
 async def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:

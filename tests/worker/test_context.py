@@ -15,7 +15,7 @@ import pytest
 from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
 from celery import Celery
 from celery.app.trace import trace_task
-from celery.signals import before_task_publish, task_postrun, task_prerun
+from celery.signals import task_postrun, task_prerun
 from celery.utils import uuid
 from fastapi import FastAPI
 from opentelemetry import context, propagate
@@ -26,7 +26,7 @@ from fastapi_chatdify_db import DBSessionMiddleware, UnitOfWorkFilter, db
 from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
 from tests.observing import Observer
 from tests.serving import serve
-from tests.worker.running import Worker, task
+from tests.worker.running import Worker, publishing, task
 
 REQUEST_ID = "6f1c7c52-3c1d-4f0a-9d55-2f1f1d2e3a4b"
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -202,14 +202,12 @@ def test_headers_of_the_callers_own(unheard: Celery[celery_ext.Task], header: di
     def note(headers: dict[str, object], **_: object) -> None:
         sent.append(headers)
 
-    before_task_publish.connect(note)
     token = context.attach(propagate.extract({"traceparent": OTHER_TRACE}))
     try:
-        with carried_request_id(REQUEST_ID):
+        with publishing(note), carried_request_id(REQUEST_ID):
             task(unheard, "seen_context").apply_async(headers=header)
     finally:
         context.detach(token)
-        before_task_publish.disconnect(note)
     ours = {"CORRELATION_ID": REQUEST_ID, "traceparent": OTHER_TRACE}
     assert {name: sent[0][name] for name in ours} == ours | header
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.signals import before_task_publish
 from fastapi import FastAPI, HTTPException
 
 import celery_ext
@@ -19,7 +18,7 @@ from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware,
 from tests.models import Item
 from tests.observing import PATIENCE, Observer
 from tests.serving import serve
-from tests.worker.running import Worker, task
+from tests.worker.running import Worker, publishing, task
 
 REQUESTS = 500
 
@@ -86,8 +85,7 @@ def test_unit_of_another_database(unheard: Celery[celery_ext.Task], database_url
     def note(headers: dict[str, object], **_: object) -> None:
         published.append(headers["id"])
 
-    before_task_publish.connect(note)
-    try:
+    with publishing(note):
         with other.sync_transaction() as session:
             savepoint = session.begin_nested()
             task(unheard, "read_item").delay_on_commit("x")
@@ -95,8 +93,6 @@ def test_unit_of_another_database(unheard: Celery[celery_ext.Task], database_url
             kept = task(unheard, "read_item").delay_on_commit("x")
             assert published == []
         assert published == [kept]
-    finally:
-        before_task_publish.disconnect(note)
     other.engines.dispose_sync()
 
 
@@ -107,10 +103,9 @@ def test_messages_go_the_same_way(prefork: Worker) -> None:
     def note(**_: object) -> None:
         threads.add(threading.current_thread())
 
-    before_task_publish.connect(note)
-    for _ in range(10):
-        prefork.task("record").delay_on_commit("x")
-    before_task_publish.disconnect(note)
+    with publishing(note):
+        for _ in range(10):
+            prefork.task("record").delay_on_commit("x")
     assert len(threads) == 1
     assert threads != {threading.current_thread()}
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.signals import before_task_publish
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.requests import Request
@@ -25,7 +24,7 @@ from tests.models import Item
 from tests.observing import Observer
 from tests.serving import free_socket, serve
 from tests.worker.application import create_app
-from tests.worker.running import task, urls
+from tests.worker.running import publishing, task, urls
 
 
 @pytest.fixture(params=["refused", "mute"])
@@ -82,10 +81,9 @@ async def test_broker_that_is_down_fails_a_unit_once(broken: Celery[Any], caplog
     def note(headers: dict[str, object], **_: object) -> None:
         tried.append(headers["id"])
 
-    before_task_publish.connect(note)
-    async with db.transaction():
-        ids = [task(broken, "read_item").delay_on_commit("x") for _ in range(3)]
-    before_task_publish.disconnect(note)
+    with publishing(note):
+        async with db.transaction():
+            ids = [task(broken, "read_item").delay_on_commit("x") for _ in range(3)]
     assert tried == ids[:1]
     assert re.findall(r"read_item\[(\S+)\] was not sent", caplog.text) == ids
 
@@ -140,12 +138,8 @@ def test_what_exits_while_it_sends(unheard: Celery[celery_ext.Task]) -> None:
     def leave(**_: object) -> None:
         raise SystemExit("meant for command lines")
 
-    before_task_publish.connect(leave)
-    try:
-        with pytest.raises(DispatchFailed, match="SystemExit: meant for command lines"):
-            task(unheard, "read_item").apply_async_on_commit(("x",), on_error="raise")
-    finally:
-        before_task_publish.disconnect(leave)
+    with publishing(leave), pytest.raises(DispatchFailed, match="SystemExit: meant for command lines"):
+        task(unheard, "read_item").apply_async_on_commit(("x",), on_error="raise")
     task(unheard, "read_item").apply_async_on_commit(("x",), on_error="raise")
 
 
@@ -159,10 +153,7 @@ async def test_failure_that_is_not_the_brokers(
         if headers["id"] == ids[0]:
             raise SystemExit("meant for command lines")
 
-    before_task_publish.connect(leave)
-    try:
+    with publishing(leave):
         async with db.transaction():
             ids += [task(unheard, "read_item").delay_on_commit("x") for _ in range(2)]
-    finally:
-        before_task_publish.disconnect(leave)
     assert re.findall(r"read_item\[(\S+)\] was not sent", caplog.text) == ids[:1]

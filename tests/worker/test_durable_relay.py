@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from celery import Celery, current_app, signals
+from celery import Celery, current_app
 from fastapi import FastAPI
 from sqlalchemy import event, text
 
@@ -19,7 +19,7 @@ from fastapi_chatdify_db import Database, DatabaseSettings, db, health_router
 from tests.observing import PATIENCE, Observer
 from tests.serving import serve
 from tests.worker.application import create_app
-from tests.worker.running import Worker, brokers, deliver, task, urls
+from tests.worker.running import Worker, brokers, deliver, publishing, task, urls
 
 
 async def test_relay_beside_the_application(prefork: Worker, rows: Observer) -> None:
@@ -206,9 +206,8 @@ async def test_handlers_in_a_relay(unheard: Celery[Any], rows: Observer) -> None
     def note(**_: object) -> None:
         current.append(current_app._get_current_object())  # type: ignore[attr-defined]  # missing in the stubs
 
-    signals.before_task_publish.connect(note)
     async with db.transaction():
         task_id = task(unheard, "record").delay_durably("x")
-    with relaying(unheard, db):  # which still sends what it has claimed
+    with publishing(note), relaying(unheard, db):  # which still sends what it has claimed
         await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
     assert current == [unheard]
