@@ -56,6 +56,10 @@ class Observer:
         """Return when a durable task has this status."""
         await self.until("(SELECT status FROM durable_task WHERE id = $1) = $2", task_id, status)
 
+    async def until_sent(self, task_id: str) -> None:
+        """Return when a relay has sent a durable task."""
+        await self.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
+
     async def until_no_transactions(self) -> None:
         """Return when no other session is in a transaction."""
         await self.until(

@@ -65,7 +65,7 @@ async def test_message_that_the_broker_lost(relayed: Worker, rows: Observer) -> 
     """A row that was sent, and never arrived, is rung again."""
     async with db.transaction():
         task_id = relayed.task("add_item").apply_durably(("x",), queue="nobody-listens")
-    await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
+    await rows.until_sent(task_id)
     await rows.connection.execute("""UPDATE durable_task SET options = '{"headers": {"durable": "' || id || '"}}'""")
     assert await relayed.result(task_id) == "x"
     await rows.until_status(task_id, "done")

@@ -138,7 +138,7 @@ async def test_limit_of_a_statement(unheard: Celery[Any], rows: Observer, databa
     async with db.transaction():
         task_id = task(unheard, "record").delay_durably("x")
     with relaying(unheard, database):
-        await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
+        await rows.until_sent(task_id)
     assert any("statement_timeout" in statement for statement in seen) is not pgbouncer
     await database.dispose()
 
@@ -209,5 +209,5 @@ async def test_handlers_in_a_relay(unheard: Celery[Any], rows: Observer) -> None
     async with db.transaction():
         task_id = task(unheard, "record").delay_durably("x")
     with publishing(note), relaying(unheard, db):  # which still sends what it has claimed
-        await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
+        await rows.until_sent(task_id)
     assert current == [unheard]

@@ -42,12 +42,6 @@ async def store(app: Celery[Any], database: Database) -> str:
         return task(app, "record").delay_durably("x")
 
 
-async def until_sent(rows: Observer, task_id: str) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not await rows.connection.fetchval("SELECT rings FROM durable_task WHERE id = $1", task_id):
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize("asks_for", ["rows", "a connection"])
 async def test_application_stops(
     unheard: Celery[Any],
@@ -62,7 +56,7 @@ async def test_application_stops(
     monkeypatch.setattr(relay, "_SILENT_AT_THE_END", 1.0)
     monkeypatch.setattr(closing, "LIMIT", 1.0)
     async with asyncio.timeout(PATIENCE), application.lifespan(None):
-        await until_sent(rows, await store(unheard, application))
+        await rows.until_sent(await store(unheard, application))
         forwarder.fall_silent()
         if asks_for == "a connection":
             monkeypatch.setattr(relay, "_SILENT", 1.0)
@@ -83,7 +77,7 @@ async def test_command_stops(forwarder: Forwarder, rows: Observer, unheard: Cele
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        await until_sent(rows, await store(unheard, db))
+        await rows.until_sent(await store(unheard, db))
         forwarder.fall_silent()
         await forwarder.swallowed.wait()
         process.terminate()
@@ -117,12 +111,12 @@ async def test_relay_connects_again(
         event.listen(engine, "connect", lambda *_: forwarder.fall_silent(), insert=True, once=True)
     async with application.lifespan(None):
         if silent_from == "a statement":
-            await until_sent(rows, await store(unheard, application))
+            await rows.until_sent(await store(unheard, application))
             forwarder.fall_silent()
         await until_logged(caplog, "its connection is cut")
         await until_logged(caplog, "relay pauses (1)")
         forwarder.speak_again()
-        await until_sent(rows, await store(unheard, application))
+        await rows.until_sent(await store(unheard, application))
 
 
 async def test_statement_that_is_only_slow(

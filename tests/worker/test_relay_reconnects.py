@@ -87,7 +87,7 @@ async def test_pauses_begin_anew(unheard: Celery[Any], rows: Observer, caplog: p
         for times in (1, 2):
             async with db.transaction():
                 task_id = task(unheard, "record").delay_durably("x")
-            await rows.until("(SELECT rings FROM durable_task WHERE id = $1) > 0", task_id)
+            await rows.until_sent(task_id)
             await rows.terminate_others()
             while caplog.text.count("relay pauses (1)") < times:
                 assert "relay pauses (2)" not in caplog.text
