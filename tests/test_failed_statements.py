@@ -61,14 +61,9 @@ async def test_error_names_the_first_failure(database: Database) -> None:
             with suppress(DBAPIError):
                 session.execute(failing)
 
-    async def in_block() -> None:
-        async with database.transaction() as session:
-            await session.run_sync(work)
-
-    with pytest.raises(TransactionAborted, match="23505"):
-        await in_block()
-    with pytest.raises(TransactionAborted, match="23505"), database.sync_transaction() as sync_session:
-        work(sync_session)
+    for driver in ("asyncpg", "psycopg2"):
+        with pytest.raises(TransactionAborted, match="23505"):
+            await run(database, driver, work)
 
 
 @pytest.mark.parametrize(("driver", "unfit"), [("asyncpg", 1), ("psycopg2", "\0")])
@@ -109,14 +104,9 @@ async def test_error_names_the_failure_however_it_was_executed(
         with suppress(IntegrityError):
             execute(session, 3, 3)
 
-    async def in_block() -> None:
-        async with database.transaction() as session:
-            await session.run_sync(work)
-
-    with pytest.raises(TransactionAborted, match="23505"):
-        await in_block()
-    with pytest.raises(TransactionAborted, match="23505"), database.sync_transaction() as sync_session:
-        work(sync_session)
+    for driver in ("asyncpg", "psycopg2"):
+        with pytest.raises(TransactionAborted, match="23505"):
+            await run(database, driver, work)
     assert await observer.connection.fetchval("SELECT count(*) FROM counter") == 0
 
 
@@ -243,12 +233,7 @@ async def test_whatever_was_written(
         with suppress(IntegrityError):
             session.execute(DUPLICATE)
 
-    async def in_block() -> None:
-        async with database.transaction() as session:
-            await session.run_sync(work)
-
-    with pytest.raises(TransactionAborted):
-        await in_block()
-    with pytest.raises(TransactionAborted), database.sync_transaction() as sync_session:
-        work(sync_session)
+    for driver in ("asyncpg", "psycopg2"):
+        with pytest.raises(TransactionAborted):
+            await run(database, driver, work)
     assert await observer.names() == []

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_chatdify_db import DBSessionMiddleware, db
-from tests.failing import ASKS_TO_RETRY
+from tests.failing import ASKS_TO_RETRY, raising
 from tests.models import Counter
 from tests.observing import Observer
 from tests.serving import serve
@@ -168,7 +168,7 @@ async def test_body_is_received_again_in_full(counter: Observer) -> None:
         if not bodies:
             async for piece in request.stream():
                 bodies.append(piece)
-                await db.session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40P01'; END $$"))
+                await db.session.execute(text(raising("40P01")))
         return len(await request.body())
 
     async def pieces() -> AsyncIterator[bytes]:

@@ -16,6 +16,7 @@ import celery_ext
 from celery_ext.durable import statements
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import DatabaseUnavailable, db
+from tests.failing import raising
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, deliver, task, worker
 
@@ -86,8 +87,8 @@ async def test_whose_failure_it_is(
             raise ExceptionGroup("both", [DatabaseUnavailable("gone"), ValueError()])
         if error == "the driver's":
             with closing(psycopg2.connect(database_url)) as own:
-                own.cursor().execute("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '57P01'; END $$")
-        db.sync_session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{error}'; END $$"))
+                own.cursor().execute(raising("57P01"))
+        db.sync_session.execute(text(raising(error)))
 
     async with db.transaction():
         task_id = fails.delay_durably()

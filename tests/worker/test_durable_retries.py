@@ -10,6 +10,7 @@ from sqlalchemy import text
 
 import celery_ext
 from fastapi_chatdify_db import db
+from tests.failing import ASKS_TO_RETRY
 from tests.observing import Observer
 from tests.worker.running import Worker, deliver
 
@@ -31,7 +32,7 @@ async def test_db_retry_waits(
 
     @unheard.task(shared=False, db_retry=True, **options)
     def fails() -> None:
-        db.sync_session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+        db.sync_session.execute(text(ASKS_TO_RETRY))
 
     async with db.transaction():
         task_id = fails.delay_durably()

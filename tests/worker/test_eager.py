@@ -15,6 +15,7 @@ from sqlalchemy.exc import MultipleResultsFound
 import celery_ext
 from celery_ext import ArgumentsNotSerializable, StatementFailed
 from fastapi_chatdify_db import DBSessionMiddleware, db
+from tests.failing import raising
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -169,7 +170,7 @@ def test_db_retry(eager: dict[str, Any], empty_tables: Observer, db_retry: bool,
     @app.task(shared=False, db_retry=db_retry, max_retries=2)
     def fails() -> None:
         ran.append(code)
-        db.sync_session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{code}'; END $$"))
+        db.sync_session.execute(text(raising(code)))
 
     with pytest.raises(StatementFailed, match=code):
         fails.apply().get()
