@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from threading import Event
@@ -191,12 +190,20 @@ async def test_generator_that_was_left(client: httpx.AsyncClient, observer: Obse
 
 
 async def list_of_numbers() -> None:
-    async for _ in numbers():
+    closed = asyncio.Event()
+
+    async def in_block() -> AsyncGenerator[int]:
+        try:
+            async with db.transaction() as session:
+                session.add(Item("number"))
+                yield 1
+        finally:
+            closed.set()
+
+    async for _ in in_block():
         break
     db.session.add(Item("a"))
-    await asyncio.sleep(0)  # the event loop closes the generator
-    gc.collect()
-    await asyncio.sleep(0.01)
+    await closed.wait()  # the event loop closes the generator
 
 
 def def_list_of_numbers() -> None:
@@ -225,9 +232,7 @@ async def test_generator_that_was_left_and_ended(
     assert "close the generator" in caplog.text
 
 
-async def test_generator_that_was_left_outside(
-    tables: None, observer: Observer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_generator_that_was_left_outside(observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
     """There is nobody to tell but the log."""
     def_list_of_numbers()
     assert await observer.names() == []

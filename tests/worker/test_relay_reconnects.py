@@ -15,7 +15,7 @@ from celery import Celery
 from celery_ext.durable import relay
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
-from tests.observing import Observer
+from tests.observing import PATIENCE, Observer
 from tests.serving import free_socket
 from tests.worker.application import create_app
 from tests.worker.running import Worker, task, until_logged
@@ -89,6 +89,7 @@ async def test_pauses_begin_anew(unheard: Celery[Any], rows: Observer, caplog: p
                 task_id = task(unheard, "record").delay_durably("x")
             await rows.until_sent(task_id)
             await rows.terminate_others()
-            while caplog.text.count("relay pauses (1)") < times:
-                assert "relay pauses (2)" not in caplog.text
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(PATIENCE):
+                while caplog.text.count("relay pauses (1)") < times:
+                    assert "relay pauses (2)" not in caplog.text
+                    await asyncio.sleep(0.01)
