@@ -112,7 +112,7 @@ async def test_callback_that_fails_in_a_sync_unit_leaves_nothing(other: Other, f
 
 
 async def test_first_failure_is_told(tables: None) -> None:
-    """Of several that shall be told, in a unit of either kind."""
+    """Of several errors that shall be told the first is raised, in a unit of either kind."""
 
     def fail(name: str) -> None:
         raise AfterCommitError(name)

@@ -197,7 +197,7 @@ class Visit:
 
 
 async def test_body_is_not_kept(counter: Observer) -> None:
-    """Nor by the connections that were made for the request, each in a context that lives as long as they do."""
+    """Nothing keeps a request's body, not even the connections made for it, whose contexts live as long as they do."""
     async with serve(counting_app(retries=1)) as client:
         assert (await client.post("/increment", json={"by": 1})).status_code == 200
         gc.collect()

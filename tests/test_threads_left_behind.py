@@ -67,7 +67,7 @@ async def test_thread_commits_nothing(observer: Observer) -> None:
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["one row", "many rows"])
-async def test_thread_s_next_statement_is_in_no_transaction(tables: None, observer: Observer, many: bool) -> None:
+async def test_next_statement_of_the_thread_is_in_no_transaction(observer: Observer, many: bool) -> None:
     """It waits behind the ROLLBACK, and is not run on the connection that somebody else has by then."""
     single = Database("single", settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
     insert = text("INSERT INTO item (name) SELECT CAST(:name AS text) FROM pg_sleep(0.04)")

@@ -124,6 +124,7 @@ async def fail_safely_and_lose_the_connection(session: AsyncSession) -> None:
 
 
 background: set[asyncio.Task[object]] = set()
+"""Statements that go on after their request; the event loop alone keeps no task."""
 
 
 async def go_on_elsewhere(session: AsyncSession) -> None:
@@ -199,7 +200,7 @@ async def test_session_that_waits_for_its_connection_keeps_the_first_from_commit
 
 
 async def test_failure_in_a_savepoint_is_none(reports: Database, observer: Observer) -> None:
-    """Both commit."""
+    """Both databases commit after a statement of one has failed in a savepoint."""
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware)
 

@@ -166,7 +166,7 @@ async def test_answer_that_another_task_gives(observer: Observer) -> None:
 
 
 async def test_answer_after_a_failure(observer: Observer) -> None:
-    """Nor is what a task did kept because another one tells the client that it failed."""
+    """What a task did is not kept because another one tells the client that it failed."""
     answers: asyncio.Queue[str] = asyncio.Queue()
 
     async def fail(socket: WebSocket, name: str) -> None:

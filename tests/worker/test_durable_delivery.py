@@ -244,7 +244,7 @@ async def test_task_that_was_ended_elsewhere_leaves_nothing_more(relayed: Worker
 
 
 async def test_retry_of_a_task_that_was_ended_elsewhere(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
-    """Nor does what goes on to ask for another attempt leave anything more."""
+    """Who asks for another attempt after that leaves nothing more either."""
 
     @unheard.task(bind=True, shared=False)
     def goes_on(self: celery_ext.Task) -> None:

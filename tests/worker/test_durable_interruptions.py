@@ -72,10 +72,7 @@ async def test_cold_shutdown_of_the_pool_solo(rows: Observer, name: str) -> None
 async def test_whose_failure_it_is(
     unheard: Celery[celery_ext.Task], rows: Observer, database_url: str, error: str, status: str
 ) -> None:
-    """PostgreSQL's codes tell, without SQLAlchemy too.
-
-    A connection of the task's own that is refused is its failure, as is one of two errors, and Ignore is its word.
-    """
+    """PostgreSQL's codes tell, whoever raises them; a refused socket, or one error of a group, is the task's."""
 
     @unheard.task(shared=False)
     def fails() -> None:

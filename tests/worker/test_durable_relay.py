@@ -85,7 +85,7 @@ async def test_many_batches(unheard: Celery[Any], rows: Observer, monkeypatch: p
 
 
 async def test_who_has_waited_longest_is_sent_first(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
-    """So that a relay with more to do than it can has no row wait for ever."""
+    """A relay with more to do than it can lets no row wait for ever."""
     async with db.transaction():
         ids = [task(unheard, "add_item").delay_durably(f"{number}") for number in range(3)]
     await rows.connection.execute("UPDATE durable_task SET ring_at = now() - seq * interval '1 second'")
@@ -144,7 +144,7 @@ async def test_limit_of_a_statement(unheard: Celery[Any], rows: Observer, databa
 
 
 def test_stopped_twice(unheard: Celery[Any]) -> None:
-    """By two signals, of which the second comes when it has ended."""
+    """A relay may get two signals, of which the second comes when it has ended."""
     ending = relay.Relay(unheard, db, grace=1)
     ending.stop()
     ending.run()

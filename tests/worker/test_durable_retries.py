@@ -28,7 +28,7 @@ from tests.worker.running import Worker, deliver
 async def test_db_retry_waits(
     unheard: Celery[celery_ext.Task], rows: Observer, options: dict[str, Any], retries: int, seconds: int
 ) -> None:
-    """As long as Celery's own options say."""
+    """The next attempt is due when Celery's own options say."""
 
     @unheard.task(shared=False, db_retry=True, **options)
     def fails() -> None:
@@ -122,7 +122,7 @@ async def test_retry_that_cannot_be_stored(relayed: Worker, rows: Observer) -> N
 
 
 async def test_retry_with_an_option_that_cannot_be_stored(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
-    """Nor is that one run for ever."""
+    """An option that no message can carry ends the row too."""
 
     @unheard.task(bind=True, shared=False)
     def retries(self: celery_ext.Task) -> None:

@@ -119,10 +119,7 @@ async def test_called_functions(eager: dict[str, Any], empty_tables: Observer) -
 
 
 async def test_called_function_has_a_request_of_its_own(eager: dict[str, Any], empty_tables: Observer) -> None:
-    """``self.request`` is not that of the task around it, whose next attempt it would send with ``self.retry``.
-
-    Nor is ``celery.current_task``, in a ``def``, which Celery names in the lines of its task logger.
-    """
+    """Neither ``self.request`` nor, in a ``def``, ``celery.current_task`` is that of the task around it."""
     app: Celery[celery_ext.Task] = eager["record"].app
 
     @app.task(bind=True, shared=False)
