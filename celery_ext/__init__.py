@@ -5,7 +5,6 @@ from __future__ import annotations
 from celery_ext.binding import init_app
 from celery_ext.errors import (
     ArgumentsNotSerializable,
-    AsyncTaskCancelled,
     AsyncTaskNotSupported,
     CoroutineReturned,
     DispatchFailed,
@@ -13,12 +12,12 @@ from celery_ext.errors import (
     NotInitialized,
     ResultNotSerializable,
     StatementFailed,
+    TaskCancelled,
 )
 from celery_ext.task import Task
 
 __all__ = [
     "ArgumentsNotSerializable",
-    "AsyncTaskCancelled",
     "AsyncTaskNotSupported",
     "CoroutineReturned",
     "DispatchFailed",
@@ -27,5 +26,6 @@ __all__ = [
     "ResultNotSerializable",
     "StatementFailed",
     "Task",
+    "TaskCancelled",
     "init_app",
 ]

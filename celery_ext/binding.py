@@ -12,7 +12,6 @@ import celery
 import psycopg2.extensions
 import psycopg2.extras
 from celery import Celery, signals
-from celery.app.autoretry import add_autoretry_behaviour
 from celery.local import Proxy
 from celery.states import SUCCESS
 
@@ -108,12 +107,14 @@ def _adopt_all(sender: Any, **_: object) -> None:
 
 
 def _adopt_made(app: Any) -> None:
-    """Adopt the tasks that are there already, and let ``autoretry_for`` read from our class what it leaves alone."""
+    """Adopt the tasks that are there already, and tell ``autoretry_for`` what our class leaves alone."""
     for task in app._tasks.values():
         _adopt(type(task), _databases[app])
-        if getattr(task, "autoretry_for", ()) and "_orig_run" in vars(task):
-            task.run = vars(task).pop("_orig_run")
-            add_autoretry_behaviour(task)
+        code = getattr(task.run, "__code__", None)
+        names = () if code is None else code.co_freevars
+        if "dont_autoretry_for" in names:  # the wrapper read it when the task was made
+            cell = task.run.__closure__[names.index("dont_autoretry_for")]
+            cell.cell_contents = cell.cell_contents or task.dont_autoretry_for
 
 
 def _adopt(task_class: Any, database: Database) -> None:

@@ -16,7 +16,7 @@ from greenlet import GreenletExit
 from sqlalchemy.exc import DBAPIError
 
 from celery_ext import event_loop
-from celery_ext.errors import CoroutineReturned, portable
+from celery_ext.errors import CoroutineReturned, TaskCancelled, portable
 from celery_ext.execution import Execution, joinable_unit
 from celery_ext.result import check_result
 from celery_ext.soft_limit import soft_limit_held_back
@@ -78,6 +78,10 @@ def _told(task: Task, run: Body) -> Body:
         except BaseException as error:  # e.g. gevent.Timeout
             if execution is None:
                 raise
+            if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+                # For Celery, what is no Exception is the end of the worker.
+                cancelled = TaskCancelled(f"{task.name} let out a {type(error).__name__}; catch it where it was meant")
+                error = cancelled.with_traceback(error.__traceback__)
             if execution.delivery is not None:
                 error = execution.delivery.ended_by(error)
             raise portable(error)  # noqa: B904  # it has its cause, or hides it

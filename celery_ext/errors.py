@@ -40,8 +40,8 @@ class DurableDispatchUnsupported(ChatdifyDBError):
     """The database is not PostgreSQL, the task has no session, calls ``self.replace()`` or runs its body twice."""
 
 
-class AsyncTaskCancelled(ChatdifyDBError):
-    """An ``async def`` task was cancelled from inside; its unit was rolled back."""
+class TaskCancelled(ChatdifyDBError):
+    """A task was cancelled from inside; its unit was rolled back."""
 
 
 class DispatchFailed(AfterCommitError):

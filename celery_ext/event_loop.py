@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 
-from celery_ext.errors import AsyncTaskCancelled, AsyncTaskNotSupported
+from celery_ext.errors import AsyncTaskNotSupported, TaskCancelled
 from fastapi_chatdify_db.forks import in_forked_child
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
     Raises:
         AsyncTaskNotSupported: The process runs on greenlets, all of which an event loop would block.
-        AsyncTaskCancelled: The coroutine was cancelled from inside.
+        TaskCancelled: The coroutine was cancelled from inside.
         BaseException: What the coroutine raised.
     """
     try:
@@ -105,7 +105,7 @@ def _copy_outcome(task: asyncio.Task[Any], outcome: Future[T]) -> None:
         return
     if task.cancelled():
         # For Celery, an exception that is no Exception is the end of the worker.
-        outcome.set_exception(AsyncTaskCancelled("the coroutine was cancelled; to end a task quietly raise Ignore()"))
+        outcome.set_exception(TaskCancelled("the coroutine was cancelled; to end a task quietly raise Ignore()"))
     elif (error := task.exception()) is not None:
         outcome.set_exception(error)
     else:

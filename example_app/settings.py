@@ -39,8 +39,8 @@ class Settings(DatabaseSettings):
     Parameters:
         environment: ``development`` runs without secrets; with any other value the web does not start without them.
         log_level: Of the root logger.
-        db_pool_timeout: Below the 5 seconds that Chatwoot waits for a webhook's answer. It sends an agent bot's again
-            after a 500, and not after no answer.
+        db_pool_timeout: May pass twice, for a place in the pool and for a connect. Chatwoot waits 5 seconds for a
+            webhook's answer; it sends an agent bot's again after a 500, and not after no answer.
         api_base_url: Where Chatwoot and Dify reach this application; in development it answers under this name too.
         chatdify_api_token: The bearer token of the API.
         chatwoot_webhook_secret: Chatwoot's signing secret; older versions carry it in the webhook's URL.
@@ -85,7 +85,7 @@ class Settings(DatabaseSettings):
     postgres_port: Annotated[int, Field(ge=1, le=65535, validation_alias="DB_PORT")] = 5432
     postgres_db: str = "chatdify"
     db_application_name: str = "chatdify"
-    db_pool_timeout: Seconds = 3.0
+    db_pool_timeout: Seconds = 2.0
 
     redis_host: str = "redis"
     redis_port: Annotated[int, Field(ge=1, le=65535)] = 6379

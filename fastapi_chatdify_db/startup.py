@@ -116,7 +116,7 @@ def _give_up(engine: AsyncEngine, timeout: float, state: RetryCallState) -> None
     error = _error(state)
     raise DatabaseUnavailable(
         f"database {place(engine.url)} did not answer within {timeout:g} s ({reason(error)}); "
-        "start it, correct DATABASE_URL or raise DB_STARTUP_TIMEOUT",
+        "start it, correct DATABASE_URL or raise DB_STARTUP_TIMEOUT, or the URL's connect_timeout for a slow one",
         error,
     )
 

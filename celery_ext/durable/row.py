@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 from uuid import NAMESPACE_OID, uuid5
 
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils import uuid
 from kombu.serialization import prepare_accept_content, registry  # type: ignore[attr-defined]  # not in the stubs
 from kombu.utils.json import dumps, loads
@@ -127,6 +128,8 @@ def serialize(name: str, value: object) -> str:
     try:
         written = str(dumps(value))
         deserialize(written)  # fails for a dictionary that looks like kombu's notation for e.g. a date
+    except SoftTimeLimitExceeded:
+        raise
     except Exception as error:  # whatever kombu's encoders and decoders raise
         raise ArgumentsNotSerializable(
             f"the arguments of {name} are no JSON ({error}); send ids, not objects"

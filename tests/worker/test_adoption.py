@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import celery
 import pytest
 from celery import Celery, shared_task
+from sqlalchemy import text
 
 import celery_ext
 from celery_ext.binding import database_of
@@ -85,9 +86,21 @@ def test_base_with_a_mixin(app: Any) -> None:
     assert task.after
 
 
+def decorated(app: Any, body: Any, base: Any, options: dict[str, Any]) -> Any:
+    return app.task(base=base and base(), shared=False, lazy=False, **options)(body)
+
+
+def registered(app: Any, body: Any, base: Any, options: dict[str, Any]) -> Any:
+    made = type("Made", (base() if base else celery.Task,), {"name": "made", "run": staticmethod(body)})
+    return app.register_task(made(), **options)
+
+
 @pytest.mark.parametrize("base", [None, base_of_the_users])
 @pytest.mark.parametrize("before", [False, True])
-def test_failure_after_the_commit_is_not_retried(app: Any, empty_tables: Observer, base: Any, before: bool) -> None:
+@pytest.mark.parametrize("make", [decorated, registered])
+def test_failure_after_the_commit_is_not_retried(
+    app: Any, empty_tables: Observer, base: Any, before: bool, make: Callable[..., Any]
+) -> None:
     """``autoretry_for`` takes the classes that it leaves alone when a task is made, from our class, too."""
     ran: list[str] = []
 
@@ -95,20 +108,31 @@ def test_failure_after_the_commit_is_not_retried(app: Any, empty_tables: Observe
         ran.append(error.__name__)
         raise error("once or twice")
 
-    def make(app: Any) -> Any:
-        options = {"autoretry_for": (Exception,), "retry_kwargs": {"max_retries": 1}, "default_retry_delay": 0}
-        return app.task(base=base and base(), shared=False, lazy=False, **options)(fails)
-
+    options = {"autoretry_for": (Exception,), "retry_kwargs": {"max_retries": 1, "countdown": 0}}
     if before:
         app = Celery("early", broker="memory://", backend="cache+memory://", set_as_current=False)
-        task = make(app)
+        task = make(app, fails, base, options)
         celery_ext.init_app(app)
     else:
-        task = make(app)
+        task = make(app, fails, base, options)
     for error in (celery_ext.DispatchFailed, LookupError):
         with pytest.raises(error):
             task.apply((error,)).get()
     assert ran == ["DispatchFailed", "LookupError", "LookupError"]
+
+
+def test_task_that_ran_before(empty_tables: Observer) -> None:
+    """It is adopted once: its errors are still made fit for a result."""
+    app: Any = Celery("ran", broker="memory://", backend="cache+memory://", task_cls=celery_ext.Task)
+
+    @app.task(shared=False, autoretry_for=(KeyError,))  # type: ignore[untyped-decorator]
+    def select(what: str) -> None:
+        db.sync_session.execute(text(f"SELECT {what}"))
+
+    select("1")
+    celery_ext.init_app(app)
+    assert isinstance(select.apply(("1 / 0",)).result, celery_ext.StatementFailed)
+    app.close()
 
 
 @pytest.mark.parametrize("finalized", [False, True])

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy import inspect
 from sqlalchemy.orm import DeclarativeBase
 
@@ -36,6 +37,21 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
             task(unheard, "record").apply_durably(("x",), on_error="raise")
     with pytest.raises(OutsideUnitOfWork, match=r"async with db\.transaction\(\)"):
         task(unheard, "record").delay_durably("x")
+    assert await rows.durable_tasks() == []
+
+
+async def test_time_limit_that_passes_meanwhile_is_none_of_the_arguments(
+    unheard: Celery[celery_ext.Task], rows: Observer
+) -> None:
+    """The task that sends gets its soft time limit."""
+
+    class Late:
+        def __json__(self) -> str:
+            raise SoftTimeLimitExceeded
+
+    async with db.transaction():
+        with pytest.raises(SoftTimeLimitExceeded):
+            task(unheard, "record").delay_durably(Late())
     assert await rows.durable_tasks() == []
 
 
