@@ -69,7 +69,7 @@ class AsyncUnitOfWork(UnitOfWork):
         """Whether nothing happened since the unit last ended, so that there is nothing to end."""
         if self.untouched:
             return True
-        if self.rollback_only or self.has_lost or self._callbacks is not None:
+        if self.rollback_only or self._callbacks is not None:
             return False
         for session in self._sessions:  # noqa: SIM110  # asked twice a request; a generator costs more
             if session.in_transaction():
@@ -83,7 +83,7 @@ class AsyncUnitOfWork(UnitOfWork):
             sqlalchemy.exc.SQLAlchemyError: A commit failed. What was not committed yet is rolled back.
         """
         self.ended_in_commit = False
-        if self._callbacks is None and not self._sync_sessions and not self.has_lost:
+        if self._callbacks is None and not self._sync_sessions:
             begun = [session for session in self._sessions if session.in_transaction()]
             keeps = commit and not self.rollback_only
             if not any(map(asks_at_end, begun)) and (keeps or not any(map(asks_at_rollback, begun))):
@@ -111,7 +111,6 @@ class AsyncUnitOfWork(UnitOfWork):
     async def _finish_async(self, *, commit: bool) -> None:
         try:
             if commit and not self.rollback_only:
-                self.refuse_loss()
                 await self._commit_async()
                 self.ended_in_commit = True
             else:

@@ -245,7 +245,6 @@ class Database:
                 "Elsewhere, as in a handler for Exception or 500"
             )
             raise OutsideUnitOfWork(f"{self.name}.{what} is only there {where}: {instead.format(self.name)}")
-        unit.asked_for = True
         return unit
 
 

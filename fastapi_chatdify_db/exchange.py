@@ -86,7 +86,7 @@ class HTTPExchange(AsyncUnitOfWork):
         finally:
             self.close()
             del self._receive  # a connection keeps the context that it was made in, and so a recorded body
-            if self.has_inner:
+            if self._started and not self._complete and self.has_inner:
                 await self._end_suspended()
 
     # Not a coroutine function: most messages have nothing to settle before them and pass straight through.
@@ -115,8 +115,6 @@ class HTTPExchange(AsyncUnitOfWork):
         try:
             if not commit and self._wants_retry():
                 raise TryAgain
-            if commit and not self.rollback_only:
-                self.refuse_loss()
             for block in self._blocks():
                 block.awaits_response = starts  # what is done from here on
                 await finish(block, commit=commit)
@@ -136,7 +134,7 @@ class HTTPExchange(AsyncUnitOfWork):
     async def _end_suspended(self) -> None:
         """End the blocks in a ``def`` body whose client is gone: Starlette leaves it to the garbage collector."""
         for block in [*self.suspended]:
-            block.abandon()
+            block.shut()  # perhaps it is not the body's, but of a thread that goes on
             await finish(block, commit=False)
 
     def _is_kept_by(self, start: Message) -> bool:

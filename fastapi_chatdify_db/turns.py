@@ -45,8 +45,8 @@ def keep_threads_off(engine: Engine) -> None:
 
 def _in_turn(execute: Callable[..., None], cursor: Any, statement: str, *arguments: Any) -> None:
     *_, context = arguments
-    connection = context.root_connection.connection
-    turn = None if connection.record_info is None else connection.record_info.get(_TURN)
+    connection = None if context is None else context.root_connection.connection
+    turn = None if connection is None or connection.record_info is None else connection.record_info.get(_TURN)
     if turn is None:  # a connection that is being made, or does not come back
         execute(cursor, statement, *arguments)
         return

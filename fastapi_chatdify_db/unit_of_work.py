@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit, TransactionAborted
+from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit
 from fastapi_chatdify_db.forks import in_forked_child
 from fastapi_chatdify_db.refused_commits import prepare_commit
 from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, in_use, roll_back_or_discard
@@ -29,11 +29,6 @@ logger: Final = logging.getLogger(__name__)
 _current: Final[ContextVar[UnitOfWork | None]] = ContextVar("fastapi_chatdify_db.unit_of_work", default=None)
 
 _ids: Final = count(1)
-
-_LEFT: Final = (
-    "a generator was left within its transaction(), which was rolled back with what was done through db.session in it "
-    "and after it; close the generator before you go on (contextlib.aclosing or closing), or use the session it yields"
-)
 
 
 def current_unit(engines: Engines) -> UnitOfWork | None:
@@ -100,10 +95,6 @@ class UnitOfWork:
     """Whether a unit was opened within this one."""
     awaits_response = False
     """Whether the response around this unit has begun and is not complete, so that what follows is not kept yet."""
-    asked_for = False
-    """Whether ``db.session`` or its kin led here: its own code, or whoever iterates the generator that it is in."""
-    has_lost = False
-    """Whether the rollback of a unit within this one undid what seemed to belong to this one."""
     closed = False
     rollback_only = False
     asked_to_retry = False
@@ -161,6 +152,11 @@ class UnitOfWork:
         for session in self._sessions:
             session.abandoned = in_use(session)
 
+    def shut(self) -> None:
+        """Before a rollback from outside of the unit's code: refuse what that code does from here on."""
+        for session in self._sessions:
+            session.abandoned = True
+
     @property
     def asks_at_end(self) -> bool:
         """Whether ending the unit may have to wait for the server; True when in doubt."""
@@ -207,7 +203,6 @@ class UnitOfWork:
             return
         try:
             if commit and not self.rollback_only:
-                self.refuse_loss()
                 self._commit()
             else:
                 self._rollback()
@@ -228,29 +223,15 @@ class UnitOfWork:
 
     def is_kept(self, error: BaseException | None) -> bool:
         """Whether the unit's block, which ended in ``error`` or None, has earned its commit."""
-        if isinstance(error, GeneratorExit) and self.asked_for and not self.awaits_response:
-            self._note_loss()
         if error is None and self.awaits_response and self.asks_at_end:
             logger.warning("a response was cut short, and what it wrote in a transaction() around it is rolled back")
+        if isinstance(error, GeneratorExit) and (self.asks_at_end or self._callbacks is not None):
+            # Whoever left it by ``break`` was still in its block, and may have gone on there with db.session.
+            logger.warning(
+                "a generator was left within its transaction(), which is rolled back, with what was done through "
+                "db.session since; close the generator before you go on: async with contextlib.aclosing(...)"
+            )
         return error is None and not self.awaits_response
-
-    def refuse_loss(self) -> None:
-        """Before a commit.
-
-        Raises:
-            TransactionAborted: Something is lost that was done for this unit.
-        """
-        if self.has_lost:
-            self.has_lost = False
-            raise TransactionAborted(f"nothing was committed, because {_LEFT}")
-
-    def _note_loss(self) -> None:
-        # Whoever leaves a generator by ``break`` is still in its block, and goes on there with db.session.
-        if self.asks_at_end or self._callbacks is not None:
-            logger.warning(_LEFT)
-            if self.outer is not None:
-                self.outer.has_lost = True
-                self.outer.untouched = False
 
     def _first_sync_session(self, engines: Engines) -> Session:
         # Threads that ask at the same time get the same session; setdefault() keeps the first of their locks.

@@ -33,6 +33,8 @@ class WebSocketExchange(AsyncUnitOfWork):
     _accepted = False
     _receiving = False
     """Whether the handler waits for the client."""
+    _unread: Message | None = None
+    """What the client has sent and the handler does not have yet."""
 
     def __init__(self, receive: Receive, send: Send, commit_on: CommitOn) -> None:
         self._receive = receive
@@ -73,21 +75,18 @@ class WebSocketExchange(AsyncUnitOfWork):
             await self._settle(commit=True)
         self._receiving = True
         try:
-            message = await self._receive()
+            if self._unread is None:
+                self._unread = await self._receive()
         finally:
             self._receiving = False
-        await self._undo_failures()  # before a task for this message begins
+        await self._undo_failures()  # before a task for this message begins; whoever waits for it may give up
+        message, self._unread = self._unread, None
         return message
 
     async def _send_settled(self, message: Message) -> None:
         if self._receiving:
             await self._undo_failures()
-        if (task := asyncio.current_task()) is not None and task in self._undone:
-            self._undone.discard(task)
-            raise TransactionAborted(
-                "nothing was committed, because another task of this websocket failed; give each task a session of its "
-                "own: async with db.transaction() as session: ..."
-            )
+        self._tell_of_loss()
         if self._is_answering():
             await self._settle(commit=self._is_yes(message))
         self._accepted |= message["type"] == "websocket.accept"
@@ -104,7 +103,19 @@ class WebSocketExchange(AsyncUnitOfWork):
         return self._receiving and bool(self._workers) and all(map(_is_done, self._workers))
 
     def _note_worker(self) -> None:
-        self._workers.add(asyncio.current_task() if in_event_loop() else None)
+        if not in_event_loop():
+            self._workers.add(None)
+            return
+        self._tell_of_loss()
+        self._workers.add(asyncio.current_task())
+
+    def _tell_of_loss(self) -> None:
+        if (task := asyncio.current_task()) is not None and task in self._undone:
+            self._undone.discard(task)
+            raise TransactionAborted(
+                "nothing was committed, because another task of this websocket failed; give each task a session of its "
+                "own: async with db.transaction() as session: ..."
+            )
 
     async def _undo_failures(self) -> None:
         """Keep nothing of a task that ended in an exception which nobody has asked it for."""
