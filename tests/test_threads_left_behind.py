@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from threading import Event
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -64,6 +66,43 @@ async def test_thread_commits_nothing(observer: Observer) -> None:
         assert (await client.post("/")).status_code == 504
         assert isinstance(await outcome, SQLAlchemyError | OutsideUnitOfWork)
     assert await observer.names() == []
+
+
+async def test_block_of_a_thread_is_its_own(observer: Observer) -> None:
+    """It is committed as a whole, also when the request ends first; the block may be a helper's of the application."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware)
+    written, go_on, ended = asyncio.Event(), Event(), asyncio.Event()
+    loop, tasks = asyncio.get_running_loop(), []
+
+    @contextmanager
+    def block() -> Iterator[Session]:
+        with db.sync_transaction() as session:
+            yield session
+
+    def work() -> None:
+        with block() as session:
+            session.add(Item("first half"))
+            session.flush()
+            loop.call_soon_threadsafe(written.set)
+            go_on.wait(60)
+            session.add(Item("second half"))
+
+    @app.post("/")
+    async def handler() -> None:
+        tasks.append(asyncio.create_task(asyncio.to_thread(work)))
+        await written.wait()
+
+    async def to_its_end(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope, receive, send)
+        ended.set()
+
+    async with serve(to_its_end) as client:
+        assert (await client.post("/")).status_code == 200
+        await ended.wait()
+        go_on.set()
+        await asyncio.gather(*tasks)
+    assert await observer.names() == ["first half", "second half"]
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["one row", "many rows"])

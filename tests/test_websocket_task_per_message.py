@@ -83,9 +83,11 @@ async def test_task_after_one_that_failed(observer: Observer) -> None:
         assert await observer.names() == ["good"]
 
 
-async def test_task_beside_one_that_fails(observer: Observer) -> None:
-    """It is told where it answers that its work is lost, and the client is not told that it is there."""
+@pytest.mark.parametrize("answers", [False, True])
+async def test_task_beside_one_that_fails(observer: Observer, answers: bool) -> None:
+    """It is told that its work is lost, where it goes on or where it would tell the client that it is done."""
     told: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+    failed, go_on = asyncio.Event(), asyncio.Event()
 
     async def work(socket: WebSocket, name: str) -> None:
         async def fail() -> None:
@@ -93,10 +95,13 @@ async def test_task_beside_one_that_fails(observer: Observer) -> None:
             raise ZeroDivisionError
 
         db.session.add(Item(name))
-        failing = asyncio.create_task(fail())
-        await asyncio.wait([failing])
+        await asyncio.wait([asyncio.create_task(fail())])
+        failed.set()
+        await go_on.wait()
         try:
-            await socket.send_text("saved")
+            if answers:
+                await socket.send_text("saved")
+            db.session.add(Item("second half"))
         except TransactionAborted as error:
             told.set_result(error)
         await socket.send_text("lost")
@@ -104,6 +109,11 @@ async def test_task_beside_one_that_fails(observer: Observer) -> None:
     handler, _ = receive_and_start(work)
     async with connected(websocket_app(handler)) as socket:
         await socket.send("a")
+        await failed.wait()
+        if not answers:
+            await socket.send("ping")
+            await observer.until_no_transactions()
+        go_on.set()
         assert await socket.recv() == "lost"
         assert "db.transaction()" in str(await told)
     assert await observer.names() == []

@@ -15,9 +15,41 @@ from starlette.concurrency import run_in_threadpool
 
 from fastapi_chatdify_db import db
 from tests.models import Item
-from tests.observing import Observer
+from tests.observing import PATIENCE, Observer
 from tests.serving import connected
 from tests.websocket_app import websocket_app
+
+
+async def test_message_that_comes_during_a_rollback(observer: Observer) -> None:
+    """A handler that gives up waiting for it, as for any other, gets it next time."""
+    failed = asyncio.Event()
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        sleep = text("SELECT pg_sleep(1)")  # the rollback waits for it
+        sleeping = asyncio.create_task(asyncio.to_thread(lambda: db.sync_session.execute(sleep)))
+        await observer.until("EXISTS (SELECT FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(1)')")
+        limit = asyncio.timeout(None)
+
+        async def fail() -> None:
+            assert db.session
+            await asyncio.sleep(0)
+            limit.reschedule(asyncio.get_running_loop().time() + 0.2)
+            failed.set()
+            raise ZeroDivisionError
+
+        failing = asyncio.create_task(fail())
+        with suppress(TimeoutError):
+            async with limit:
+                await socket.receive_text()
+        message = await socket.receive_text()
+        await asyncio.wait([sleeping, failing])
+        await socket.send_text(f"got {message}")
+
+    async with asyncio.timeout(PATIENCE), connected(websocket_app(handler)) as socket:
+        await failed.wait()
+        await socket.send("a")
+        assert await socket.recv() == "got a"
 
 
 async def test_pushing_task_leaves_the_transaction_alone(observer: Observer) -> None:
