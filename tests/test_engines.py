@@ -18,7 +18,6 @@ from sqlalchemy import event, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
-from fastapi_chatdify_db.session import async_engine
 from tests.forking import PID, in_a_new_process
 from tests.observing import Observer
 
@@ -80,18 +79,18 @@ def test_threads_that_come_at_once_share_an_engine(database_url: str) -> None:
         assert len(set(made)) == 1
 
 
-def test_imported_engine_serves_one_loop_after_another(database_url: str) -> None:
-    """The same ``async_engine`` works in each ``asyncio.run``."""
+def test_engine_serves_one_loop_after_another(database_url: str) -> None:
+    """The same engine works in each ``asyncio.run``."""
 
     async def ask() -> int:
-        async with async_engine.connect() as connection:
+        async with db.async_engine.connect() as connection:
             return int(await connection.scalar(text("SELECT 1")))
 
     async def ask_and_dispose() -> int:
         try:
             return await ask() + (await through_transaction())
         finally:
-            await async_engine.dispose()
+            await db.async_engine.dispose()
 
     async def through_transaction() -> int:
         async with db.transaction() as session:
