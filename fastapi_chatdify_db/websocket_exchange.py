@@ -71,7 +71,7 @@ class WebSocketExchange(AsyncUnitOfWork):
         self._reader = asyncio.current_task()
         await self._undo_failures()
         # A task whose messages another one reads settles when it answers.
-        if not (self.in_use or (self.rollback_only and self._another_works())):
+        if not (self.in_use or (self.rollback_only and self._others_at_work())):
             await self._settle(commit=True)
         self._receiving = True
         try:
@@ -123,18 +123,16 @@ class WebSocketExchange(AsyncUnitOfWork):
             await asyncio.sleep(0)  # whoever awaits the task gets its exception in this turn of the loop
             if self._has_failed():
                 logger.warning("a task of a websocket failed, and what was done since the last commit is rolled back")
-                for worker in self._workers:
-                    # Whoever reads has told the client what it had to tell.
-                    if worker not in (None, self._reader) and not worker.done():
-                        self._undone.add(worker)
+                self._undone.update(self._others_at_work())
                 await self._settle(commit=False)
 
     def _has_failed(self) -> bool:
         # By asyncio's own mark: whether a task's exception is still to be asked for, nothing public tells.
         return any(_is_done(worker) and worker._log_traceback for worker in self._workers)
 
-    def _another_works(self) -> bool:
-        return any(task not in (None, self._reader) and not task.done() for task in self._workers)
+    def _others_at_work(self) -> list[asyncio.Task[Any]]:
+        """All but who reads, which has told the client what it had to tell."""
+        return [task for task in self._workers if task not in (None, self._reader) and not task.done()]
 
     async def _settle(self, *, commit: bool) -> None:
         await self.finish_async(commit=commit)
