@@ -17,6 +17,7 @@ from sqlalchemy.pool import QueuePool
 
 from fastapi_chatdify_db.connection_state import ConnectionState, has_begun, state_of
 from fastapi_chatdify_db.exceptions import OutsideUnitOfWork, SessionInUse
+from fastapi_chatdify_db.turns import end_turn
 
 logger: Final = logging.getLogger(__name__)
 
@@ -85,9 +86,7 @@ class FollowedSession(Session):
 
 def states(session: FollowedSession) -> Iterator[ConnectionState]:
     """The states of the connections that the session holds."""
-    for connection in session.connections:
-        if not (connection.closed or connection.invalidated) and (state := state_of(connection)) is not None:
-            yield state
+    return (state for connection in _held(session) if (state := state_of(connection)) is not None)
 
 
 def asks_at_end(session: FollowedSession) -> bool:
@@ -123,6 +122,8 @@ def in_use(session: FollowedSession) -> bool:
 def roll_back_or_discard(session: Session) -> None:
     """Roll back; where even that fails the connection is broken, and closing it rolls back as well."""
     assert isinstance(session, FollowedSession)
+    for connection in _held(session):
+        end_turn(connection)
     for state in _in_flight(session):
         state.cut_off()
     was_cut_off = any(state.was_cut_off for state in states(session))
@@ -163,6 +164,10 @@ def _asks(connection: Connection) -> bool:
         or bool(pool.dispatch.reset)
         or ((connection._has_events or engine._has_events) and bool(hooks.commit or hooks.rollback))
     )
+
+
+def _held(session: FollowedSession) -> Iterator[Connection]:
+    return (each for each in session.connections if not (each.closed or each.invalidated))
 
 
 def _in_flight(session: FollowedSession) -> Iterator[ConnectionState]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Final
 from weakref import ReferenceType, ref
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from fastapi_chatdify_db.exceptions import OutsideUnitOfWork
@@ -23,10 +23,17 @@ class _Turn:
         self.lock = Lock()
         self.holder: ReferenceType[PoolProxiedConnection] | None = None
         """What the pool has lent it as, None while it is there. Weak, as the pool's own: what is lost goes back."""
+        self.ended_by: int | None = None
+        """The thread that rolls back what the holder did, None before that."""
+
+    def is_over(self, proxy: PoolProxiedConnection) -> bool:
+        """Whether the running thread's statements have come too late for a connection that it was lent as ``proxy``."""
+        is_lent = self.holder is not None and self.holder() is proxy
+        return not is_lent or self.ended_by not in (None, get_ident())
 
 
 def keep_threads_off(engine: Engine) -> None:
-    """Refuse statements on a connection that was given back in the meantime.
+    """Refuse statements on a connection that is being rolled back, or was given back in the meantime.
 
     psycopg2 lets the statements of several threads wait for each other. So while a unit rolls back, the next statement
     of a thread that nobody waits for any more may come to stand behind the ROLLBACK, and would begin a transaction on a
@@ -43,15 +50,29 @@ def keep_threads_off(engine: Engine) -> None:
         setattr(dialect, name, partial(_in_turn, getattr(dialect, name)))
 
 
+def end_turn(connection: Connection) -> None:
+    """Before a rollback, let other threads run no more statements: psycopg2 might always let theirs go first.
+
+    Parameters:
+        connection: Neither closed nor invalidated.
+    """
+    if (turn := _turn_of(connection)) is not None:
+        turn.ended_by = get_ident()
+
+
+def _turn_of(connection: Connection) -> _Turn | None:
+    information = connection.connection.record_info
+    return None if information is None else information.get(_TURN)
+
+
 def _in_turn(execute: Callable[..., None], cursor: Any, statement: str, *arguments: Any) -> None:
     *_, context = arguments
-    connection = None if context is None else context.root_connection.connection
-    turn = None if connection is None or connection.record_info is None else connection.record_info.get(_TURN)
+    turn = None if context is None else _turn_of(context.root_connection)
     if turn is None:  # a connection that is being made, or does not come back
         execute(cursor, statement, *arguments)
         return
     with turn.lock:
-        if turn.holder is None or turn.holder() is not connection:
+        if turn.is_over(context.root_connection.connection):
             raise OutsideUnitOfWork(
                 "the unit of work around this statement has ended meanwhile, and was rolled back; wait for the thread, "
                 "e.g. by starlette.concurrency.run_in_threadpool in place of asyncio.to_thread"
@@ -64,7 +85,8 @@ def _note_connect(_: Any, record: ConnectionPoolEntry) -> None:
 
 
 def _lend(_: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
-    record.record_info[_TURN].holder = ref(proxy)  # type: ignore[index]
+    turn = record.record_info[_TURN]  # type: ignore[index]
+    turn.holder, turn.ended_by = ref(proxy), None
 
 
 def _take_back(_: Any, record: ConnectionPoolEntry) -> None:

@@ -10,7 +10,7 @@ from threading import Event
 import httpx
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import text
+from sqlalchemy import event, insert, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
@@ -109,12 +109,12 @@ async def test_block_of_a_thread_is_its_own(observer: Observer) -> None:
 async def test_next_statement_of_the_thread_is_in_no_transaction(observer: Observer, many: bool) -> None:
     """It waits behind the ROLLBACK, and is not run on the connection that somebody else has by then."""
     single = Database("single", settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
-    insert = text("INSERT INTO item (name) SELECT CAST(:name AS text) FROM pg_sleep(0.04)")
+    write = text("INSERT INTO item (name) SELECT CAST(:name AS text) FROM pg_sleep(0.04)")
 
     def work() -> str:
         for number in range(20):
             names = [{"name": f"{number} {each}"} for each in "ab"]
-            single.sync_session.execute(insert, names if many else names[0])
+            single.sync_session.execute(write, names if many else names[0])
         return "all done"
 
     try:
@@ -128,6 +128,24 @@ async def test_next_statement_of_the_thread_is_in_no_transaction(observer: Obser
         assert await observer.names() == ["0", "1", "2"]
     finally:
         await single.dispose()
+
+
+async def test_thread_in_its_begin_runs_no_statement(observer: Observer) -> None:
+    """The session cannot be rolled back while a handler of ``after_begin`` is running in it."""
+    go_on = Event()
+
+    def work() -> str:
+        session = db.sync_session
+        event.listen(session, "after_begin", lambda *_: go_on.wait(60))
+        session.execute(insert(Item).values(name="a"))
+        return "inserted"
+
+    async with impatient(work) as (client, outcome):
+        assert (await client.post("/")).status_code == 504
+        go_on.set()
+        assert isinstance(await outcome, OutsideUnitOfWork)
+    assert await observer.in_transaction() == 0
+    assert await observer.names() == []
 
 
 async def test_session_goes_on_after_a_thread_that_nobody_waited_for(observer: Observer) -> None:
