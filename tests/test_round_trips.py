@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import make_url, select
+from sqlalchemy import String, make_url, select
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware
 from tests.counting import CountingProxy, counting_proxy
@@ -53,6 +53,10 @@ def app_on(database: Database) -> FastAPI:
         await database.session.get_one(Counter, 1)
         await database.session.scalars(select(Item))
 
+    @app.get("/read-union")
+    async def read_union() -> None:
+        await database.session.scalars(select(Item.name).union(select(Counter.value.cast(String))))
+
     @app.get("/insert")
     async def add() -> None:
         database.session.add(Item(next(names)))
@@ -85,6 +89,7 @@ def app_on(database: Database) -> FastAPI:
         ("/read", 1),
         ("/read-def", 1),
         ("/read-twice", 2),
+        ("/read-union", 1),
         ("/insert", 3),  # BEGIN, INSERT, COMMIT
         ("/insert-def", 3),
         ("/modify", 4),  # SELECT, BEGIN, UPDATE, COMMIT
