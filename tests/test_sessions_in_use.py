@@ -79,6 +79,7 @@ async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
         await asyncio.sleep(0.05)
         return "stored"
 
+    @app.post("/left-running/not-modified", status_code=304)
     @app.post("/left-running/no-content", status_code=204)
     async def left_running_without_content() -> None:
         await left_running()
@@ -172,7 +173,9 @@ async def test_server_sent_events_may_read(client: httpx.AsyncClient, observer: 
         assert (await client.get("/events/read")).text == 'data: "a"\n\n'
 
 
-@pytest.mark.parametrize("path", ["/branches", "/left-running", "/left-running/no-content"])
+@pytest.mark.parametrize(
+    "path", ["/branches", "/left-running", *(f"/left-running/{empty}" for empty in ("no-content", "not-modified"))]
+)
 async def test_mistake_is_nobody_elses(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
     """Who ends a unit in the middle of another task's statement gets an error; the next requests are as always."""
     for name in ("a", "b"):
