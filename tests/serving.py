@@ -16,11 +16,7 @@ from websockets.asyncio.client import ClientConnection
 
 def free_socket() -> socket.socket:
     """A listening socket: whoever connects before the server runs waits in its backlog."""
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(512)
-    return listener
+    return socket.create_server(("127.0.0.1", 0), backlog=512)
 
 
 @asynccontextmanager
