@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from fastapi_chatdify_db import DatabaseSettings, InvalidSettings
-from fastapi_chatdify_db.settings import Seconds
+from fastapi_chatdify_db.settings import Seconds, Secret
 
 
 def _url(value: str) -> str:
@@ -24,7 +24,6 @@ def _url(value: str) -> str:
     return str(url)
 
 
-Secret = Annotated[str | None, Field(repr=False)]
 Count = Annotated[int, Field(ge=0)]
 URL = Annotated[str, AfterValidator(_url)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
