@@ -100,21 +100,18 @@ def _check_serializable(
         ) from error
 
 
-def lineage() -> dict[str, Any]:
-    """Which task sends: Celery would ask by thread, and the publishing one and the event loop's do not know."""
+def inherited(task: Task) -> dict[str, Any]:
+    """The options that ``task`` inherits from its sender: the lineage and, where Celery is set so, the priority.
+
+    Celery would ask by thread who sends, and the publishing one and the event loop's do not know.
+    """
     execution = Execution.current()
     if execution is None:
         return {}
     request = execution.request
-    return {"parent_id": request.id, "root_id": request.root_id or request.id}
-
-
-def inherited(task: Task) -> dict[str, Any]:
-    """The options that ``task`` inherits from its sender: the lineage and, where Celery is set so, the priority."""
-    options = lineage()
-    execution = Execution.current()
-    if execution is not None and task.app.conf.task_inherit_parent_priority and task.priority is None:
-        priority = (execution.request.delivery_info or {}).get("priority")
+    options: dict[str, Any] = {"parent_id": request.id, "root_id": request.root_id or request.id}
+    if task.app.conf.task_inherit_parent_priority and task.priority is None:
+        priority = (request.delivery_info or {}).get("priority")
         if priority is not None:
             options["priority"] = priority
     return options

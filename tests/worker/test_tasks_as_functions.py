@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 import celery_ext
-from celery_ext.dispatch import lineage
+from celery_ext.dispatch import inherited
 from fastapi_chatdify_db import OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
@@ -23,16 +23,16 @@ from tests.observing import Observer
 @pytest.mark.parametrize("kind", ["def", "async def"])
 def test_lineage(empty_tables: Observer, kind: str) -> None:
     """What a task sends has it as its parent; in a coroutine too, where Celery does not know of the task."""
-    app = Celery("lineage", backend="cache+memory://", set_as_current=False)
+    app = Celery("lineage", backend="cache+memory://", set_as_current=False, task_cls=celery_ext.Task)
     celery_ext.init_app(app)
 
     @app.task(shared=False)
     def parent() -> dict[str, Any]:
-        return lineage()
+        return inherited(parent)
 
     @app.task(shared=False)
     async def async_parent() -> dict[str, Any]:
-        return lineage()
+        return inherited(async_parent)
 
     task = parent if kind == "def" else async_parent
     assert task.apply(task_id="parent").get() == {"parent_id": "parent", "root_id": "parent"}
@@ -41,7 +41,7 @@ def test_lineage(empty_tables: Observer, kind: str) -> None:
         "parent_id": "child",
         "root_id": "grandparent",
     }
-    assert lineage() == {}
+    assert inherited(task) == {}
     app.close()
 
 
