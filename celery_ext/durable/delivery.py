@@ -57,8 +57,8 @@ class Delivery:
         self.task_id = task_id
         self._begun = self._finishing = self._leased = False
         self._ordering_key: str | None = None
-        self._arguments: str | None = None
         self._retry: dict[str, Any] = {}
+        """What the row is to have for the next attempt; empty when there is none."""
         self.retry_options: Mapping[str, Any] = {}
         """What ``self.retry`` was given besides the time of the next attempt."""
 
@@ -100,11 +100,12 @@ class Delivery:
 
     def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
         """Note the next attempt, for the end of this one; the relay will send it."""
-        self._arguments = serialize(self._task.name, [list(args), dict(kwargs)])
+        arguments = serialize(self._task.name, [list(args), dict(kwargs)])
         serialize(self._task.name, dict(self.retry_options))  # so that an option that cannot be stored is an error now
         check_accepted(self._task, self.retry_options)
         due = due_of(self._task.name, options.get("countdown"), options.get("eta"))
-        self._retry = {"retries": options.get("retries", 0), "due_in": seconds_until(due)}
+        retries = options.get("retries", 0)
+        self._retry = {"arguments": arguments, "retries": retries, "due_in": seconds_until(due)}
 
     def ended_by(self, error: BaseException) -> BaseException:
         """Record how the body ended, after its rollback; returns what to tell Celery.
@@ -144,17 +145,17 @@ class Delivery:
         return row
 
     def _record(self, session: Session, error: BaseException) -> None:
-        if isinstance(error, Retry) and self._arguments is not None:
+        if isinstance(error, Retry) and self._retry:
             self._put_off(session, _text(error.exc))
         else:
             self._finish(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", _text(error))
 
     def _succeed(self, session: Session) -> bool:
-        return self._finish(session, "done", None) if self._arguments is None else self._put_off(session, None)
+        return self._put_off(session, None) if self._retry else self._finish(session, "done", None)
 
     def _put_off(self, session: Session, error: str | None) -> bool:
         """Make the row due again for the next attempt; False when it was ended before."""
-        values = {**self._retry, "id": self.task_id, "arguments": self._arguments, "error": error, "options": None}
+        values = {**self._retry, "id": self.task_id, "error": error, "options": None}
         if self.retry_options:
             stored = session.scalar(statements.OPTIONS, {"id": self.task_id})
             values["options"] = with_options(self._task.name, stored, self.retry_options)

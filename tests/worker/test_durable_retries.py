@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from celery import Celery
+from celery.exceptions import Reject
 from sqlalchemy import text
 
 import celery_ext
@@ -132,3 +134,17 @@ async def test_retry_with_an_option_that_cannot_be_stored(unheard: Celery[celery
         task_id = retries.delay_durably()
     deliver(retries, task_id)
     assert await rows.durable_tasks() == [("cancelled", "[[], {}]")]
+
+
+async def test_retry_that_cannot_be_stored_is_none(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """A task that handles its rejection, and goes on, is done."""
+
+    @unheard.task(bind=True, shared=False)
+    def goes_on(self: celery_ext.Task) -> None:
+        with suppress(Reject):
+            self.retry(countdown=0, throw=False, shadow=object())
+
+    async with db.transaction():
+        task_id = goes_on.delay_durably()
+    deliver(goes_on, task_id)
+    assert await rows.durable_tasks() == [("done", "[[], {}]")]
