@@ -27,8 +27,12 @@ _LONGEST: Final = 3.2e9
 """Seconds: a hundred years, which PostgreSQL can add to its clock."""
 _LONGEST_ORDERING_KEY: Final = 500
 """Characters: at most 2000 bytes, of the 2704 that PostgreSQL has room for in a row of an index."""
-_SECONDS: Final[dict[type, str]] = {int: "seconds", float: "seconds"}
-_DATETIME: Final[dict[type, str]] = {datetime: "a datetime"}
+_MOMENTS: Final[dict[str, tuple[tuple[type, ...], str]]] = {
+    "countdown": ((int, float), "seconds"),
+    "eta": ((datetime,), "a datetime"),
+    "expires": ((int, float, datetime), "seconds, or a datetime"),
+}
+"""What each option that is a time may be, and how an error calls that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def new_row(
         ArgumentsNotSerializable: They are no JSON, as kombu extends it, or an option or a key is nothing to store.
     """
     due = due_of(task.name, countdown, eta)
-    _check_moment(task.name, "expires", expires, _SECONDS | _DATETIME)
+    _check_moment(task.name, "expires", expires)
     _check_key(task.name, "ordering_key", ordering_key, _LONGEST_ORDERING_KEY)
     _check_key(task.name, "idempotency_key", idempotency_key)
     # The same key is the same id, so whoever uses it again need not ask the database for the first one's.
@@ -103,8 +107,8 @@ def due_of(name: str, countdown: float | None, eta: datetime | None) -> float | 
     Raises:
         ArgumentsNotSerializable: An argument is no time.
     """
-    _check_moment(name, "countdown", countdown, _SECONDS)
-    _check_moment(name, "eta", eta, _DATETIME)
+    _check_moment(name, "countdown", countdown)
+    _check_moment(name, "eta", eta)
     return eta or countdown or 0.0
 
 
@@ -157,12 +161,12 @@ def check_accepted(task: Task, options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_moment(name: str, option: str, value: float | datetime | None, kinds: Mapping[type, str]) -> None:
+def _check_moment(name: str, option: str, value: float | datetime | None) -> None:
     if value is None:
         return
-    right = isinstance(value, tuple(kinds)) and not isinstance(value, bool)
+    kinds, instead = _MOMENTS[option]
+    right = isinstance(value, kinds) and not isinstance(value, bool)
     if not (right and abs(seconds_until(value)) <= _LONGEST):
-        instead = ", or ".join(dict.fromkeys(kinds.values()))
         raise ArgumentsNotSerializable(f"{name} cannot be stored with {option}={value!r}; write {instead}")
 
 
