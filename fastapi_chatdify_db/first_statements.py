@@ -46,15 +46,8 @@ class FirstStatements:
         dialect: Any = engine.dialect
         self._do_execute = dialect.do_execute
         dialect.do_execute = self._execute
-        event.listen(engine, "do_executemany", self._start)
-        event.listen(engine, "do_execute_no_params", self._start_without_parameters)
-
-    def _start(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-        if state := state_of(context.root_connection):
-            state.started = state.has_effects = True
-
-    def _start_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> None:
-        self._start(cursor, statement, None, context)
+        event.listen(engine, "do_executemany", _start)
+        event.listen(engine, "do_execute_no_params", _start)
 
     def _execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None = None) -> None:
         """In place of the dialect's ``do_execute``."""
@@ -103,6 +96,12 @@ class FirstStatements:
         finally:
             if not getattr(connection, "closed", False):  # psycopg2 would raise that in place of the error under way
                 connection.autocommit = False
+
+
+def _start(*arguments: Any) -> None:
+    *_, context = arguments  # before it parameters, or none
+    if state := state_of(context.root_connection):
+        state.started = state.has_effects = True
 
 
 def _allow_reads_alone(connection: Any, record: ConnectionPoolEntry) -> None:
