@@ -127,7 +127,7 @@ def roll_back_or_discard(session: Session) -> None:
     for state in _in_flight(session):
         state.cut_off()
     was_cut_off = any(state.was_cut_off for state in states(session))
-    has_begun = any(state.started for state in states(session))
+    had_started = any(state.started for state in states(session))
     try:
         session.rollback()
     except Exception as error:
@@ -135,7 +135,7 @@ def roll_back_or_discard(session: Session) -> None:
             logger.warning("a rollback came in the middle of a statement, whose connection is discarded")
         elif getattr(error, "code", None) == _IN_USE_ELSEWHERE:
             pass  # the end of the unit tells of it
-        elif has_begun or not isinstance(error, DBAPIError):  # a handler of the application's may have raised it
+        elif had_started or not isinstance(error, DBAPIError):  # a handler of the application's may have raised it
             logger.warning("rollback failed; its connection is discarded", exc_info=True)
         with suppress(IllegalStateChangeError):  # in use elsewhere, which the end of the unit deals with
             session.invalidate()
