@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from sqlalchemy import text
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_chatdify_db import Database, DBSessionMiddleware, db
+from fastapi_chatdify_db import Database, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -58,11 +58,9 @@ async def leave_early(host: str, port: int, started: asyncio.Event) -> None:
 
 @pytest.mark.parametrize("cancelling", [False, True], ids=["server goes on", "server cancels"])
 async def test_clients_that_disconnect_leave_nothing_behind(
-    observer: Observer, caplog: pytest.LogCaptureFixture, cancelling: bool
+    app: FastAPI, observer: Observer, caplog: pytest.LogCaptureFixture, cancelling: bool
 ) -> None:
     """200 clients leave in the middle of a statement; the next 200 requests find a whole pool and a quiet log."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     started = asyncio.Event()
     running = 0
     all_ended = asyncio.Event()

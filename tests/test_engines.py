@@ -17,7 +17,7 @@ from fastapi import Depends, FastAPI
 from sqlalchemy import event, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
+from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.forking import PID, in_a_new_process
 from tests.observing import Observer
 
@@ -121,11 +121,9 @@ def test_loops_side_by_side_have_pools_of_their_own(database_url: str) -> None:
     assert not first & second
 
 
-def test_session_that_a_thread_asks_for_is_its_loops(database_url: str) -> None:
+def test_session_that_a_thread_asks_for_is_its_loops(app: FastAPI, database_url: str) -> None:
     """A ``def`` dependency may return ``db.session``: FastAPI calls it in a thread, without a loop."""
     database = Database()
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     def session() -> AsyncSession:
         return database.session

@@ -13,16 +13,14 @@ from fastapi import Depends, FastAPI, HTTPException
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from fastapi_chatdify_db import DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
 
 
-async def test_callback_finds_the_row_before_the_response_leaves(observer: Observer) -> None:
+async def test_callback_finds_the_row_before_the_response_leaves(app: FastAPI, observer: Observer) -> None:
     """Coroutine functions run on the loop and plain ones in a thread, in order, each after the commit."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     seen: list[object] = []
 
     @app.post("/")
@@ -42,10 +40,8 @@ async def test_callback_finds_the_row_before_the_response_leaves(observer: Obser
 
 
 @pytest.mark.parametrize("path", ["/refused", "/conflict", "/dry-run"])
-async def test_nothing_runs_after_a_rollback(observer: Observer, path: str) -> None:
+async def test_nothing_runs_after_a_rollback(app: FastAPI, observer: Observer, path: str) -> None:
     """An error status, a commit that fails and ``rollback_only`` drop the callbacks."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     ran: list[str] = []
 
     @app.post("/refused")
@@ -75,11 +71,9 @@ async def greeting() -> str:
     return str(await db.session.scalar(text("SELECT 'hello'")))
 
 
-async def test_def_endpoint_is_decided_by_its_own_session(observer: Observer) -> None:
+async def test_def_endpoint_is_decided_by_its_own_session(app: FastAPI, observer: Observer) -> None:
     """Also when an async dependency has used the other one: no callback of a commit that fails."""
     ran: list[str] = []
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.post("/")
     def handler(greeting: Annotated[str, Depends(greeting)]) -> None:

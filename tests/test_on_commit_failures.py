@@ -10,16 +10,16 @@ from functools import partial
 import pytest
 from fastapi import FastAPI
 
-from fastapi_chatdify_db import AfterCommitError, DBSessionMiddleware, db
+from fastapi_chatdify_db import AfterCommitError, db
 from tests.models import Item
 from tests.observing import Observer, Other
 from tests.serving import serve
 
 
-async def test_error_in_a_callback_stops_nothing(observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_error_in_a_callback_stops_nothing(
+    app: FastAPI, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is logged with its traceback, not its arguments; the others run and the client gets its response."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     ran: list[str] = []
 
     @app.post("/")
@@ -46,11 +46,9 @@ async def test_error_in_a_callback_stops_nothing(observer: Observer, caplog: pyt
 
 
 async def test_callback_whose_task_was_cancelled_stops_nothing(
-    observer: Observer, caplog: pytest.LogCaptureFixture
+    app: FastAPI, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A cancellation of something that it waits for is its failure, not the request's end."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     ran: list[str] = []
 
     @app.post("/")

@@ -12,16 +12,14 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
+from fastapi_chatdify_db import Database, DatabaseSettings, OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
 
 
-async def test_session_that_outlives_its_request_is_refused(observer: Observer) -> None:
+async def test_session_that_outlives_its_request_is_refused(app: FastAPI, observer: Observer) -> None:
     """A task that goes on after the response is told, instead of opening a transaction that nobody ends."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     ended = asyncio.Event()
     tasks: list[asyncio.Task[None]] = []
 
@@ -43,10 +41,8 @@ async def test_session_that_outlives_its_request_is_refused(observer: Observer) 
     assert await observer.in_transaction() == 0
 
 
-async def test_pipelined_request_is_none_of_the_one_before(observer: Observer) -> None:
+async def test_pipelined_request_is_none_of_the_one_before(app: FastAPI, observer: Observer) -> None:
     """A server may begin it in the context of that one's response; whoever outlives it has no unit all the same."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     ended = asyncio.Event()
     outcome: asyncio.Future[tuple[object]] = asyncio.get_running_loop().create_future()
 

@@ -96,10 +96,10 @@ async def test_database_that_gives_no_connection_is_a_503(
         assert (await client.get(path)).json() == "DatabaseUnavailable"
 
 
-async def test_request_that_has_committed_is_not_to_be_repeated(unavailable: Database, observer: Observer) -> None:
+async def test_request_that_has_committed_is_not_to_be_repeated(
+    app: FastAPI, unavailable: Database, observer: Observer
+) -> None:
     """A 503 would ask the client to try again, and so to do twice what stays."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.post("/")
     async def handler() -> None:
@@ -173,11 +173,9 @@ async def test_apps_own_handler_for_an_exhausted_pool_comes_first(small_pool: Da
         assert (await client.post("/add")).status_code == 429
 
 
-async def test_many_def_endpoints_on_a_small_pool_do_not_block_each_other(observer: Observer) -> None:
+async def test_many_def_endpoints_on_a_small_pool_do_not_block_each_other(app: FastAPI, observer: Observer) -> None:
     """Threads that wait for a connection do not keep the threads that would free one from running."""
     patient = Database(settings=DatabaseSettings(db_pool_size=2, db_max_overflow=0, db_pool_timeout=300))
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.get("/")
     def read_and_return() -> int:

@@ -83,9 +83,7 @@ async def query_the_block(session: Annotated[AsyncSession, Depends(block)]) -> A
 
 
 @pytest.fixture
-async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
+async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
     for endpoint in FAILING:
         app.add_api_route(f"/{endpoint.__name__}", endpoint, response_class=EventSourceResponse)
     router = APIRouter()
@@ -114,11 +112,9 @@ async def test_router_whose_default_is_events(client: httpx.AsyncClient, observe
 
 
 async def test_block_around_events_that_are_left_by_their_client_keeps_nothing(
-    observer: Observer, caplog: pytest.LogCaptureFixture
+    app: FastAPI, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What it wrote before the response began was not committed then, and the client has not got what goes with it."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.get("/", response_class=EventSourceResponse)
     async def endless(session: Annotated[AsyncSession, Depends(block)]) -> AsyncIterable[str]:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db import DBSessionMiddleware, SessionInUse, db, get_session
+from fastapi_chatdify_db import SessionInUse, db, get_session
 from fastapi_chatdify_db.engines import Engines
 from tests.models import Counter, Item
 from tests.observing import Observer
@@ -26,10 +26,7 @@ from tests.serving import serve
 
 
 @pytest.fixture
-async def client(observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
-
+async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
     @app.get("/events/write", response_class=EventSourceResponse)
     async def write(name: str) -> AsyncIterable[str]:
         db.session.add(Item(name))
@@ -132,10 +129,10 @@ async def test_status_of_server_sent_events_is_that_of_rows_that_go_with_them(
     assert await observer.in_transaction() == 0
 
 
-async def test_server_sent_events_that_ask_during_the_commit(observer: Observer, database_url: str) -> None:
+async def test_server_sent_events_that_ask_during_the_commit(
+    app: FastAPI, observer: Observer, database_url: str
+) -> None:
     """Whenever their task begins a statement: what a dependency wrote is not committed beside it, but at the end."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     may_ask, asked = asyncio.Event(), asyncio.Event()
 
     async def write() -> None:
@@ -245,10 +242,8 @@ async def test_commit_in_the_middle_of_a_statement_is_refused(observer: Observer
 
 
 @pytest.mark.parametrize("waits", [True, False])
-async def test_commit_that_was_refused_may_be_handled(observer: Observer, waits: bool) -> None:
+async def test_commit_that_was_refused_may_be_handled(app: FastAPI, observer: Observer, waits: bool) -> None:
     """The unit goes on: it commits all of it later, or is refused again, and is no success without its rows."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     statements: list[asyncio.Task[object]] = []
 
     @app.post("/")

@@ -68,10 +68,8 @@ async def test_thread_commits_nothing(observer: Observer) -> None:
     assert await observer.names() == []
 
 
-async def test_block_of_a_thread_is_its_own(observer: Observer) -> None:
+async def test_block_of_a_thread_is_its_own(app: FastAPI, observer: Observer) -> None:
     """It is committed as a whole, also when the request ends first; the block may be a helper's of the application."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     written, go_on, ended = asyncio.Event(), Event(), asyncio.Event()
     loop, tasks = asyncio.get_running_loop(), []
 
@@ -148,10 +146,8 @@ async def test_thread_in_its_begin_runs_no_statement(observer: Observer) -> None
     assert await observer.names() == []
 
 
-async def test_session_goes_on_after_a_thread_that_nobody_waited_for(observer: Observer) -> None:
+async def test_session_goes_on_after_a_thread_that_nobody_waited_for(app: FastAPI, observer: Observer) -> None:
     """A background task writes to the session whose statement, in a thread, took too long for the response."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     def slow() -> None:
         db.sync_session.execute(text("SELECT pg_sleep(0.5)"))

@@ -143,6 +143,7 @@ async def go_on_elsewhere(session: AsyncSession) -> None:
     ],
 )
 async def test_failure_that_was_swallowed_keeps_the_first_from_committing(
+    app: FastAPI,
     reports: Database,
     observer: Observer,
     failing: Callable[[AsyncSession], Awaitable[None]],
@@ -150,8 +151,6 @@ async def test_failure_that_was_swallowed_keeps_the_first_from_committing(
     error: str,
 ) -> None:
     """What is known to end in a rollback is told, by its name, before any database commits."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.exception_handler(SQLAlchemyError)
     @app.exception_handler(ChatdifyDBError)
@@ -175,11 +174,11 @@ async def test_failure_that_was_swallowed_keeps_the_first_from_committing(
     assert await count(reports) == 0
 
 
-async def test_session_that_waits_for_its_connection_keeps_the_first_from_committing(observer: Observer) -> None:
+async def test_session_that_waits_for_its_connection_keeps_the_first_from_committing(
+    app: FastAPI, observer: Observer
+) -> None:
     """It is in use, like one that waits for its statement."""
     single = Database("single", settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.exception_handler(SessionInUse)
     async def tell(request: Request, error: SessionInUse) -> Response:
@@ -199,10 +198,8 @@ async def test_session_that_waits_for_its_connection_keeps_the_first_from_commit
     assert await observer.names() == []
 
 
-async def test_failure_in_a_savepoint_is_none(reports: Database, observer: Observer) -> None:
+async def test_failure_in_a_savepoint_is_none(app: FastAPI, reports: Database, observer: Observer) -> None:
     """Both databases commit after a statement of one has failed in a savepoint."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.post("/")
     async def handler() -> None:
@@ -231,10 +228,10 @@ async def test_second_commit_that_fails_is_an_error_though_the_first_stays(
 
 
 @pytest.mark.parametrize("status", [200, 404])
-async def test_callback_waits_for_its_own_database(reports: Database, observer: Observer, status: int) -> None:
+async def test_callback_waits_for_its_own_database(
+    app: FastAPI, reports: Database, observer: Observer, status: int
+) -> None:
     """That the other one is committed, by the application, neither runs it nor drops it."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     ran: list[str] = []
 
     @app.post("/")

@@ -39,10 +39,8 @@ def test_outside_a_unit_the_error_says_what_to_write(what: str, instead: str) ->
         db.on_commit(print)
 
 
-async def test_handler_for_every_exception_is_told_that_it_is_outside() -> None:
+async def test_handler_for_every_exception_is_told_that_it_is_outside(app: FastAPI) -> None:
     """The request has the middleware; but Starlette calls such a handler outside of it."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     told: list[str] = []
 
     @app.exception_handler(Exception)
@@ -62,10 +60,8 @@ async def test_handler_for_every_exception_is_told_that_it_is_outside() -> None:
     assert "Elsewhere, as in a handler for Exception or 500: async with db.transaction() as session" in line
 
 
-async def test_unused_unit_touches_no_pool(observer: Observer) -> None:
+async def test_unused_unit_touches_no_pool(app: FastAPI, observer: Observer) -> None:
     """A route without the database checks out no connection; asking for the session alone does not either."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.get("/")
     async def handler() -> str:
@@ -148,10 +144,8 @@ async def test_any_asgi_app_is_served(observer: Observer) -> None:
     assert await observer.names() == ["plain"]
 
 
-async def test_requests_do_not_share_a_session(observer: Observer) -> None:
+async def test_requests_do_not_share_a_session(app: FastAPI, observer: Observer) -> None:
     """Concurrent requests each have a transaction of their own."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     together = asyncio.Barrier(5)
 
     @app.get("/")
@@ -164,10 +158,8 @@ async def test_requests_do_not_share_a_session(observer: Observer) -> None:
     assert len({response.json() for response in responses}) == 5
 
 
-async def test_block_inside_a_request_is_independent(observer: Observer) -> None:
+async def test_block_inside_a_request_is_independent(app: FastAPI, observer: Observer) -> None:
     """``db.transaction()`` commits at its end, whatever becomes of the request around it."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.post("/")
     async def handler() -> None:
@@ -199,10 +191,8 @@ async def test_branches_of_gather_have_units_of_their_own(observer: Observer) ->
     assert await observer.names() == ["a", "c"]
 
 
-async def test_release_holds_no_connection_while_waiting(observer: Observer) -> None:
+async def test_release_holds_no_connection_while_waiting(app: FastAPI, observer: Observer) -> None:
     """A handler that released its connection waits for something slow with the pool untouched, and goes on."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     waiting, answered = asyncio.Event(), asyncio.Event()
 
     @app.post("/")

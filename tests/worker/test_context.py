@@ -22,7 +22,7 @@ from opentelemetry import context, propagate
 from opentelemetry.trace import NonRecordingSpan, SpanContext, get_current_span, set_span_in_context
 
 import celery_ext
-from fastapi_chatdify_db import DBSessionMiddleware, UnitOfWorkFilter, db
+from fastapi_chatdify_db import UnitOfWorkFilter, db
 from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
 from tests.observing import Observer
 from tests.serving import serve
@@ -34,11 +34,9 @@ OWN_SPAN = 0xB9C7C989F97918E1
 OTHER_TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-async def test_request_id_reaches_the_task(relayed: Worker, rows: Observer) -> None:
+async def test_request_id_reaches_the_task(app: FastAPI, relayed: Worker, rows: Observer) -> None:
     """However it was sent, a task has the id of the request that sent it; the next task has none."""
     task = relayed.task("seen_context")
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
     app.add_middleware(CorrelationIdMiddleware)
 
     @app.post("/")

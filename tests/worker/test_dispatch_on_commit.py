@@ -14,7 +14,7 @@ from fastapi import FastAPI, HTTPException
 import celery_ext
 from celery_ext import ArgumentsNotSerializable
 from celery_ext.sender import send_within
-from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
+from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.models import Item
 from tests.observing import PATIENCE, Observer
 from tests.serving import serve
@@ -23,11 +23,9 @@ from tests.worker.running import Worker, publishing, task
 REQUESTS = 500
 
 
-async def test_no_task_misses_its_row(prefork: Worker, empty_tables: Observer) -> None:
+async def test_no_task_misses_its_row(app: FastAPI, prefork: Worker, empty_tables: Observer) -> None:
     """Of 500 requests, each task finds the row that its request inserted."""
     read = prefork.task("read_item")
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.post("/items/{name}")
     async def add(name: str) -> str:
@@ -43,11 +41,9 @@ async def test_no_task_misses_its_row(prefork: Worker, empty_tables: Observer) -
     assert await empty_tables.in_transaction() == 0
 
 
-async def test_nothing_is_sent_after_a_rollback(prefork: Worker, empty_tables: Observer) -> None:
+async def test_nothing_is_sent_after_a_rollback(app: FastAPI, prefork: Worker, empty_tables: Observer) -> None:
     """A rolled back request, block, savepoint or task sends nothing; what is around a savepoint does."""
     record, started = prefork.task("record"), len(prefork.log)
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.post("/refused")
     async def refused() -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import MultipleResultsFound
 
 import celery_ext
 from celery_ext import ArgumentsNotSerializable, StatementFailed
-from fastapi_chatdify_db import DBSessionMiddleware, db
+from fastapi_chatdify_db import db
 from tests.failing import raising
 from tests.models import Item
 from tests.observing import Observer
@@ -202,10 +202,8 @@ async def test_body_that_is_run_twice(eager: dict[str, Any], empty_tables: Obser
     assert await empty_tables.names() == ["x"]
 
 
-async def test_task_in_a_request(eager: dict[str, Any], empty_tables: Observer) -> None:
+async def test_task_in_a_request(app: FastAPI, eager: dict[str, Any], empty_tables: Observer) -> None:
     """A ``def`` endpoint that calls a task as a function shares its unit."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.post("/{outcome}")
     def call(outcome: str) -> None:
@@ -219,10 +217,8 @@ async def test_task_in_a_request(eager: dict[str, Any], empty_tables: Observer) 
     assert await empty_tables.names() == ["kept"]
 
 
-async def test_async_task_in_a_def_endpoint(eager: dict[str, Any], empty_tables: Observer) -> None:
+async def test_async_task_in_a_def_endpoint(app: FastAPI, eager: dict[str, Any], empty_tables: Observer) -> None:
     """It runs on a loop of its own, and so in a unit of its own: the request's session belongs to the server's loop."""
-    app = FastAPI()
-    app.add_middleware(DBSessionMiddleware)
 
     @app.post("/{name}")
     def call(name: str) -> None:
