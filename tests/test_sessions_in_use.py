@@ -1,24 +1,21 @@
-"""A session that another task is in the middle of: streams are let be, and nobody else is harmed by mistakes."""
+"""A session that another task or thread is in the middle of: nobody else is harmed by the mistake."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from contextvars import copy_context
 from threading import Barrier, BrokenBarrierError
 
-import asyncpg
 import httpx
 import pytest
-from fastapi import Depends, FastAPI
-from fastapi.sse import EventSourceResponse
+from fastapi import FastAPI
 from sqlalchemy import Executable, event, select, text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db import SessionInUse, db, get_session
+from fastapi_chatdify_db import SessionInUse, db
 from fastapi_chatdify_db.engines import Engines
 from tests.models import Counter, Item
 from tests.observing import Observer
@@ -27,29 +24,6 @@ from tests.serving import serve
 
 @pytest.fixture
 async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncClient]:
-    @app.get("/events/write", response_class=EventSourceResponse)
-    async def write(name: str) -> AsyncIterable[str]:
-        db.session.add(Item(name))
-        await db.session.flush()
-        yield "stored"
-
-    @app.get("/events/dependency", response_class=EventSourceResponse)
-    async def dependency(name: str, session: AsyncSession = Depends(get_session)) -> AsyncIterable[str]:  # noqa: B008
-        session.add(Item(name))
-        await session.execute(text("SELECT pg_sleep(0.1)"))
-        yield "stored"
-
-    @app.get("/events/refused", response_class=EventSourceResponse, status_code=409)
-    async def refused(name: str, session: AsyncSession = Depends(get_session)) -> AsyncIterable[str]:  # noqa: B008
-        session.add(Item(name))
-        await session.execute(text("SELECT pg_sleep(0.1)"))
-        yield "refused"
-
-    @app.get("/events/read", response_class=EventSourceResponse)
-    async def read() -> AsyncIterable[str]:
-        for name in await db.session.scalars(select(Item.name)):
-            yield name
-
     @app.post("/branches")
     async def branches() -> None:
         """What ``asyncio.gather`` leaves running when one branch fails."""
@@ -97,77 +71,6 @@ async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncC
 
     async with serve(app) as client:
         yield client
-
-
-@pytest.mark.parametrize("path", ["/events/write", "/events/dependency"])
-async def test_server_sent_events_may_write(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
-    """FastAPI starts their generator before the status line; its rows are there before the body ends."""
-    for name in ("a", "b"):
-        async with client.stream("GET", path, params={"name": name}) as response:
-            assert "".join([chunk async for chunk in response.aiter_text()]) == 'data: "stored"\n\n'
-        assert name in await observer.names()
-        assert await observer.in_transaction() == 0
-
-
-async def test_server_sent_events_whose_commit_fails_are_cut_short(
-    client: httpx.AsyncClient, observer: Observer
-) -> None:
-    """As any stream is."""
-    await client.post("/ordinary", params={"name": "a"})
-    with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
-        await client.get("/events/write", params={"name": "a"})
-    assert await observer.names() == ["a"]
-
-
-async def test_status_of_server_sent_events_is_that_of_rows_that_go_with_them(
-    client: httpx.AsyncClient, observer: Observer
-) -> None:
-    """What came before an error status is rolled back, at the end of the stream too."""
-    response = await client.get("/events/refused", params={"name": "a"})
-    assert (response.status_code, response.text) == (409, 'data: "refused"\n\n')
-    assert await observer.names() == []
-    assert await observer.in_transaction() == 0
-
-
-async def test_server_sent_events_that_ask_during_the_commit(
-    app: FastAPI, observer: Observer, database_url: str
-) -> None:
-    """Whenever their task begins a statement: what a dependency wrote is not committed beside it, but at the end."""
-    may_ask, asked = asyncio.Event(), asyncio.Event()
-
-    async def write() -> None:
-        db.session.add(Item("a"))
-        await db.session.flush()
-
-    @app.get("/", response_class=EventSourceResponse, dependencies=[Depends(write)])
-    async def events() -> AsyncIterable[int]:
-        yield 1
-        await may_ask.wait()
-        try:
-            yield len((await db.session.scalars(select(Item))).all())
-        finally:
-            asked.set()
-
-    rival = await asyncpg.connect(database_url)
-    async with serve(app) as client:
-        await rival.execute("BEGIN; INSERT INTO item (name) VALUES ('a')")  # our COMMIT would wait for it
-        opened = asyncio.create_task(client.send(client.build_request("GET", "/"), stream=True))
-        held_up = asyncio.create_task(observer.until_somebody_waits_for_a_lock())
-        await asyncio.wait([opened, held_up], return_when=asyncio.FIRST_COMPLETED)
-        may_ask.set()
-        await asked.wait()
-        await held_up  # if not before, then at the end of the stream
-        await rival.close()
-        response = await opened
-        assert (response.status_code, await response.aread()) == (200, b"data: 1\n\ndata: 1\n\n")
-    assert await observer.names() == ["a"]
-
-
-async def test_server_sent_events_may_read(client: httpx.AsyncClient, observer: Observer) -> None:
-    """Also on a connection that was used before."""
-    await client.post("/ordinary", params={"name": "a"})
-    for _ in range(3):
-        assert (await client.get("/events/read")).text == 'data: "a"\n\n'
 
 
 @pytest.mark.parametrize(
