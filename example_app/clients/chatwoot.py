@@ -6,7 +6,7 @@ from typing import Final
 
 from pydantic import BaseModel, JsonValue, RootModel
 
-from example_app.clients.http import OutsideAPI, OutsideError, Unanswered, read
+from example_app.clients.http import OutsideAPI, OutsideError, Unanswered
 from example_app.settings import Settings
 
 MARKER: Final = "chatdify"
@@ -104,22 +104,22 @@ class Chatwoot(OutsideAPI):
         """Whether a message with this marker is among the latest of the conversation."""
         path = f"/conversations/{conversation_id}/messages"
         # An agent bot's own token may post, and read nothing, or since 4.15 the conversation without its messages.
-        messages = read(_Messages, await self.call("GET", path, headers=self._as_admin), self.name).payload
+        messages = self.read(_Messages, await self.call("GET", path, headers=self._as_admin)).payload
         return any((message.content_attributes or {}).get(MARKER) == marker for message in messages)
 
     async def conversations(self) -> list[Conversation]:
         """The first page of the account's conversations."""
         answer = await self.call("GET", "/conversations", headers=self._as_admin)
-        return read(_ConversationsPage, answer, self.name).data.payload
+        return self.read(_ConversationsPage, answer).data.payload
 
     async def conversation(self, conversation_id: int | str) -> Conversation:
         """One conversation."""
         answer = await self.call("GET", f"/conversations/{conversation_id}", headers=self._as_admin)
-        return read(Conversation, answer, self.name)
+        return self.read(Conversation, answer)
 
     async def teams(self) -> list[Team]:
         """The account's teams."""
-        return read(_Teams, await self.call("GET", "/teams", headers=self._as_admin), self.name).root
+        return self.read(_Teams, await self.call("GET", "/teams", headers=self._as_admin)).root
 
     async def set_labels(self, conversation_id: int, labels: list[str]) -> JsonValue:
         """Replace the conversation's labels."""

@@ -18,12 +18,10 @@ from example_app.clients.http import (
     as_outside_error,
     pieces,
     plain_code,
-    read,
     whole,
 )
 from example_app.settings import Settings
 
-_NAME: Final = "Dify"
 _ASK: Final = "Dify, POST /chat-messages"
 _PAUSED: Final = "workflow_paused"
 _WAITS: Final = "waits for a human within the workflow"
@@ -125,7 +123,7 @@ class Dify(OutsideAPI):
 
     def __init__(self, settings: Settings) -> None:
         headers = {"Authorization": f"Bearer {settings.dify_api_key or ''}"}
-        super().__init__(_NAME, settings.dify_api_url.rstrip("/"), headers, settings)
+        super().__init__("Dify", settings.dify_api_url.rstrip("/"), headers, settings)
         self._response_mode = settings.dify_response_mode
 
     async def ask(self, question: Question) -> Answer:
@@ -140,7 +138,7 @@ class Dify(OutsideAPI):
         if self._response_mode == "streaming":
             retrying = self._retrying(lambda error: error.never_began)
             return await retrying(self._ask_streaming, body)
-        return _answer(await self.call_once("POST", "/chat-messages", json=body))
+        return self._answer(await self.call_once("POST", "/chat-messages", json=body))
 
     async def find_answer(
         self, query: str, user: str, conversation_id: str, known: Collection[str], since: float
@@ -161,7 +159,7 @@ class Dify(OutsideAPI):
         """
         parameters: dict[str, str | int] = {"conversation_id": conversation_id, "user": user, "limit": 20}
         answer = await self.call("GET", "/messages", params=parameters)
-        for message in reversed(read(_Messages, answer, _NAME).data):
+        for message in reversed(self.read(_Messages, answer).data):
             if message.status == "error":
                 continue  # Dify failed over it, so it may be asked again
             if message.query == query and message.id not in known and message.created_at >= since:
@@ -175,7 +173,7 @@ class Dify(OutsideAPI):
     async def conversations(self, user: str) -> list[str]:
         """The ids of this user's conversations, the latest first, twenty at most."""
         answer = await self.call("GET", "/conversations", params={"user": user, "limit": 20})
-        return [conversation.id for conversation in read(_Conversations, answer, _NAME).data]
+        return [conversation.id for conversation in self.read(_Conversations, answer).data]
 
     async def delete_conversation(self, conversation_id: str, user: str) -> None:
         """Delete a conversation; one that is not there counts as deleted."""
@@ -211,7 +209,7 @@ class Dify(OutsideAPI):
         async for line in _lines(pieces(response, _ASK)):
             if not line.startswith("data:"):
                 continue
-            event = read(_Event, self.parse(line.removeprefix("data:"), _ASK), _NAME)
+            event = self.read(_Event, self.parse(line.removeprefix("data:"), _ASK))
             if event.event == "error":
                 status = event.status if isinstance(event.status, int) else 500
                 error = self.failure(_ASK, status, plain_code(event.code))
@@ -223,7 +221,7 @@ class Dify(OutsideAPI):
             if event.event == "message_replace":  # by Dify's moderation
                 texts = [event.answer or ""]
             if event.event in ("message_end", _PAUSED):
-                return _answer(
+                return self._answer(
                     {
                         "event": event.event,
                         "conversation_id": event.conversation_id,
@@ -232,6 +230,11 @@ class Dify(OutsideAPI):
                     }
                 )
         raise Unanswered(_ASK, "ended before the answer did")
+
+    def _answer(self, content: JsonValue) -> Answer:
+        if isinstance(content, dict) and content.get("event") == _PAUSED:
+            raise Paused(_ASK, _WAITS)
+        return self.read(Answer, content)
 
 
 async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[str]:
@@ -247,9 +250,3 @@ async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[str]:
             yield b"".join(line).decode("utf-8", "replace").rstrip("\r")
             line = [other]
     yield b"".join(line).decode("utf-8", "replace")
-
-
-def _answer(content: JsonValue) -> Answer:
-    if isinstance(content, dict) and content.get("event") == _PAUSED:
-        raise Paused(_ASK, _WAITS)
-    return read(Answer, content, _NAME)

@@ -188,6 +188,17 @@ class OutsideAPI:
             raise Unanswered(call, "answered no JSON") from error
         return parsed
 
+    def read(self, model: type[M], content: JsonValue) -> M:
+        """What was answered, as a model.
+
+        Raises:
+            Unanswered: It is something else.
+        """
+        try:
+            return model.model_validate(content)
+        except ValidationError as error:
+            raise Unanswered(self.name, f"answered no {model.__name__.lstrip('_')}") from error
+
     async def _try(
         self,
         method: str,
@@ -222,18 +233,6 @@ class OutsideAPI:
             wait=_pause,
             reraise=True,
         )
-
-
-def read(model: type[M], content: JsonValue, service: str) -> M:
-    """What an API answered, as a model.
-
-    Raises:
-        Unanswered: It is something else.
-    """
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        raise Unanswered(service, f"answered no {model.__name__.lstrip('_')}") from error
 
 
 async def pieces(response: httpx.Response, call: str) -> AsyncIterator[bytes]:
