@@ -40,10 +40,11 @@ def restore(request: Context) -> Callable[[], None] | None:
     sent = vars(request)
     carrier = {name: value for name in _trace_headers() if (value := sent.get(name)) is not None}
     has_another_trace = _has_another_trace(request, carrier)
-    if _REQUEST_ID not in sent and not has_another_trace:
+    request_id = sent.get(_REQUEST_ID)
+    if request_id is None and not has_another_trace:
         return None
     stack = ExitStack()
-    if (request_id := request.get(_REQUEST_ID)) is not None:
+    if request_id is not None:
         stack.enter_context(carried_request_id(request_id))
     if has_another_trace:
         stack.callback(otel.detach, otel.attach(propagate.extract(carrier, otel.Context())))
