@@ -82,11 +82,11 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
         foreseen = isinstance(error, OutsideError)
         logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=not foreseen)
         tries_left = message.attempts <= retries
-        if not _may_pass(error, tries_left=tries_left) or (given_up is not None and not tries_left):
-            if given_up is None:
-                raise
-            return given_up
-        raise task.retry(exc=error, countdown=pause(message.attempts, error)) from error
+        if _may_pass(error, tries_left=tries_left) and (tries_left or given_up is None):
+            raise task.retry(exc=error, countdown=pause(message.attempts, error)) from error
+        if given_up is None:
+            raise
+        return given_up
 
 
 def pause(attempts: int, error: Exception) -> float:
