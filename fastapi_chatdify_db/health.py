@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Final, Literal
 
 from fastapi import APIRouter, Response
@@ -12,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from fastapi_chatdify_db.database import Database, db
+from fastapi_chatdify_db.database import Database, Figures, db
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable, NameTaken
 
 logger: Final = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class DatabaseReadiness(BaseModel):
     status: Literal["ok", "unavailable"]
     reason: Reason | None = None
     pool: Pool | None = None
-    figures: dict[str, dict[str, float | None]] = {}
+    figures: Mapping[str, Figures] = {}
 
 
 class Readiness(BaseModel):
@@ -83,11 +84,11 @@ def create_health_router(*databases: Database) -> APIRouter:
 
 async def _check(database: Database) -> DatabaseReadiness:
     reason: Reason | None = None
-    figures: dict[str, dict[str, float | None]] = {}
+    figures: Mapping[str, Figures] = {}
     try:
         async with asyncio.timeout(TIME_LIMIT), database.async_engine.connect() as connection:
             await connection.execute(text("SELECT 1"))
-            figures = {name: dict(await ask(connection)) for name, ask in database.figures.items()}
+            figures = {name: await ask(connection) for name, ask in database.figures.items()}
     except PoolTimeout:
         reason = "no free connection"
     except TimeoutError:
