@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections.abc import AsyncIterator, Callable
-from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import ClassVar, Final, TypeVar
 
@@ -15,17 +13,19 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import from_json
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from example_app.clients.retry_after import seconds
 from example_app.settings import Settings
 
 M = TypeVar("M", bound=BaseModel)
 
 TRIES: Final = 3
 ANSWER_LIMIT: Final = 8 * 1024 * 1024
-"""Bytes of an answer, decompressed."""
+"""Bytes of an answer."""
 LONGEST_PAUSE: Final = 10.0
 """Seconds that a call waits for ``Retry-After``; if it is told to wait longer, it fails."""
-_LONGEST_WAIT: Final = 3600.0
-"""Seconds to which ``Retry-After`` is capped."""
+
+_PLAIN: Final = {"Accept-Encoding": "identity"}
+"""httpx unpacks what came at once, in as many layers as the answer names: a kilobyte may become gigabytes."""
 
 _CODE: Final = re.compile("[a-z_]{1,64}")
 
@@ -107,7 +107,7 @@ class OutsideAPI:
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # the client serves all customers
         self.name = name
         self.client = httpx.AsyncClient(
-            base_url=base_url, headers=headers, timeout=httpx.Timeout(**waits), cookies=no_cookies
+            base_url=base_url, headers=headers | _PLAIN, timeout=httpx.Timeout(**waits), cookies=no_cookies
         )
         # A byte now and then stays within each of the time-outs, and may come for ever.
         self._time_limit = sum(waits.values())
@@ -156,7 +156,7 @@ class OutsideAPI:
         if status == 404 and not response.headers.get("Content-Type", "").startswith("application/json"):
             # It comes from a proxy whose server is away.
             raise Unanswered(call, f"answered 404 {code}".rstrip())
-        raise self.failure(call, status, code, _seconds(response.headers.get("Retry-After")))
+        raise self.failure(call, status, code, seconds(response.headers.get("Retry-After")))
 
     def failure(self, call: str, status: int, code: str, retry_after: float = 0.0) -> OutsideError:
         """The error for a status that tells of a failure.
@@ -239,10 +239,12 @@ async def pieces(response: httpx.Response, call: str) -> AsyncIterator[bytes]:
     """An answer's body as it comes.
 
     Raises:
-        Unanswered: It is larger than ``ANSWER_LIMIT``.
+        Unanswered: It is larger than ``ANSWER_LIMIT``, or compressed, which nobody asked for.
     """
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise Unanswered(call, "answered compressed")
     size = 0
-    async for piece in response.aiter_bytes():
+    async for piece in response.aiter_raw():
         size += len(piece)
         if size > ANSWER_LIMIT:
             raise Unanswered(call, f"answered more than {ANSWER_LIMIT} bytes")
@@ -253,7 +255,7 @@ async def whole(response: httpx.Response, call: str) -> bytes:
     """An answer's body.
 
     Raises:
-        Unanswered: It is larger than ``ANSWER_LIMIT``.
+        Unanswered: As ``pieces``.
     """
     return b"".join([piece async for piece in pieces(response, call)])
 
@@ -282,17 +284,3 @@ def _pause(state: RetryCallState) -> float:
     error = state.outcome and state.outcome.exception()
     asked = error.retry_after if isinstance(error, OutsideError) else 0.0
     return asked + _backoff(state)
-
-
-def _seconds(retry_after: str | None) -> float:
-    """What a Retry-After header asks for: https://www.rfc-editor.org/rfc/rfc9110#field.retry-after"""
-    if retry_after is None:
-        return 0.0
-    try:
-        if retry_after.strip().isdecimal():
-            asked = float(retry_after)
-        else:
-            asked = parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        return 0.0
-    return min(max(0.0, asked), _LONGEST_WAIT)
