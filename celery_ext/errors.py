@@ -61,14 +61,25 @@ class StatementFailed(ChatdifyDBError):
 
 
 def portable(error: BaseException) -> BaseException:
-    """The exception with which a task ends: ``StatementFailed`` for SQLAlchemy's, any other as it is."""
-    if isinstance(error, Retry):
-        if isinstance(error.exc, SQLAlchemyError):
-            error.exc = _without_values(error.exc)
-            error.excs = repr(error.exc)  # type: ignore[attr-defined]  # missing in the stubs
-            error.__cause__, error.__suppress_context__ = None, True
-        return error
-    return _without_values(error) if isinstance(error, SQLAlchemyError) else error
+    """The exception with which a task ends: ``StatementFailed`` for SQLAlchemy's, in a group too; any other itself."""
+    if not isinstance(error, Retry):
+        return _shown(error)
+    shown = None if error.exc is None else _shown(error.exc)
+    if isinstance(shown, Exception) and shown is not error.exc:
+        error.exc = shown
+        error.excs = repr(shown)  # type: ignore[attr-defined]  # missing in the stubs
+        error.__cause__, error.__suppress_context__ = None, True
+    return error
+
+
+def _shown(error: BaseException) -> BaseException:
+    if isinstance(error, SQLAlchemyError):
+        return _without_values(error)
+    if isinstance(error, BaseExceptionGroup) and error.subgroup(SQLAlchemyError) is not None:  # a TaskGroup's
+        group = error.derive([_shown(each) for each in error.exceptions])
+        group.__suppress_context__ = True
+        return group.with_traceback(error.__traceback__)
+    return error
 
 
 def _without_values(error: SQLAlchemyError) -> Exception:

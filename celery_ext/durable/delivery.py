@@ -223,7 +223,8 @@ def _text(error: BaseException | None) -> str | None:
         return None
     shown = portable(error)
     try:
-        text = str(shown) if shown is not error else f"{type(error).__name__}: {error}"
+        named = shown is error or isinstance(shown, BaseExceptionGroup)
+        text = f"{type(error).__name__}: {error}" if named else str(shown)
     except Exception as broken:
         text = f"{type(error).__name__}, whose text cannot be had: {type(broken).__name__}"
     # PostgreSQL stores neither NUL nor halves of surrogate pairs, but the failure has to be stored.

@@ -132,6 +132,17 @@ async def test_result_names_the_error_and_no_parameter(prefork: Worker, empty_ta
     assert "hunter2" not in prefork.log.replace("'hunter2'", "")
 
 
+async def test_group_names_its_errors_and_no_parameter(prefork: Worker, empty_tables: Observer) -> None:
+    """A task group's exception has ``StatementFailed`` in it, also in result, traceback and log."""
+    result = prefork.task("bad_statement_in_group").delay("hunter2")
+    error = await asyncio.to_thread(result.get, timeout=20, propagate=False)
+    assert "StatementFailed" in str(error)
+    assert "SQLSTATE 22P02" in str(result.traceback)
+    assert "hunter2" not in f"{error} {result.traceback}"
+    prefork.until_logged(f"[{result.id}] raised")
+    assert "hunter2" not in prefork.log.partition(f"[{result.id}] raised")[2]
+
+
 async def test_row_that_is_not_there(prefork: Worker, empty_tables: Observer) -> None:
     """No statement is to blame: the caller gets SQLAlchemy's own exception, without the one before it."""
     result = prefork.task("one_of_none").delay("hunter2")

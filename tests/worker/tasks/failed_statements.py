@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 
 from celery import shared_task
@@ -23,6 +24,18 @@ def bad_statement(secret: str) -> None:
 def bad_statement_retried(self: Task, secret: str) -> None:
     """The same, retried."""
     db.sync_session.execute(text("SELECT CAST(:secret AS integer)"), {"secret": secret})
+
+
+@shared_task
+async def bad_statement_in_group(secret: str) -> None:
+    """The same in a branch of a task group."""
+
+    async def branch() -> None:
+        async with db.transaction() as session:
+            await session.execute(text("SELECT CAST(CAST(:secret AS text) AS integer)"), {"secret": secret})
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(branch())
 
 
 @shared_task
