@@ -56,14 +56,17 @@ def _report_to_sentry(settings: Settings) -> None:
         environment=settings.sentry_environment,
         traces_sample_rate=settings.sentry_traces_sample_rate,
         send_default_pii=False,
+        max_request_body_size="never",  # else of every webhook, with what the customer wrote
         include_local_variables=False,  # some hold keys
-        before_send=_strike_secret_out,
-        before_send_transaction=_strike_secret_out,
+        before_send=_without_query,
+        before_send_transaction=_without_query,
     )
 
 
-def _strike_secret_out(report: dict[str, Any], _: object) -> dict[str, Any]:
-    """Take the webhook's secret out of a report to Sentry."""
+def _without_query(report: dict[str, Any], _: object) -> dict[str, Any]:
+    """Take what a URL asks out of a report to Sentry: the webhook's secret, or a message to a customer."""
     request = report.get("request") or {}
-    request.update({name: _without(request[name]) for name in ("query_string", "url") if name in request})
+    request.pop("query_string", None)
+    if "url" in request:
+        request["url"] = str(request["url"]).partition("?")[0]
     return report
