@@ -151,7 +151,7 @@ class HTTPExchange(AsyncUnitOfWork):
         if self.asks_at_end:
             logger.warning(
                 "a response was not completed, since its client left or it was never sent, and what it wrote is "
-                "rolled back; path %s",
+                "rolled back; path %a",  # whose characters the client chose
                 self._scope["path"],
             )
 
