@@ -62,6 +62,11 @@ def _with_tables(context: typer.Context) -> Iterator[Database]:
         raise _failure(f"the database cannot be asked: {error.orig}".partition("\n")[0]) from None
 
 
+def _printable(line: str) -> str:
+    """A line that stays one, and does nothing to a terminal: an error may quote what anybody has written."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
+
+
 def _failure(line: str) -> typer.Exit:
     typer.echo(line, err=True)
     return typer.Exit(1)
@@ -101,7 +106,8 @@ def failed(
     with _with_tables(context) as database:
         rows = administration.failed(database, limit)
     for row in rows:
-        typer.echo(f"{row.finished_at:%Y-%m-%d %H:%M:%S}  {row.id}  {row.name}  retries={row.retries}  {row.error}")
+        line = f"{row.finished_at:%Y-%m-%d %H:%M:%S}  {row.id}  {row.name}  retries={row.retries}  {row.error}"
+        typer.echo(_printable(line))
 
 
 @cli.command()

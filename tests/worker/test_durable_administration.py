@@ -53,6 +53,21 @@ async def test_command_line(prefork: Worker, rows: Observer, number: signal.Sign
     assert [status for status, _ in await rows.durable_tasks()] == ["pending"]
 
 
+async def test_errors_are_shown_in_a_line_each(prefork: Worker, rows: Observer) -> None:
+    """What a stranger wrote into an error neither looks like another task nor reaches the terminal."""
+    async with db.transaction():
+        task_id = prefork.task("add_item").delay_durably("x")
+    error = "ValueError: Ana\n2026-01-01 00:00:00  other  \x1b[2J\x9b0mÄ"
+    await rows.connection.execute(
+        "UPDATE durable_task SET status = 'failed', finished_at = now(), error = $1 WHERE id = $2", error, task_id
+    )
+    command = [sys.executable, "-m", "celery_ext.relay", "-A", "tests.worker.application", "failed"]
+    environment = os.environ | prefork.environment
+    shown = await asyncio.to_thread(subprocess.check_output, command, env=environment, text=True)
+    assert shown.count("\n") == 1
+    assert shown.endswith(r"ValueError: Ana\n2026-01-01 00:00:00  other  \x1b[2J\x9b0mÄ" + "\n")
+
+
 async def test_cancelling_does_not_wait_for_the_worker(unheard: Celery[Any], rows: Observer) -> None:
     """Of a row that is locked, which its worker does, it is said at once that it cannot be cancelled."""
     async with db.transaction():
