@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from typing import Annotated, Final
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, Final
 
-from fastapi import HTTPException, Query, Request, Security
+from fastapi import HTTPException, Query, Request, Response, Security
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -38,7 +40,21 @@ def require_token(credentials: Annotated[HTTPAuthorizationCredentials | None, Se
         return
     given = credentials.credentials if credentials else ""
     if not _same(given, token):
-        raise HTTPException(401, "A bearer token is needed.", headers={"WWW-Authenticate": "Bearer"})
+        raise HTTPException(401, "A bearer token is needed.", headers=_CLOSE | {"WWW-Authenticate": "Bearer"})
+
+
+class TokenFirst(APIRoute):
+    """A route that asks for the token before anything is done about a body, which FastAPI would parse first."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What answers a request."""
+        handle = super().get_route_handler()
+
+        async def handle_with_token(request: Request) -> Response:
+            require_token(await _bearer(request))
+            return await handle(request)
+
+        return handle_with_token
 
 
 async def authentic_body(
