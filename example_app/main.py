@@ -15,7 +15,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 import celery_ext
 from example_app import logs, worker
 from example_app.api import conversations, health, problems, webhook
-from example_app.api.doors import WEBHOOK, BodyLimit
+from example_app.api.doors import WEBHOOK, BodyLimit, SameOrigin
 from example_app.clients import close_clients
 from example_app.page import routes as page
 from example_app.settings import Settings, get_settings
@@ -61,7 +61,9 @@ def create_app() -> FastAPI:
     app.include_router(health_router)
     if settings.in_development:
         page.init_app(app)
-        # Doors may be open: a web site must not come in by a name of its own that it has made this machine's.
+        # Doors may be open: a web site must come in neither from a developer's browser nor by a name of its own that it
+        # has made this machine's.
+        app.add_middleware(SameOrigin)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI's documentation extends it
     return app

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Final
 from fastapi import HTTPException, Query, Request, Response, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from example_app.settings import get_settings
@@ -123,6 +125,25 @@ class BodyLimit:
             return message
 
         await self._app(scope, receive_limited, send)
+
+
+class SameOrigin:
+    """Refuses, with 403, what the pages of other web sites have a browser send: without secrets that is all it takes.
+
+    Parameters:
+        app: The application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] in ("http", "websocket") else {}
+        origin = headers.get("Origin")
+        if origin is None or origin.partition("://")[2] == headers.get("Host"):
+            await self._app(scope, receive, send)
+        else:
+            await PlainTextResponse("Another site may not ask.", 403, headers=_CLOSE)(scope, receive, send)
 
 
 async def _body(request: Request) -> bytes:

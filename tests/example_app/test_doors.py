@@ -111,6 +111,25 @@ async def test_names_in_development(configure: Configure, tables: None, host: st
         assert (await client.get("/api/v1/health", headers={"Host": host})).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:8000", 200),
+        ("http://localhost:9000", 403),
+        ("https://attacker.example", 403),
+        ("https://attacker.example/localhost:8000", 403),
+        ("http://[", 403),
+        ("null", 403),
+    ],
+)
+async def test_pages_of_others_in_development(configure: Configure, tables: None, origin: str, status: int) -> None:
+    """Where doors may be open, the browser of whoever visits another site is no way in."""
+    configure(ENVIRONMENT="development")
+    async with serve(create_app()) as client:
+        url, headers = f"{PATH}?secret={WEBHOOK_SECRET}", {"Host": "localhost:8000", "Origin": origin}
+        assert (await client.post(url, content=b'{"event": "other"}', headers=headers)).status_code == status
+
+
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_ten_megabytes_are_refused(client: httpx.AsyncClient, chunked: bool) -> None:
     """A body beyond the limit gets 413, with a length announced or without."""
