@@ -123,9 +123,12 @@ class DatabaseSettings(BaseSettings):
                 database=self.postgres_db,
             )
         try:
-            return _without_open_password(make_url(self.database_url))
+            url = _without_open_password(make_url(self.database_url))
         except (ArgumentError, ValueError):
             pass  # SQLAlchemy's message repeats the URL, password and all; so would the exception's context.
+        else:
+            _refuse_scattered_password(url, self.database_url)
+            return url
         if "," in self.database_url.partition("?")[0].rpartition("@")[2]:
             raise InvalidSettings(f"DATABASE_URL: {SEVERAL_HOSTS}")
         raise InvalidSettings("DATABASE_URL: not a URL; write e.g. postgresql://user:password@localhost:5432/name")
@@ -136,3 +139,18 @@ def _without_open_password(url: URL) -> URL:
     if passwords := url.normalized_query.get("password"):
         return url.set(password=passwords[-1]).difference_update_query(["password"])
     return url
+
+
+def _refuse_scattered_password(url: URL, given: str) -> None:
+    """Refuse a URL whose host, database or query begins within the user's password, which messages would show.
+
+    Raises:
+        InvalidSettings: There is a further ``@``, or a ``/`` in the user's name.
+    """
+    if url.get_backend_name() == "sqlite":
+        return
+    place, _, query = given.partition("://")[2].partition("@")[2].partition("?")
+    names = [part.partition("=")[0] for part in query.split("&")]
+    in_query = "@" in (query if "/" not in place else "".join(names))
+    if in_query or any("@" in (part or "") for part in (url.host, url.database)):
+        raise InvalidSettings("DATABASE_URL: write an @ in the user's name or password as %40, and a / there as %2F")

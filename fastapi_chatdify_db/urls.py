@@ -126,8 +126,6 @@ def _normalized(url: URL) -> URL:
         raise InvalidSettings(f"DATABASE_URL: {backend!r} is not supported; use postgresql:// or sqlite://")
     if url.port is not None and not 1 <= url.port <= 65535:
         raise InvalidSettings("DATABASE_URL: the port has to be between 1 and 65535")
-    if url.host and "@" in url.host:  # the end of a password, which messages about the host would show
-        raise InvalidSettings("DATABASE_URL: write an @ in the user's name or password as %40")
     if url.host and "," in url.host:  # libpq's way, which asyncpg takes for one name
         raise InvalidSettings(f"DATABASE_URL: {SEVERAL_HOSTS}")
     url = url.set(drivername="sqlite" if backend == "sqlite" else "postgresql")
