@@ -127,7 +127,9 @@ class DatabaseSettings(BaseSettings):
         except (ArgumentError, ValueError):
             pass  # SQLAlchemy's message repeats the URL, password and all; so would the exception's context.
         else:
-            _refuse_scattered_password(url, self.database_url)
+            is_cut = self.database_url.count("@") > 1 or "@" in (url.database or "")
+            if is_cut and url.get_backend_name() != "sqlite":  # messages would show the rest of a password as the host
+                raise InvalidSettings("DATABASE_URL: but for the @ before the host, write @ as %40, / as %2F, ? as %3F")
             return url
         if "," in self.database_url.partition("?")[0].rpartition("@")[2]:
             raise InvalidSettings(f"DATABASE_URL: {SEVERAL_HOSTS}")
@@ -139,18 +141,3 @@ def _without_open_password(url: URL) -> URL:
     if passwords := url.normalized_query.get("password"):
         return url.set(password=passwords[-1]).difference_update_query(["password"])
     return url
-
-
-def _refuse_scattered_password(url: URL, given: str) -> None:
-    """Refuse a URL whose host, database or query begins within the user's password, which messages would show.
-
-    Raises:
-        InvalidSettings: There is a further ``@``, or a ``/`` in the user's name.
-    """
-    if url.get_backend_name() == "sqlite":
-        return
-    place, _, query = given.partition("://")[2].partition("@")[2].partition("?")
-    names = [part.partition("=")[0] for part in query.split("&")]
-    in_query = "@" in (query if "/" not in place else "".join(names))
-    if in_query or any("@" in (part or "") for part in (url.host, url.database)):
-        raise InvalidSettings("DATABASE_URL: write an @ in the user's name or password as %40, and a / there as %2F")
