@@ -1,4 +1,4 @@
-"""Logging: the level, Sentry when it is wanted, and the webhook's secret kept out of the access log."""
+"""Logging: the level, Sentry when it is wanted, and what URLs ask kept out of both."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ import re
 from importlib import import_module
 from typing import Any, Final
 
-from example_app.api.doors import WEBHOOK
 from example_app.settings import Settings
 from fastapi_chatdify_db import InvalidSettings
 
 logger: Final = logging.getLogger("chatdify")
 
-# The name may be spelled in other ways, as %73ecret, so nothing that the webhook is asked is kept.
-_SECRET: Final = re.compile(rf"(?<={WEBHOOK}\?)\S+|(?<=\bsecret=)[^&\s]+")
+# The webhook's secret, or a message to a customer.
+_QUERY: Final = re.compile(r"(?<=\?)\S+")
 
 
-def _without(text: object) -> object:
-    return _SECRET.sub("***", text) if isinstance(text, str) else text
-
-
-class _WithoutSecret(logging.Filter):
-    """Strikes the webhook's secret out of what uvicorn logs about a request."""
+class _WithoutQuery(logging.Filter):
+    """Strikes out what a URL asks in what uvicorn logs about a request."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
-            record.args = tuple(_without(arg) for arg in record.args)
+            record.args = tuple(_QUERY.sub("***", arg) if isinstance(arg, str) else arg for arg in record.args)
         return True
 
 
-_without_secret: Final = _WithoutSecret()
+_without_query: Final = _WithoutQuery()
 
 
 def configure(settings: Settings) -> None:
@@ -41,7 +36,7 @@ def configure(settings: Settings) -> None:
     """
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.access").addFilter(_without_secret)
+    logging.getLogger("uvicorn.access").addFilter(_without_query)
     if settings.sentry_dsn:
         _report_to_sentry(settings)
 
@@ -58,15 +53,15 @@ def _report_to_sentry(settings: Settings) -> None:
         send_default_pii=False,
         max_request_body_size="never",  # else of every webhook, with what the customer wrote
         include_local_variables=False,  # some hold keys
-        before_send=_without_query,
-        before_send_transaction=_without_query,
+        before_send=_strike_query_out,
+        before_send_transaction=_strike_query_out,
     )
 
 
-def _without_query(report: dict[str, Any], _: object) -> dict[str, Any]:
-    """Take what a URL asks out of a report to Sentry: the webhook's secret, or a message to a customer."""
+def _strike_query_out(report: dict[str, Any], _: object) -> dict[str, Any]:
+    """Take what a URL asks out of a report to Sentry."""
     request = report.get("request") or {}
     request.pop("query_string", None)
     if "url" in request:
-        request["url"] = str(request["url"]).partition("?")[0]
+        request["url"] = _QUERY.sub("***", str(request["url"]))
     return report

@@ -239,24 +239,13 @@ async def test_doors_without_secrets_are_open_in_development(configure: Configur
         assert (await post(client, "chatwoot-webhook", WEBHOOK_EXAMPLE)).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("path", "logged"),
-    [
-        ("/api/v1/chatwoot-webhook?secret=hunter2&x=1", "/api/v1/chatwoot-webhook?***"),
-        ("/api/v1/chatwoot-webhook?x=1&%73ecre%74=hunter2", "/api/v1/chatwoot-webhook?***"),
-        ("/chatwoot-webhooks?x=1&secret=hunter2&y=1", "/chatwoot-webhooks?x=1&secret=***&y=1"),
-    ],
-)
-def test_secret_is_struck_from_the_access_log(
-    configure: Configure, caplog: pytest.LogCaptureFixture, path: str, logged: str
-) -> None:
-    """What uvicorn logs about a request does not have the webhook's secret, however its name is spelled."""
+def test_access_log_does_not_say_what_urls_ask(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
+    """What uvicorn logs about a request has neither the webhook's secret, nor a message to a customer."""
     create_app()
-    arguments = ("127.0.0.1:1", "POST", path, "1.1", 200)
+    arguments = ("127.0.0.1:1", "POST", "/api/v1/chatwoot-webhook?x=1&%73ecre%74=hunter2", "1.1", 200)
     access = logging.getLogger("uvicorn.access")
     with caplog.at_level("INFO", "uvicorn.access"):
         access.addHandler(caplog.handler)
         access.info('%s - "%s %s HTTP/%s" %d', *arguments)
         access.removeHandler(caplog.handler)
-    assert "hunter2" not in caplog.text
-    assert f'"POST {logged} HTTP/1.1"' in caplog.text
+    assert '"POST /api/v1/chatwoot-webhook?*** HTTP/1.1" 200' in caplog.text
