@@ -7,6 +7,7 @@ import time
 from typing import Any, Final
 
 from sqlalchemy import Dialect, Engine, event
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -14,6 +15,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from fastapi_chatdify_db.connection_state import state_in
 from fastapi_chatdify_db.sqlstates import sqlstate
 
+_INTERNAL: Final = "XX000"  # internal_error: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PING_LIMIT: Final = 5.0
 """Seconds, as HikariCP's validationTimeout: https://github.com/brettwooldridge/HikariCP#infrequently-used."""
 
@@ -62,8 +64,16 @@ def wants_another_connection(context: ExecutionContext, error: Exception) -> boo
             context.root_connection.connection.dbapi_connection,
             context.cursor,
         )
-        or isinstance(error, getattr(context.dialect.loaded_dbapi, "InvalidCachedStatementError", ()))  # asyncpg's
+        or is_outdated(error)
     )
+
+
+def is_outdated(error: BaseException | None) -> bool:
+    """Whether asyncpg had prepared a statement before a migration; it prepares it anew for the next transaction."""
+    if isinstance(error, AsyncAdapt_asyncpg_dbapi.InvalidCachedStatementError):
+        return True
+    # So PostgreSQL calls the type of a parameter, e.g. an enumeration, that was dropped and made anew.
+    return sqlstate(error) == _INTERNAL and "cache lookup failed for type" in str(error)
 
 
 def replace_connection(context: ExecutionContext, error: Exception) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from sqlalchemy import func, insert, select, text
+from sqlalchemy import Column, Enum, MetaData, Table, func, insert, select, text
 
 from fastapi_chatdify_db import Database, DatabaseSettings
 from tests.models import Item
@@ -54,3 +54,25 @@ async def test_later_statement(altered: Database) -> None:
         assert (await other.scalars(READ)).all() == ["x"]
         assert (await one.scalars(READ)).all() == ["x"]
         assert await one.scalar(select(func.count()).select_from(Item)) == 1
+
+
+async def test_type_that_was_replaced(observer: Observer) -> None:
+    """As a migration does that takes something from an enumeration: the first write is done once."""
+    await observer.connection.execute("CREATE TYPE mood AS ENUM ('glad'); CREATE TABLE person (mood mood)")
+    moods = Enum("glad", name="mood")
+    person = Table("person", MetaData(), Column("mood", moods))
+    database = Database(settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
+    try:
+        for _ in range(2):
+            async with database.transaction() as session:
+                await session.execute(insert(person).values(mood="glad"))
+            await observer.connection.execute(
+                """
+                ALTER TYPE mood RENAME TO former; CREATE TYPE mood AS ENUM ('glad', 'sad');
+                ALTER TABLE person ALTER mood TYPE mood USING mood::text::mood; DROP TYPE former
+                """
+            )
+        assert await observer.connection.fetchval("SELECT count(*) FROM person") == 2
+    finally:
+        await database.dispose()
+        await observer.connection.execute("DROP TABLE person; DROP TYPE mood")
