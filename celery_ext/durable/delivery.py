@@ -22,6 +22,7 @@ from celery_ext.durable.row import HEADER, check_accepted, due_of, seconds_until
 from celery_ext.errors import portable
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
+from fastapi_chatdify_db.liveness import is_outdated
 from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate
 from fastapi_chatdify_db.surroundings import in_event_loop
 
@@ -203,7 +204,12 @@ def _is_passing(error: BaseException | None) -> bool:
         return True
     if isinstance(error, DBAPIError):
         original = error.orig
-        return error.connection_invalidated or asks_to_retry(original) or _is_of_the_server(original)
+        return (
+            error.connection_invalidated
+            or asks_to_retry(original)
+            or is_outdated(original)
+            or _is_of_the_server(original)
+        )
     if isinstance(error, PendingRollbackError) and error.code == _CONNECTION_LOST:
         return True
     return _is_of_the_server(error) or _is_passing(error.__cause__)

@@ -10,13 +10,14 @@ import psycopg2
 import pytest
 from celery import Celery
 from celery.exceptions import Ignore
-from sqlalchemy import event, text
+from sqlalchemy import event, select, text
 
 import celery_ext
 from celery_ext.durable import statements
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import DatabaseUnavailable, db
 from tests.failing import raising
+from tests.models import Item
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, deliver, task, worker
 
@@ -91,6 +92,31 @@ async def test_whose_failure_it_is(
         task_id = fails.delay_durably()
     deliver(fails, task_id)
     assert await rows.durable_tasks() == [(status, "[[], {}]")]
+
+
+async def test_altered_table(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """A statement that was prepared before a migration is no failure of the task: it is run again."""
+
+    @unheard.task(shared=False)
+    async def counts() -> None:
+        names = (await db.session.scalars(select(Item.name))).all()
+        db.session.add(Item(str(len(names))))
+
+    async def deliver_one() -> str:
+        async with db.transaction():
+            task_id = counts.delay_durably()
+        await asyncio.to_thread(deliver, counts, task_id)
+        return task_id
+
+    await deliver_one()
+    await rows.connection.execute("ALTER TABLE item ALTER name TYPE varchar(60)")
+    try:
+        task_id = await deliver_one()
+        assert await rows.names() == ["0"]
+        await asyncio.to_thread(deliver, counts, task_id)
+        assert await rows.names() == ["0", "1"]
+    finally:
+        await rows.connection.execute("ALTER TABLE item ALTER name TYPE varchar")
 
 
 async def test_interrupted_task_runs_again_after_growing_pauses(
