@@ -30,6 +30,7 @@ def hold(database: Database, task_id: str) -> bool:
             # Not of the pool, whose last connection the task itself may hold.
             connection = _connections[database] = connect_beside(database.sync_engine)
             _held[database] = set()
+            connection.execute(statements.KEEP_IDLE)
         if task_id in _held[database]:
             return True  # PostgreSQL counts them: a second lock would outlive the one unlock
         held = bool(connection.scalar(statements.HOLD_LEASE, {"id": task_id}))

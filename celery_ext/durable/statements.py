@@ -58,6 +58,12 @@ ADD: Final = text(
 # after the row is locked, hence the subqueries.
 HOLD_LEASE: Final = text("SELECT pg_try_advisory_lock(hashtextextended(:id, 21))")
 FREE_LEASE: Final = text("SELECT pg_advisory_unlock(hashtextextended(:id, 21))")
+# By which the server would end it, although its task is at work; unknown before PostgreSQL 14.
+KEEP_IDLE: Final = text(
+    """
+    SELECT set_config('idle_session_timeout', '0', false) WHERE current_setting('idle_session_timeout', true) <> '0'
+    """
+)
 _NO_LEASE: Final = """CASE WHEN pg_try_advisory_lock(hashtextextended(id, 21))
                 THEN pg_advisory_unlock(hashtextextended(id, 21)) ELSE false END"""
 

@@ -8,7 +8,7 @@ from threading import Timer
 import pytest
 from celery import Celery
 from celery.app.task import Context
-from sqlalchemy import event, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 import celery_ext
@@ -44,6 +44,20 @@ async def test_lease_whose_connection_died(rows: Observer) -> None:
     with pytest.raises(DBAPIError):
         lease.hold(database, "b")
     assert lease.hold(database, "a")
+    assert not await rows.connection.fetchval(IS_FREE)
+    lease.free(database, "a")
+    assert await rows.connection.fetchval(IS_FREE)
+
+
+async def test_lease_outlives_a_limit_for_idle_sessions(rows: Observer, database_url: str) -> None:
+    """A task may wait longer for something slow than the server lets other sessions idle."""
+    url = make_url(database_url).update_query_dict({"options": "-c idle_session_timeout=100"})
+    given = DatabaseSettings(database_url=url.render_as_string(hide_password=False), db_application_name="leasing")
+    database = Database("leasing", settings=given)
+    assert lease.hold(database, "a")
+    with database.sync_engine.connect():
+        pass
+    await rows.until_connections("leasing", 1)  # that of the pool has ended
     assert not await rows.connection.fetchval(IS_FREE)
     lease.free(database, "a")
     assert await rows.connection.fetchval(IS_FREE)
