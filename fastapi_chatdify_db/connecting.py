@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,10 +40,17 @@ def reason(error: BaseException) -> str:
     return f"{type(named).__name__}: {error}".partition("\n")[0].removesuffix(": ")
 
 
-def _connect(url: URL, dialect: Dialect, connect: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+@contextmanager
+def telling(url: URL, dialect: Dialect) -> Iterator[None]:
+    """Let what is asked of a new connection, before anybody has it, raise ``DatabaseUnavailable`` if that fails."""
     try:
-        return connect(*arguments, **options)
+        yield
     except Exception as error:
         if isinstance(error, errors_of(dialect)) or sqlstate(error) is not None:
             raise DatabaseUnavailable(f"database {place(url)} gives no connection ({reason(error)})", error) from error
         raise
+
+
+def _connect(url: URL, dialect: Dialect, connect: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    with telling(url, dialect):
+        return connect(*arguments, **options)

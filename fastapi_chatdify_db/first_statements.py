@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import CompoundSelect, Engine, Select, event
@@ -9,6 +10,7 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from fastapi_chatdify_db.connecting import telling
 from fastapi_chatdify_db.connection_state import ConnectionState, state_in, state_of
 from fastapi_chatdify_db.liveness import errors_of, replace_connection, wants_another_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
@@ -41,7 +43,7 @@ class FirstStatements:
         self._survive = survive
         self._errors = errors_of(engine.dialect)
         if begin_lazily:
-            event.listen(engine, "connect", _allow_reads_alone)
+            event.listen(engine, "connect", partial(_allow_reads_alone, engine))
         # A do_execute listener that runs the statement would keep the application's own from being called.
         dialect: Any = engine.dialect
         self._do_execute = dialect.do_execute
@@ -104,8 +106,9 @@ def _start(*arguments: Any) -> None:
         state.started = state.has_effects = True
 
 
-def _allow_reads_alone(connection: Any, record: ConnectionPoolEntry) -> None:
-    state_in(record).reads_alone = _default_isolation(connection) == "read committed"
+def _allow_reads_alone(engine: Engine, connection: Any, record: ConnectionPoolEntry) -> None:
+    with telling(engine.url, engine.dialect):
+        state_in(record).reads_alone = _default_isolation(connection) == "read committed"
 
 
 def _begins_ordinarily(state: ConnectionState) -> bool:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from socket import AF_INET, SHUT_RDWR, SOCK_STREAM, fromfd
+from typing import Any
 
 import psycopg2
 import pytest
 from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import make_url, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, DBSessionMiddleware, db
 from tests.models import Item
@@ -51,6 +54,29 @@ def app_on(database: Database) -> FastAPI:
             group.create_task(fails() if one_fails else branch())
 
     return app
+
+
+@pytest.mark.parametrize("path", ["/slow", "/slow-def"])
+async def test_connection_that_ends_while_it_is_prepared_is_a_503(path: str) -> None:
+    """As when the server goes down right after it has let somebody in, whom nothing was asked for yet."""
+    database = Database()
+
+    def cut(connection: Any, _: ConnectionPoolEntry) -> None:
+        if hasattr(connection, "driver_connection"):
+            connected = connection.driver_connection._transport.get_extra_info("socket")
+        else:
+            connected = connection
+        with fromfd(connected.fileno(), AF_INET, SOCK_STREAM) as own:
+            own.shutdown(SHUT_RDWR)
+
+    async with serve(app_on(database)) as client:
+        assert (await client.get(path)).status_code == 200
+        await database.dispose()
+        for engine in (database.async_engine.sync_engine, database.sync_engine):
+            event.listen(engine, "connect", cut, insert=True)
+        response = await client.get(path)
+    assert (response.status_code, response.headers.get("retry-after")) == (503, "1")
+    await database.dispose()
 
 
 @pytest.mark.parametrize("path", ["/slow", "/slow-def"])
