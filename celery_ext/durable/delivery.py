@@ -35,6 +35,8 @@ logger: Final = logging.getLogger(__name__)
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _OF_THE_SERVER: Final = ("08", "53", "57P")
 
+_TIMED_OUT: Final = ("57014", "55P03")  # query_canceled, lock_not_available
+
 _CONNECTION_LOST: Final = "8s2b"
 """SQLAlchemy's code for a transaction whose connection broke: https://docs.sqlalchemy.org/en/20/errors.html."""
 
@@ -204,11 +206,13 @@ def _is_passing(error: BaseException | None) -> bool:
         return True
     if isinstance(error, DBAPIError):
         original = error.orig
+        # Keys are no matter of the task's: a time limit for statements or locks may pass while ours waits for one.
         return (
             error.connection_invalidated
             or asks_to_retry(original)
             or is_outdated(original)
             or _is_of_the_server(original)
+            or (statements.locks_keys(error.statement) and sqlstate(original) in _TIMED_OUT)
         )
     if isinstance(error, PendingRollbackError) and error.code == _CONNECTION_LOST:
         return True

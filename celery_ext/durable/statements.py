@@ -24,9 +24,14 @@ LIMIT: Final = text(
 
 # A key's rows are numbered, and looked for, by one transaction at a time: so their numbers have the order of the
 # commits, and none slips in unseen between "this one is done" and "which one is next".
-LOCK_KEYS: Final = text(
-    """SELECT pg_advisory_xact_lock(hashtextextended(key, 20)) FROM unnest(CAST(:keys AS text[])) AS key"""
-)
+_LOCK_KEY: Final = "SELECT pg_advisory_xact_lock(hashtextextended(key, 20))"
+LOCK_KEYS: Final = text(f"{_LOCK_KEY} FROM unnest(CAST(:keys AS text[])) AS key")
+
+
+def locks_keys(statement: str | None) -> bool:
+    """Whether a statement, as a driver was given it, is ``LOCK_KEYS``."""
+    return statement is not None and statement.startswith(_LOCK_KEY)
+
 
 # Only the first row of a key is ever due; the others wait at infinity for the one before them.
 ADD: Final = text(

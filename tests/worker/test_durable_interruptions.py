@@ -11,6 +11,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import Ignore
 from sqlalchemy import event, select, text
+from sqlalchemy.engine import ExceptionContext
 
 import celery_ext
 from celery_ext.durable import statements
@@ -117,6 +118,34 @@ async def test_altered_table(unheard: Celery[celery_ext.Task], rows: Observer) -
         assert await rows.names() == ["0", "1"]
     finally:
         await rows.connection.execute("ALTER TABLE item ALTER name TYPE varchar")
+
+
+@pytest.mark.parametrize("limit", ["lock_timeout", "statement_timeout"])
+async def test_limit_that_passes_while_the_end_waits_for_a_key(
+    unheard: Celery[celery_ext.Task], rows: Observer, limit: str
+) -> None:
+    """Somebody else's COMMIT takes long; that is no failure of the task, which is run again."""
+
+    @unheard.task(shared=False)
+    def adds() -> None:
+        db.sync_session.add(Item("x"))
+        db.sync_session.execute(text(f"SET LOCAL {limit} = 100"))
+
+    async with db.transaction():
+        task_id = adds.apply_durably(ordering_key="a")
+    with db.sync_engine.connect() as other:
+
+        def release(_: ExceptionContext) -> None:
+            other.rollback()
+
+        other.execute(statements.LOCK_KEYS, {"keys": ["a"]})
+        event.listen(db.sync_engine, "handle_error", release)
+        deliver(adds, task_id)
+        event.remove(db.sync_engine, "handle_error", release)
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
+    deliver(adds, task_id)
+    assert await rows.durable_tasks() == [("done", "[[], {}]")]
+    assert await rows.names() == ["x"]
 
 
 async def test_interrupted_task_runs_again_after_growing_pauses(
