@@ -37,7 +37,7 @@ class NotInitialized(ChatdifyDBError):
 
 
 class DurableDispatchUnsupported(ChatdifyDBError):
-    """The database is not PostgreSQL, the task has no session, calls ``self.replace()`` or runs its body twice."""
+    """The database is not PostgreSQL; the task has no session, runs in batches, calls ``replace()`` or runs twice."""
 
 
 class TaskCancelled(ChatdifyDBError):

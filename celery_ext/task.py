@@ -135,7 +135,7 @@ class Task(_CeleryTask):
             OutsideUnitOfWork: There is no transaction here.
             TypeError: The task does not take these arguments.
             ArgumentsNotSerializable: The arguments are no JSON.
-            DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
+            DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session or runs in batches.
         """
         return store(self, args, kwargs)
 
@@ -173,7 +173,7 @@ class Task(_CeleryTask):
                 option.
             ArgumentsNotSerializable: The arguments are no JSON, an option or a key cannot be stored or is no time, or
                 no worker takes the ``serializer``.
-            DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
+            DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session or runs in batches.
         """
         return store(
             self,

@@ -37,7 +37,7 @@ def store(
         OutsideUnitOfWork: There is no unit on the task's database here.
         ArgumentsNotSerializable: The arguments are no JSON, an option is nothing to store, or no time, or no worker
             would take the message.
-        DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session.
+        DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session or runs in batches.
     """
     engines = task.database.engines
     unit = current_unit(engines)
@@ -48,6 +48,11 @@ def store(
         )
     if not task.db_session:
         raise DurableDispatchUnsupported(f"{task.name} has db_session=False; its end is marked in the session it lacks")
+    if callable(task.Strategy):
+        raise DurableDispatchUnsupported(
+            f"{task.name} takes its messages together (celery-batches), and a row is done by a run of its own; write "
+            f"{task.name}.delay_on_commit(...)"
+        )
     check_dialect(task.database)
     check_arguments(task, args, kwargs)
     options = options or {}

@@ -40,6 +40,23 @@ async def test_wrong_arguments_fail_at_the_call(unheard: Celery[Any], rows: Obse
     assert await rows.durable_tasks() == []
 
 
+async def test_tasks_that_run_in_batches_are_refused(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """One run of celery-batches' tasks is that of many messages, so that none of their rows would ever be done."""
+
+    class Batches(celery_ext.Task):
+        abstract = True
+
+        def Strategy(self, *_: object) -> None: ...  # type: ignore[override]  # noqa: N802  # as theirs
+
+    @unheard.task(base=Batches, shared=False)
+    def together(requests: list[object]) -> None: ...
+
+    async with db.transaction():
+        with pytest.raises(DurableDispatchUnsupported, match="takes its messages together"):
+            together.delay_durably([])
+    assert await rows.durable_tasks() == []
+
+
 async def test_time_limit_that_passes_meanwhile_is_none_of_the_arguments(
     unheard: Celery[celery_ext.Task], rows: Observer
 ) -> None:
