@@ -43,7 +43,8 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
                 # The pool replaces this connection, and at their checkout all others that are as old.
                 raise InvalidatePoolError from error
 
-    event.listen(engine, "checkout", test)
+    # Before the listeners of tracing tools (OpenTelemetry): SQLAlchemy calls all of them again for the next connection.
+    event.listen(engine, "checkout", test, insert=True)
 
 
 def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
@@ -97,6 +98,8 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
     except (context.dialect.loaded_dbapi.Error, OSError):  # it died at once
         raise error from None
     try:
+        # Who counts the connections in use hears of the end of the dead one, as of any that is invalidated.
+        proxy._pool.dispatch.checkin(None, record)
         # What the application prepares (a tenant, a search_path), it prepares at the checkout.
         proxy._pool.dispatch.checkout(proxy.dbapi_connection, record, proxy)
     except BaseException as unprepared:

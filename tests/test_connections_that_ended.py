@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import psycopg2
 import pytest
-from sqlalchemy import select
+import sqlalchemy.ext.asyncio
+from sqlalchemy import event, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import Database, DatabaseSettings
-from tests.either_driver import backend_of
+from tests.either_driver import backend_of, names, run
 from tests.models import Item
 from tests.observing import Observer
 
@@ -97,3 +103,36 @@ async def test_dead_connection_tells_of_those_as_old(observer: Observer) -> None
     await observer.connection.fetch("SELECT pg_terminate_backend($1, 5000)", before[1])
     assert not set(both()) & set(before)
     await database.dispose()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+async def test_connections_in_use_can_be_counted(
+    observer: Observer, monkeypatch: pytest.MonkeyPatch, driver: str
+) -> None:
+    """Tracing tools (OpenTelemetry) listen to an engine before we do, and none that was replaced is left in use."""
+    in_use: list[int] = []
+
+    def traced(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        engine = make(*arguments, **options)
+        event.listen(getattr(engine, "sync_engine", engine), "checkout", lambda *_: in_use.append(1))
+        event.listen(getattr(engine, "sync_engine", engine), "checkin", lambda *_: in_use.append(-1))
+        return engine
+
+    def lose_between_reads(session: Session) -> None:
+        backend = backend_of(session)
+        names(session)
+        with psycopg2.connect(os.environ["DATABASE_URL"]) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [backend])
+        connection.close()
+        names(session)
+        assert backend_of(session) != backend
+
+    for module, name in ((sqlalchemy, "create_engine"), (sqlalchemy.ext.asyncio, "create_async_engine")):
+        monkeypatch.setattr(module, name, partial(traced, getattr(module, name)))
+    database = Database(settings=DatabaseSettings(db_ping_after=MINUTE))
+    await run(database, driver, lose_between_reads)  # found dead by a statement
+    await observer.terminate_others()
+    await run(database, driver, lose_between_reads)  # found dead at the checkout, too
+    await database.dispose()
+    assert sum(in_use) == 0
+    assert len(in_use) >= 8  # of four connections
