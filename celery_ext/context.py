@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,6 +49,24 @@ def restore(request: Context) -> Callable[[], None] | None:
     if has_another_trace:
         stack.callback(otel.detach, otel.attach(propagate.extract(carrier, otel.Context())))
     return stack.close
+
+
+@contextmanager
+def senders_trace(headers: Mapping[str, Any]) -> Iterator[None]:
+    """Make the trace that headers carry the current one, so that a span which instrumentation makes belongs to it.
+
+    Parameters:
+        headers: A message's, before it is sent for somebody else.
+    """
+    carrier = {name: value for name in _trace_headers() if (value := headers.get(name)) is not None}
+    if not carrier:
+        yield
+        return
+    token = otel.attach(propagate.extract(carrier, otel.Context()))
+    try:
+        yield
+    finally:
+        otel.detach(token)
 
 
 def _has_another_trace(request: Context, carrier: dict[str, str]) -> bool:

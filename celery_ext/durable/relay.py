@@ -19,6 +19,7 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import SQLAlchemyError
 
+from celery_ext.context import senders_trace
 from celery_ext.durable import statements
 from celery_ext.durable.confirms import Confirms
 from celery_ext.durable.row import deserialize
@@ -191,10 +192,12 @@ class Relay:
             options = deserialize(row.options)
             options |= {"task_id": row.id, "retries": row.retries, "producer": line.producer, "retry": False}
             options["expires"] = None  # the row has it; the task's own option would count from now
-            if send is None:
-                self._app.send_task(row.name, args, kwargs, **options)
-            else:
-                send(args, kwargs, **options)
+            # OpenTelemetry's own instrumentation writes the span of the sending over the trace that is stored.
+            with senders_trace(options.get("headers") or {}):
+                if send is None:
+                    self._app.send_task(row.name, args, kwargs, **options)
+                else:
+                    send(args, kwargs, **options)
         except self._broker_errors:
             raise
         except Exception:  # whatever is wrong with this row, the others are sent

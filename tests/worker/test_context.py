@@ -22,6 +22,7 @@ from opentelemetry import context, propagate
 from opentelemetry.trace import NonRecordingSpan, SpanContext, get_current_span, set_span_in_context
 
 import celery_ext
+from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import UnitOfWorkFilter, db
 from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
 from tests.observing import Observer
@@ -160,6 +161,27 @@ def test_children_of_a_result(unheard: Celery[celery_ext.Task], kind: str, trail
     trace_task(parent if kind == "def" else async_parent, sender.id, (), {}, {"id": sender.id}, app=unheard)
     children: Any = sender.children
     assert [result.id for result in children] == ([sender.get()] if trail else [])
+
+
+async def test_a_relays_span_belongs_to_the_senders_trace(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """What OpenTelemetry's instrumentation makes of the sending, also in a relay, goes on with the stored trace."""
+    traces: dict[str, int] = {}
+
+    def instrument(headers: dict[str, str], **_: object) -> None:
+        traces[headers["id"]] = get_current_span().get_span_context().trace_id  # that of the span which it begins
+
+    async def store(**headers: str) -> str:
+        token = context.attach(propagate.extract(headers, context.Context()))
+        async with db.transaction():
+            task_id = task(unheard, "seen_context").delay_durably()
+        context.detach(token)
+        return task_id
+
+    traced, other = await store(traceparent=TRACE), await store()
+    with publishing(instrument), relaying(unheard, db):
+        await rows.until_sent(traced)
+        await rows.until_sent(other)
+    assert traces == {traced: int(TRACE.split("-")[1], 16), other: 0}
 
 
 async def test_log_records_name_their_unit() -> None:
