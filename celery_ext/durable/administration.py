@@ -12,6 +12,8 @@ from celery_ext.durable import statements
 from fastapi_chatdify_db.database import Database
 
 _PRUNED_AT_ONCE: Final = 10_000
+_COUNTED: Final = 100_000
+"""Rows that a health check counts at most: a backlog must not make it late, and a process unready."""
 
 
 def figures(database: Database) -> dict[str, float | None]:
@@ -20,14 +22,14 @@ def figures(database: Database) -> dict[str, float | None]:
     ``oldest_pending_age`` is in seconds, of those that are due.
     """
     with database.sync_transaction() as session:
-        return _figures(session.execute(statements.FIGURES).one())
+        return _figures(session.execute(statements.FIGURES, {"most": None}).one())
 
 
 async def health_figures(connection: AsyncConnection) -> dict[str, float | None]:
-    """``figures`` for the health check; empty where the table was not made."""
+    """``figures`` for the health check, none above ``_COUNTED``; empty where the table was not made."""
     if await connection.scalar(statements.TABLE) is None:
         return {}
-    return _figures((await connection.execute(statements.FIGURES)).one())
+    return _figures((await connection.execute(statements.FIGURES, {"most": _COUNTED})).one())
 
 
 def _figures(row: Row[Any]) -> dict[str, float | None]:

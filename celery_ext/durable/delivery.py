@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger(__name__)
 
-# connection_exception, insufficient_resources, operator_intervention but for query_canceled:
-# https://www.postgresql.org/docs/current/errcodes-appendix.html
-_OF_THE_SERVER: Final = ("08", "53", "57P")
+# connection_exception; disk_full, out_of_memory and too_many_connections, but no limit of a setting (53400);
+# operator_intervention but for query_canceled: https://www.postgresql.org/docs/current/errcodes-appendix.html
+_OF_THE_SERVER: Final = ("08", "531", "532", "533", "57P")
 
 _TIMED_OUT: Final = ("57014", "55P03")  # query_canceled, lock_not_available
 
@@ -122,7 +122,7 @@ class Delivery:
             if self._begun and not _is_passing(error):
                 self._record(session, error)
                 return error
-            session.execute(statements.RING_SOON, {"id": self.task_id})
+            session.execute(statements.RING_SOON, {"id": self.task_id, "error": _text(error)})
         logger.warning("task %s[%s] will be run again: %s", self._task.name, self.task_id, type(error).__name__)
         return Dropped()
 

@@ -116,7 +116,7 @@ CANCEL: Final = text(
 RING_SOON: Final = text(
     """
     UPDATE durable_task
-    SET ring_at = clock_timestamp() + make_interval(secs => power(2, greatest(least(rings, 10) - 1, 0)))
+    SET error = :error, ring_at = clock_timestamp() + make_interval(secs => power(2, greatest(least(rings, 10) - 1, 0)))
     WHERE id IN (
         SELECT id FROM durable_task WHERE id = :id AND status = 'pending' AND ring_at < 'infinity'
         FOR UPDATE SKIP LOCKED
@@ -207,15 +207,21 @@ SECONDS_UNTIL_NEXT: Final = text(
 
 TABLE: Final = text("SELECT to_regclass('durable_task')")
 
+# No more than :most rows are counted of either kind, or, where that is NULL, all.
 FIGURES: Final = text(
     """
-    SELECT count(*) FILTER (WHERE status = 'pending') AS pending,
-           count(*) FILTER (WHERE status = 'pending' AND rings > 0) AS sent,
-           count(*) FILTER (WHERE status = 'pending' AND rings > 1) AS rerung,
-           count(*) FILTER (WHERE status = 'failed') AS failed,
-           extract(epoch FROM clock_timestamp() - min(due_at)
-               FILTER (WHERE status = 'pending' AND due_at <= clock_timestamp())) AS oldest_pending_age
-    FROM durable_task WHERE status = 'pending' OR status = 'failed'
+    WITH pending AS (
+        SELECT rings, due_at FROM durable_task WHERE status = 'pending' ORDER BY ring_at LIMIT CAST(:most AS bigint)
+    ), failed AS (
+        SELECT FROM durable_task WHERE status = 'failed' LIMIT CAST(:most AS bigint)
+    )
+    SELECT count(*) AS pending,
+           count(*) FILTER (WHERE rings > 0) AS sent,
+           count(*) FILTER (WHERE rings > 1) AS rerung,
+           (SELECT count(*) FROM failed) AS failed,
+           extract(epoch FROM clock_timestamp() - min(due_at) FILTER (WHERE due_at <= clock_timestamp()))
+               AS oldest_pending_age
+    FROM pending
     """
 )
 

@@ -67,6 +67,7 @@ async def test_cold_shutdown_of_the_pool_solo(rows: Observer, name: str) -> None
     ("error", "status"),
     [
         *(("40001", "pending"), ("08006", "pending"), ("57P03", "pending"), ("57014", "failed")),
+        *(("53100", "pending"), ("53200", "pending"), ("53300", "pending"), ("53400", "failed")),
         *(("refused", "failed"), ("given up", "cancelled")),
         *(("the driver's", "pending"), ("one of two", "failed")),
     ],
@@ -74,7 +75,10 @@ async def test_cold_shutdown_of_the_pool_solo(rows: Observer, name: str) -> None
 async def test_whose_failure_it_is(
     unheard: Celery[celery_ext.Task], rows: Observer, database_url: str, error: str, status: str
 ) -> None:
-    """PostgreSQL's codes tell, whoever raises them; a refused socket, or one error of a group, is the task's."""
+    """PostgreSQL's codes tell, whoever raises them; a refused socket, or one error of a group, is the task's.
+
+    Either way the row has the error.
+    """
 
     @unheard.task(shared=False)
     def fails() -> None:
@@ -93,6 +97,7 @@ async def test_whose_failure_it_is(
         task_id = fails.delay_durably()
     deliver(fails, task_id)
     assert await rows.durable_tasks() == [(status, "[[], {}]")]
+    assert await rows.connection.fetchval("SELECT error FROM durable_task") is not None
 
 
 async def test_altered_table(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
@@ -158,7 +163,7 @@ async def test_interrupted_task_runs_again_after_growing_pauses(
     for rings in (0, 1, 2, 4, 40):
         await rows.connection.execute("UPDATE durable_task SET rings = $1", rings)
         async with db.transaction() as session:
-            await session.execute(statements.RING_SOON, {"id": task_id})
+            await session.execute(statements.RING_SOON, {"id": task_id, "error": None})
         distance = await rows.connection.fetchval("SELECT ring_at - now() FROM durable_task")
         seconds.append(round(distance.total_seconds()))
     assert seconds == [1, 1, 2, 8, 512]
@@ -206,6 +211,6 @@ async def test_lost_connection_to_the_broker_does_not_wait_for_tasks(relayed: Wo
     await rows.until_somebody_waits_for_a_lock()
     async with asyncio.timeout(5), db.transaction() as session:
         await session.execute(statements.UNCLAIM, {"ids": [task_id]})
-        await session.execute(statements.RING_SOON, {"id": task_id})
+        await session.execute(statements.RING_SOON, {"id": task_id, "error": None})
     await rows.connection.execute("SELECT pg_advisory_unlock(9)")
     await rows.until_status(task_id, "done")

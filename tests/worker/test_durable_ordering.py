@@ -163,7 +163,7 @@ async def test_message_for_one_that_waits(unheard: Celery[Any], rows: Observer) 
     await rows.connection.execute("UPDATE durable_task SET rings = 1 WHERE id = $1", other)
     async with db.transaction() as session:
         await session.execute(statements.UNCLAIM, {"ids": [first, waiting, other]})
-        await session.execute(statements.RING_SOON, {"id": waiting})
+        await session.execute(statements.RING_SOON, {"id": waiting, "error": None})
     found = await rows.connection.fetch("SELECT rings, ring_at = 'infinity' AS waits FROM durable_task ORDER BY seq")
     assert [tuple(row) for row in found] == [(0, False), (0, True), (0, False)]
 
