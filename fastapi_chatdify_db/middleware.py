@@ -46,7 +46,8 @@ class DBSessionMiddleware:
         for name in _base_http_middleware(app):
             logger.warning(
                 "%s is a BaseHTTPMiddleware inside DBSessionMiddleware: streaming bodies may be cut short, "
-                "and what they wrote kept though they fail. Add it after DBSessionMiddleware or db.init_app(app)",
+                "and what they wrote kept though they fail. Add it after DBSessionMiddleware or db.init_app(app); "
+                "that of a mounted application which does not use the database may stay",
                 name,
             )
 
@@ -86,4 +87,5 @@ def _base_http_middleware(app: object) -> Iterator[str]:
 
 
 def _name(named: object) -> str:
-    return getattr(named, "__qualname__", type(named).__name__)
+    described = named if hasattr(named, "__qualname__") else type(named)
+    return f"{described.__module__}.{described.__qualname__}"

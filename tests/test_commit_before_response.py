@@ -142,7 +142,7 @@ async def test_base_http_middleware_inside_is_reported(inside: bool, caplog: pyt
     async with serve(app):
         pass
     reports = [each.getMessage() for each in caplog.records if each.name == "fastapi_chatdify_db.middleware"]
-    assert [each.partition(" ")[0] for each in reports] == ["Passing.dispatch"] * inside
+    assert [each.partition(" ")[0] for each in reports] == [f"{__name__}.Passing.dispatch"] * inside
 
 
 async def test_base_http_middleware_of_a_part_is_reported(caplog: pytest.LogCaptureFixture) -> None:
