@@ -79,14 +79,36 @@ async def test_failure_comes_too_late(outside: Outside, configure: Configure, st
 
 
 async def test_hand_over_by_a_key_that_may_not_read(outside: Outside, configure: Configure) -> None:
-    """The conversation is handed over all the same."""
+    """The conversation is handed over all the same: a first attempt has nothing to look for."""
     configure(ALLOWED_CONVERSATION_STATUSES="pending")
     [message] = await receive(outside, "Hello")
     outside.dify.faults.add(Fault(*ASK, 400))
     assert await run(ask, message) == "failed"
-    outside.chatwoot.faults.add(Fault("GET", "/conversations/7", 401))
+    for path in ("/conversations/7", "/messages"):
+        outside.chatwoot.faults.add(Fault("GET", path, 401, times=100))
     assert await run(hand_over, message) == "handed_over"
-    assert outside.chatwoot.conversation(7).status == "open"
+    conversation = outside.chatwoot.conversation(7)
+    assert (conversation.status, len(conversation.notes()), len(conversation.answers())) == ("open", 1, 1)
+
+
+async def test_hand_over_that_goes_on(outside: Outside, configure: Configure) -> None:
+    """A conversation that an earlier attempt has opened is no human's yet: everybody is told all the same."""
+    configure(ALLOWED_CONVERSATION_STATUSES="pending")
+    [message] = await receive(outside, "Hello")
+    outside.chatwoot.faults.add(Fault("POST", "/messages", 500))
+    assert await run(hand_over, message) == "again"
+    conversation = outside.chatwoot.conversation(7)
+    assert (conversation.status, conversation.messages) == ("open", [])
+    assert await run(hand_over, message) == "handed_over"
+    assert (len(conversation.notes()), len(conversation.answers())) == (1, 1)
+
+
+async def test_hand_over_without_words(outside: Outside, configure: Configure) -> None:
+    """Where the settings have nothing to say, the conversation is opened, and nothing is posted."""
+    configure(BOT_ERROR_MESSAGE_INTERNAL="", BOT_CONVERSATION_OPENED_MESSAGE_EXTERNAL="")
+    [message] = await receive(outside, "Hello")
+    assert await run(hand_over, message) == "handed_over"
+    assert (outside.chatwoot.conversation(7).status, outside.chatwoot.conversation(7).messages) == ("open", [])
 
 
 @pytest.mark.parametrize(("status", "allowed"), [("open", "pending"), ("resolved", "open,pending")])
