@@ -17,7 +17,7 @@ from example_app.steps import dify_user
 from example_app.tasks import delete_dify_conversation, forget_old_deliveries
 from fastapi_chatdify_db import db
 from tests.example_app.conftest import Configure, Outside, rows, write
-from tests.example_app.stepping import ASK, ask, dispatched, receive, respond, run
+from tests.example_app.stepping import ASK, ask, ask_in_vain, dispatched, receive, respond, run
 
 
 async def test_question_carries_what_dify_needs(outside: Outside) -> None:
@@ -82,6 +82,14 @@ async def test_forgotten_conversation_starts_anew(outside: Outside) -> None:
     outside.dify.forget(*outside.dify.conversations)
     assert await run(ask, second) == "answered"
     assert await rows("SELECT dify_conversation_id FROM dialogue") == [(*outside.dify.conversations,)]
+
+
+async def test_new_conversation_that_dify_does_not_find(outside: Outside) -> None:
+    """There is nothing to begin anew: the question is asked once."""
+    [message] = await receive(outside, "Hello")
+    outside.dify.faults.add(Fault(*ASK, 404, headers={"Content-Type": "application/json"}))
+    assert await run(ask, message) == "failed"
+    assert outside.dify.conversations == {}
 
 
 @pytest.mark.parametrize("answer", ["", " \n"])
@@ -149,6 +157,18 @@ async def test_no_connection_is_held_while_dify_thinks(outside: Outside) -> None
     assert await rows(idle) == [(0,)]
     outside.dify.answering.set()
     assert await asking == "answered"
+
+
+async def test_no_connection_is_held_while_an_answer_is_looked_for(outside: Outside) -> None:
+    """Dify may take its time to tell what became of an earlier attempt."""
+    message, _ = await ask_in_vain(outside, 504)
+    outside.dify.faults.add(Fault("GET", "/messages", 500, delay=0.3))
+    looking = asyncio.create_task(run(ask, message))
+    async with asyncio.timeout(10):
+        while outside.dify.faults.had < 2:
+            await asyncio.sleep(0.01)
+    assert "Current Checked out connections: 0" in db.async_engine.pool.status()
+    assert await looking == "answered"
 
 
 async def test_dialogue_deleted_while_dify_answers(outside: Outside) -> None:

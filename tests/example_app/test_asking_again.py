@@ -9,13 +9,14 @@ import time
 import httpx
 import pytest
 from celery.exceptions import Retry
+from sqlalchemy.exc import ProgrammingError
 
 from example_app import steps
 from example_app.clients import get_chatwoot
 from example_app.clients.dify import StillAnswering
 from example_app.clients.http import Busy, OutsideError
 from example_app.fakes.faults import Fault
-from example_app.tasks import handle_dify_response
+from example_app.tasks import handle_dify_response, process_message_with_dify
 from tests.example_app.conftest import Configure, Outside, rows, write
 from tests.example_app.stepping import ASK, ask, ask_in_vain, dispatched, receive, respond, run, until_answered
 
@@ -55,6 +56,7 @@ async def test_lost_answer_is_found_again(outside: Outside) -> None:
     [conversation] = outside.dify.conversations.values()
     assert [message.query for message in conversation.messages] == ["Hello", "Hello"]
     assert await rows("SELECT count(DISTINCT dify_message_id) FROM message") == [(2,)]
+    assert await rows("SELECT answer FROM message") == [("You said: Hello",)] * 2
 
 
 async def test_old_answer_is_none_to_a_new_question(outside: Outside) -> None:
@@ -172,8 +174,10 @@ async def test_worker_that_dies_over_a_message_each_time(outside: Outside) -> No
     assert outside.dify.conversations == {}
 
 
-async def test_unforeseen_exception_is_an_attempt(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug of ours is tried again too, and in the end a human gets the message."""
+async def test_unforeseen_exception_is_an_attempt(
+    outside: Outside, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bug of ours is tried again too, and in the end a human gets the message; the log shows where it is."""
     [message] = await receive(outside, "Hello")
     with monkeypatch.context() as patch:
         patch.setattr(steps, "Question", None)
@@ -181,6 +185,23 @@ async def test_unforeseen_exception_is_an_attempt(outside: Outside, monkeypatch:
             with pytest.raises(TypeError):
                 await run(ask, message)
         assert await run(ask, message) == "failed"
+    assert [record.exc_info is not None for record in caplog.records if record.name == "chatdify"] == [True] * 4
+
+
+async def test_database_that_fails_within_a_step(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the worker's part that decides whether the task is run again: the step does not ask for it."""
+    message, _ = await ask_in_vain(outside, 500)
+    asked: list[object] = []
+    monkeypatch.setattr(process_message_with_dify, "retry", lambda **options: asked.append(options))
+    outside.dify.faults.add(Fault("GET", "/conversations", 500, delay=0.3))
+    asking = asyncio.create_task(run(ask, message))
+    async with asyncio.timeout(10):
+        while outside.dify.faults.had < 2:
+            await asyncio.sleep(0.01)
+    await write("ALTER TABLE message RENAME dify_message_id TO renamed")
+    with pytest.raises(ProgrammingError, match="dify_message_id"):
+        await asking
+    assert asked == []
 
 
 async def test_answer_that_takes_too_long_is_an_attempt(outside: Outside, configure: Configure) -> None:
