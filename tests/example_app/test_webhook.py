@@ -274,6 +274,7 @@ async def test_strange_bodies(
     caplog.set_level("INFO", "chatdify")
     response = await deliver(client, payload)
     assert response.status_code == status, response.text
+    assert [part["part"].split(".")[0] for part in response.json().get("invalid", [])][:1] == ["body"] * (status == 422)
     told = [record.message for record in caplog.records if record.name == "chatdify"]
     assert [line.split(" (")[0] for line in told] == [f"POST '{PATH}' answered 422"] * (status == 422)
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
