@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from example_app.clients import close_clients, get_chatwoot, get_dify
 from example_app.clients.dify import Question
-from example_app.clients.http import ANSWER_LIMIT, Unanswered
+from example_app.clients.http import ANSWER_LIMIT, Busy, OutsideError, Rejected, Unanswered, Unreachable
+from example_app.fakes.faults import Fault
 from example_app.fakes.serving import served
 from tests.example_app.conftest import Configure, Outside, rows
 from tests.example_app.stepping import ask, receive, run
@@ -125,10 +126,14 @@ async def test_ids_that_are_none(outside: Outside, both_are: Be, ids: dict[str, 
 
 
 @pytest.mark.parametrize("mode", ["blocking", "streaming"])
-async def test_answer_nested_too_deeply_for_dify(both_are: Be, configure: Configure, mode: str) -> None:
-    """It counts as no answer, whether or not Python's parser gives up over it."""
-    nested = b'{"answer": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    await both_are(Response(nested if mode == "blocking" else b"data: " + nested + b"\n\n"))
+@pytest.mark.parametrize(
+    "content",
+    [b'{"answer": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b'{"answer": }', b"[]"],
+    ids=["nested", "broken", "list"],
+)
+async def test_answer_that_is_none_of_difys(both_are: Be, configure: Configure, mode: str, content: bytes) -> None:
+    """It counts as no answer, as one nested too deeply does, whether or not Python's parser gives up over it."""
+    await both_are(Response(content if mode == "blocking" else b"data: " + content + b"\n\n"))
     configure(DIFY_RESPONSE_MODE=mode)
     with pytest.raises(Unanswered):
         await (await get_dify()).ask(QUESTION)
@@ -177,6 +182,79 @@ async def test_workflow_that_finishes_before_its_message(both_are: Be, configure
     )
     configure(DIFY_RESPONSE_MODE="streaming")
     assert (await (await get_dify()).ask(QUESTION)).answer == "Hi"
+
+
+async def test_events_that_say_nothing(both_are: Be, configure: Configure) -> None:
+    """A piece without words adds none, and moderation may leave none."""
+    ids = {"conversation_id": "1", "message_id": "1"}
+    said = [{"event": "message", "answer": "Hi"}, {"event": "message_replace"}]
+    said += [{"event": "message"}, {"event": "message", "answer": "Ho"}, {"event": "message_end"} | ids]
+    await both_are(Response(events(*said)))
+    configure(DIFY_RESPONSE_MODE="streaming")
+    assert (await (await get_dify()).ask(QUESTION)).answer == "Ho"
+
+
+@pytest.mark.parametrize("breaks", [True, False], ids=["breaks", "ends"])
+async def test_stream_without_an_end(both_are: Be, configure: Configure, breaks: bool) -> None:
+    """Half an answer is none, and the question is not asked again at once: Dify has it."""
+    asked = []
+
+    async def half() -> AsyncIterator[bytes]:
+        asked.append(1)
+        yield events({"event": "message", "answer": "Hi", "conversation_id": "1", "message_id": "1"})
+        if breaks:
+            raise ConnectionResetError
+
+    await both_are(StreamingResponse(half()))
+    configure(DIFY_RESPONSE_MODE="streaming")
+    with pytest.raises(Unanswered):
+        await (await get_dify()).ask(QUESTION)
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("mode", ["blocking", "streaming"])
+async def test_dify_that_is_away(outside: Outside, configure: Configure, mode: str) -> None:
+    """Nothing was asked then, which is known."""
+    configure(DIFY_RESPONSE_MODE=mode, DIFY_API_URL="http://127.0.0.1:9/v1")
+    with pytest.raises(Unreachable):
+        await (await get_dify()).ask(QUESTION)
+
+
+@pytest.mark.parametrize("mode", ["blocking", "streaming"])
+@pytest.mark.parametrize(("status", "error"), [(400, Rejected), (500, Unanswered)])
+async def test_error_page(
+    both_are: Be, configure: Configure, mode: str, status: int, error: type[OutsideError]
+) -> None:
+    """An error whose body is no JSON is known by its status, and nothing of the body is told."""
+    await both_are(Response("<h1>Sorry</h1>", status, media_type="text/html"))
+    configure(DIFY_RESPONSE_MODE=mode)
+    with pytest.raises(error) as caught:
+        await (await get_dify()).ask(QUESTION)
+    assert str(caught.value) == f"Dify, POST /v1/chat-messages: answered {status}"
+
+
+@pytest.mark.parametrize("header", ["soon", "-1", "", "Wed, 99 Oct 2015 07:28:00 GMT"])
+async def test_retry_after_that_is_none(outside: Outside, header: str) -> None:
+    """It counts as if it were missing."""
+    outside.dify.faults.add(Fault("GET", "/conversations", 429, times=3, headers={"Retry-After": header}))
+    with pytest.raises(Busy) as caught:
+        await (await get_dify()).conversations("customer")
+    assert (caught.value.retry_after, outside.dify.faults.had) == (0.0, 3)
+
+
+async def test_question_that_begins_a_conversation(both_are: Be) -> None:
+    """It names none."""
+    asked: list[tuple[str, object]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        asked.append((request.url.path, await request.json()))
+        await JSONResponse({"conversation_id": "1", "message_id": "2"})(scope, receive, send)
+
+    await both_are(app)
+    await (await get_dify()).ask(QUESTION)
+    body = {"query": "Hello", "user": "customer", "inputs": {}, "response_mode": "blocking"}
+    assert asked == [("/v1/chat-messages", body)]
 
 
 async def test_lines_in_pieces(both_are: Be, configure: Configure) -> None:
