@@ -240,6 +240,8 @@ class Dify(OutsideAPI):
 async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[str]:
     """The lines of an event stream; ``aiter_lines`` would also end one at, say, a U+2028 within a JSON string.
 
+    A CR stays at the end of its line, where to JSON it is white space.
+
     https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
     """
     line: list[bytes] = []
@@ -247,6 +249,6 @@ async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[str]:
         end, *others = piece.split(b"\n")
         line.append(end)
         for other in others:
-            yield b"".join(line).decode("utf-8", "replace").rstrip("\r")
+            yield b"".join(line).decode("utf-8", "replace")
             line = [other]
     yield b"".join(line).decode("utf-8", "replace")
