@@ -34,7 +34,7 @@ def parse(body: bytes) -> WebhookEvent:
             payload = {"account": _account_of(conversation)} | payload | {"conversation": conversation}
         return model.model_validate(payload)
     except ValidationError as error:
-        errors = error.errors(include_input=False, include_url=False)
+        errors = error.errors(include_input=False)
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
     except ValueError:
         raise RequestValidationError([{"loc": ("body",), "msg": "not JSON", "type": "json_invalid"}]) from None
