@@ -18,6 +18,15 @@ async def test_bot_does_not_answer_itself(client: httpx.AsyncClient, configure: 
     assert response.json() == {"status": "skipped", "reason": "the bot's own message"}
 
 
+async def test_message_is_stored_as_it_came(client: httpx.AsyncClient, configure: Configure) -> None:
+    """With its direction and its conversation's status, which Dify is told."""
+    configure(ALLOWED_MESSAGE_TYPES="incoming,outgoing")
+    changes = message(message_type="outgoing", conversation={"id": 7, "status": "open"})
+    assert (await deliver(client, changes)).json()["status"] == "processing"
+    assert await rows("SELECT message_type, conversation_status FROM message") == [("outgoing", "open")]
+    assert await rows("SELECT status FROM dialogue") == [("open",)]
+
+
 async def test_message_without_a_sender(client: httpx.AsyncClient) -> None:
     """It is no bot's."""
     assert (await deliver(client, message(sender=None))).json()["status"] == "processing"
@@ -25,12 +34,14 @@ async def test_message_without_a_sender(client: httpx.AsyncClient) -> None:
 
 async def test_deleted_conversation_is_deleted_in_dify(client: httpx.AsyncClient) -> None:
     """Once, by a task that waits for the question under way; of a conversation that is not known nothing is there."""
-    await deliver(client, message())
+    for number in (7, 9):
+        await deliver(client, message(id=number, conversation={"id": number}))
     for conversation in (7, 7, 8):
         response = await deliver(client, {"event": "conversation_deleted", "id": conversation})
         assert response.json() == {"status": "success"}
     tasks = "SELECT arguments::json -> 0 ->> 0, ordering_key FROM durable_task WHERE name = '{}'"
     assert await rows(tasks.format(DELETE)) == [("7", "ask 7")]
+    assert await rows("SELECT chatwoot_conversation_id FROM dialogue") == [("9",)]
 
 
 @pytest.mark.parametrize(("delivery", "status"), [("x" * 255, 200), ("x" * 256, 422), ("\xe9", 422), ("a\tb", 422)])
