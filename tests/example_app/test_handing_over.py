@@ -140,6 +140,17 @@ async def test_workflow_that_sets_the_status(
     assert outside.chatwoot.conversation(7).status == status
 
 
+async def test_status_of_another_conversation(outside: Outside, client: httpx.AsyncClient) -> None:
+    """What a workflow sets is noted with the messages of its own conversation that are not answered yet."""
+    answered, _ = await receive(outside, "Hello", "again")
+    await run(ask, answered)
+    outside.chatwoot.conversation(8)
+    for conversation, noted in ((8, [None, None]), (7, [None, "resolved"])):
+        response = await client.post(f"/api/v1/toggle-status/{conversation}", json={"status": "resolved"})
+        assert response.status_code == 200
+        assert await rows("SELECT workflow_status FROM message ORDER BY id") == [(status,) for status in noted]
+
+
 async def test_failure_in_a_conversation_that_a_workflow_closed(
     outside: Outside, client: httpx.AsyncClient, configure: Configure
 ) -> None:
