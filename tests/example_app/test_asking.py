@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Retry
 
 from example_app import dialogues
 from example_app.clients.http import Rejected, Unanswered
@@ -208,11 +208,37 @@ async def test_deletion_in_dify(outside: Outside, configure: Configure) -> None:
     assert outside.dify.conversations == {}
 
 
+async def test_pauses_of_a_deletion(outside: Outside, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Dify that breaks is tried again, later each time; one that refuses is not."""
+    pauses = []
+
+    def retry(*, exc: Exception, countdown: float) -> Retry:
+        pauses.append(countdown)
+        return Retry(exc=exc)
+
+    configure(CELERY_RETRY_COUNTDOWN="5")
+    monkeypatch.setattr(delete_dify_conversation, "retry", retry)
+    outside.dify.faults.add(Fault("GET", "/conversations", 500, times=3))
+    outside.dify.faults.add(Fault("GET", "/conversations", 400))
+    async with db.transaction():
+        with pytest.raises(Retry):
+            await delete_dify_conversation("7")
+        with pytest.raises(Rejected):
+            await delete_dify_conversation("7")
+    assert pauses == [5.0]
+
+
 async def test_old_deliveries_are_forgotten(outside: Outside) -> None:
-    """The ids of deliveries are kept for a week."""
+    """The ids of deliveries are kept for a week, and so is what is left of tasks."""
     async with db.transaction():
         assert await dialogues.is_new_delivery("old", "message_created")
         assert await dialogues.is_new_delivery("new", "message_created")
     await write("UPDATE webhook_delivery SET received_at = now() - interval '8 days' WHERE delivery_id = 'old'")
+    for days in (6, 8):
+        await write(
+            "INSERT INTO durable_task (id, name, arguments, options, status, due_at, ring_at, finished_at)"
+            f" VALUES ('{days}', 'a task', '[]', '{{}}', 'done', now(), now(), now() - interval '{days} days')"
+        )
     await asyncio.to_thread(forget_old_deliveries)
     assert await rows("SELECT delivery_id FROM webhook_delivery") == [("new",)]
+    assert await rows("SELECT id FROM durable_task") == [("6",)]
