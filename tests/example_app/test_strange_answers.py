@@ -7,6 +7,8 @@ import gzip
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import httpx
 import pytest
@@ -240,6 +242,15 @@ async def test_retry_after_that_is_none(outside: Outside, header: str) -> None:
     with pytest.raises(Busy) as caught:
         await (await get_dify()).conversations("customer")
     assert (caught.value.retry_after, outside.dify.faults.had) == (0.0, 3)
+
+
+async def test_retry_after_that_is_a_date(outside: Outside) -> None:
+    """The pause lasts until then."""
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=1000), usegmt=True)
+    outside.dify.faults.add(Fault("GET", "/conversations", 429, retry_after=date))
+    with pytest.raises(Busy) as caught:
+        await (await get_dify()).conversations("customer")
+    assert 900 < caught.value.retry_after <= 1000
 
 
 async def test_question_that_begins_a_conversation(both_are: Be) -> None:
