@@ -61,8 +61,12 @@ async def test_labels_and_attributes_and_priority(client: httpx.AsyncClient, out
     outside.chatwoot.conversation(7).custom_attributes = {"order": "A-17"}
     response = await post(client, "update-labels/7", ["vip", "parcel"])
     assert response.json() == {"status": "success", "conversation_id": 7, "labels": {"payload": ["vip", "parcel"]}}
-    await post(client, "update-custom-attributes/7", {"region": "Berlin"})
-    await post(client, "toggle-priority/7", {"priority": "high"})
+    done = {"status": "success", "conversation_id": 7}
+    attributes = {"region": "Berlin"}
+    response = await post(client, "update-custom-attributes/7", attributes)
+    assert response.json() == done | {"custom_attributes": {"custom_attributes": attributes}}
+    response = await post(client, "toggle-priority/7", {"priority": "high"})
+    assert response.json() == done | {"priority": None}  # Chatwoot's answer is empty
     for path, body in (("update-custom-attributes", {}), ("toggle-priority", {"priority": None})):
         assert (await post(client, f"{path}/7", body)).json()["status"] == "success"
     assert (await post(client, "toggle-priority/7", {"priority": "none"})).json()["priority"] == "None"
@@ -223,7 +227,9 @@ async def test_database_down_is_unhealthy(client: httpx.AsyncClient, monkeypatch
     assert (response.status_code, response.json()["detail"]) == (503, "The database does not answer.")
 
 
-@pytest.mark.parametrize("missing", ["CHATDIFY_API_TOKEN", "CHATWOOT_WEBHOOK_SECRET"])
+@pytest.mark.parametrize(
+    "missing", ["CHATDIFY_API_TOKEN", "CHATWOOT_WEBHOOK_SECRET", "CHATWOOT_API_KEY", "DIFY_API_KEY"]
+)
 def test_refuses_to_start_with_an_open_door(configure: Configure, missing: str) -> None:
     """Outside development the application does not start without its secrets, and names the missing one."""
     configure(**{missing: None})

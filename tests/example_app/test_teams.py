@@ -5,8 +5,11 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from example_app.clients import get_chatwoot
+from example_app.clients.chatwoot import Team
 from example_app.fakes.chatwoot import FakeChatwoot
 from example_app.fakes.faults import Fault
+from example_app.teams import TeamDirectory
 from tests.example_app.conftest import Configure, Outside
 
 
@@ -50,8 +53,18 @@ async def test_cached_teams_are_not_asked_for_again(
     await client.post("/api/v1/refresh-teams")
     chatwoot.faults.add(Fault("GET", "/teams", 500, times=100))
     assert (await assign(client, "Sales")).status_code == 200
-    configure(ENABLE_TEAM_CACHE="false")
-    assert (await assign(client, "Sales")).status_code == 502
+    for settings in ({"ENABLE_TEAM_CACHE": "false"}, {"ENABLE_TEAM_CACHE": "true", "TEAM_CACHE_TTL_HOURS": "0"}):
+        configure(**settings)
+        assert (await assign(client, "Sales")).status_code == 502
+
+
+async def test_first_look_for_a_team(chatwoot: FakeChatwoot, configure: Configure) -> None:
+    """Nothing is cached then."""
+    configure(ENABLE_TEAM_CACHE="true")
+    directory = TeamDirectory()
+    assert directory.names == []
+    assert await directory.find(await get_chatwoot(), "sales") == Team(id=2, name="Sales")
+    assert directory.names == ["Support", "Sales"]
 
 
 async def test_cached_team_that_was_deleted(
