@@ -51,6 +51,14 @@ def test_example_file_has_every_setting_with_its_default(monkeypatch: pytest.Mon
         ("HTTPX_READ_TIMEOUT", "0"),
         ("CELERY_WORKER_CONCURRENCY", "0"),
         ("SENTRY_TRACES_SAMPLE_RATE", "2"),
+        ("REDIS_PORT", "0"),
+        ("REDIS_PORT", "65536"),
+        ("CELERY_TASK_MAX_TASKS_PER_CHILD", "0"),
+        ("CELERY_TASK_MAX_RETRIES", "-1"),
+        ("CELERY_RETRY_COUNTDOWN", "-1"),
+        ("CHATWOOT_ACCOUNT_ID", "0"),
+        ("TEAM_CACHE_TTL_HOURS", "-1"),
+        ("CHATWOOT_API_URL", "ftp://app.chatwoot.com/api/v1"),
     ],
 )
 def test_wrong_value_is_named(configure: Configure, variable: str, value: str) -> None:
@@ -90,8 +98,10 @@ def test_broker_defaults_to_redis(configure: Configure) -> None:
     """Redis' host and port, its two URLs, or Celery's own, in that order of precedence from the last."""
     configure(CELERY_BROKER_URL=None, CELERY_RESULT_BACKEND=None, REDIS_HOST="r", REDIS_PORT="1")
     assert (get_settings().broker_url, get_settings().result_backend) == ("redis://r:1/0", "redis://r:1/1")
-    configure(REDIS_BROKER="redis://other/5")
-    assert get_settings().broker_url == "redis://other/5"
+    configure(REDIS_BROKER="redis://other/5", REDIS_BACKEND="redis://other/6")
+    assert (get_settings().broker_url, get_settings().result_backend) == ("redis://other/5", "redis://other/6")
+    configure(CELERY_BROKER_URL="amqp://rabbit", CELERY_RESULT_BACKEND="rpc://")
+    assert (get_settings().broker_url, get_settings().result_backend) == ("amqp://rabbit", "rpc://")
 
 
 @pytest.mark.parametrize(
@@ -116,10 +126,14 @@ def test_sentry_gets_no_secret(configure: Configure, monkeypatch: pytest.MonkeyP
     told: dict[str, Any] = {}
     sentry.init = told.update  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sentry_sdk", sentry)
-    configure(SENTRY_DSN="https://key@sentry.invalid/1")
+    configure(
+        SENTRY_DSN="https://key@sentry.invalid/1", SENTRY_ENVIRONMENT="production", SENTRY_TRACES_SAMPLE_RATE="0.5"
+    )
     create_app()
-    assert told["include_local_variables"] is False
     assert told["max_request_body_size"] == "never"
+    assert (told["include_local_variables"], told["send_default_pii"]) == (False, False)
+    assert (told["dsn"], told["environment"]) == ("https://key@sentry.invalid/1", "production")
+    assert told["traces_sample_rate"] == 0.5
     for hook in ("before_send", "before_send_transaction"):
         report = {"request": {"query_string": "secret=s3cr3t&a=b", "url": "http://x/y?a=b&secret=s3cr3t"}}
         assert told[hook](report, {}) == {"request": {"url": "http://x/y?***"}}
