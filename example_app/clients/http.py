@@ -239,10 +239,13 @@ async def pieces(response: httpx.Response, call: str) -> AsyncIterator[bytes]:
     """An answer's body as it comes.
 
     Raises:
-        Unanswered: It is larger than ``ANSWER_LIMIT``, or compressed, which nobody asked for.
+        Unanswered: It is larger than ``ANSWER_LIMIT``, or compressed, which nobody asked for. That of an error is then
+            taken for empty: its status tells enough.
     """
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise Unanswered(call, "answered compressed")
+        if response.is_success:
+            raise Unanswered(call, "answered compressed")
+        return
     size = 0
     async for piece in response.aiter_raw():
         size += len(piece)

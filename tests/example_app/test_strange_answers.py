@@ -59,10 +59,15 @@ async def test_endless_answer(both_are: Be, configure: Configure, mode: str, sta
         await (await get_chatwoot()).send_message(7, "Hello")
 
 
-@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize(
+    ("status", "kind", "told"),
+    [(200, Unanswered, "compressed"), (500, Unanswered, "500"), (401, Rejected, "401")],
+)
 @pytest.mark.parametrize("mode", ["blocking", "streaming"])
-async def test_compressed_answer(both_are: Be, configure: Configure, mode: str, status: int) -> None:
-    """None is asked for, and none is unpacked: of two layers, a kilobyte would become a gigabyte."""
+async def test_compressed_answer(
+    both_are: Be, configure: Configure, mode: str, status: int, kind: type[OutsideError], told: str
+) -> None:
+    """None is asked for, and none is unpacked: of two layers, a kilobyte would become a gigabyte. A status counts."""
     asked: list[str | None] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,9 +77,9 @@ async def test_compressed_answer(both_are: Be, configure: Configure, mode: str, 
 
     await both_are(app)
     configure(DIFY_RESPONSE_MODE=mode)
-    with pytest.raises(Unanswered, match="answered compressed"):
+    with pytest.raises(kind, match=f"answered {told}$"):
         await (await get_dify()).ask(QUESTION)
-    with pytest.raises(Unanswered, match="answered compressed"):
+    with pytest.raises(kind, match=f"answered {told}$"):
         await (await get_chatwoot()).send_message(7, "Hello")
     assert asked == ["identity", "identity"]
 
