@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
@@ -95,6 +95,13 @@ class DatabaseSettings(BaseSettings):
             # What a validator of a subclass says of the whole has no place.
             problems = [": ".join([*(str(part).upper() for part in e["loc"][:1]), e["msg"]]) for e in error.errors()]
         raise InvalidSettings("; ".join(problems))
+
+    if not TYPE_CHECKING:  # which know the fields' types otherwise, and refuse these arguments themselves
+
+        def __init__(self, /, *positional: object, **values: Any) -> None:
+            if positional:  # the first would be pydantic-settings' _case_sensitive: another database, without a word
+                raise InvalidSettings("settings have names; write: DatabaseSettings(database_url=...)")
+            super().__init__(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self).model_fields:  # pydantic's error would show the value

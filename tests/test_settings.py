@@ -182,6 +182,12 @@ def test_name_that_is_no_setting_is_an_error() -> None:
         DatabaseSettings(url=f"postgresql://user:{SECRET}@reports/name")  # type: ignore[call-arg]
 
 
+def test_setting_without_its_name_is_an_error() -> None:
+    """A URL as a positional argument is not taken for something else, and left out."""
+    with pytest.raises(InvalidSettings, match=r"^settings have names; write: DatabaseSettings\(database_url=\.\.\.\)$"):
+        DatabaseSettings("postgresql://host/name")  # type: ignore[call-arg]
+
+
 def test_applications_own_check_shows_no_secret() -> None:
     """What a validator of a subclass refuses, it refuses without showing the values around it."""
 
