@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Figures = Mapping[str, float | None]
 
+_IN_CODE: Final = "settings=DatabaseSettings(database_url=...)"
+
 
 class Database:
     """Engines, sessions and units of work of one database. Nothing is read or connected before its first use.
@@ -34,6 +36,9 @@ class Database:
         settings: Where it is; None reads the environment at the first use.
         base: The declarative base whose tables are its own.
         create_tables: Whether the lifespan creates the tables that do not exist.
+
+    Raises:
+        InvalidSettings: The name is a URL, or the settings are none.
     """
 
     def __init__(
@@ -44,8 +49,10 @@ class Database:
         base: type[DeclarativeBase] = Base,
         create_tables: bool = True,
     ) -> None:
+        if "://" in name:  # it would be the name of the environment's database, and stand in messages, password and all
+            raise InvalidSettings(f"a database's first argument is its name; write: Database('reports', {_IN_CODE})")
         self.name = name
-        self._settings = settings
+        self._settings = None if settings is None else _checked(settings)
         self.creates_tables = create_tables
         self.metadatas: list[MetaData] = [base.metadata]
         """Whose tables are created; extensions add their own. ``info["dialect"]`` limits one to a dialect."""
@@ -63,8 +70,8 @@ class Database:
         """The settings in force; may be assigned before the first use of an engine.
 
         Raises:
-            InvalidSettings: An environment variable cannot be used; the message names it. Or other settings are
-                assigned although an engine was made from these.
+            InvalidSettings: An environment variable cannot be used; the message names it. Or what is assigned is no
+                settings, or other ones although an engine was made from these.
         """
         if self._settings is None:
             self._settings = DatabaseSettings()
@@ -72,6 +79,7 @@ class Database:
 
     @settings.setter
     def settings(self, settings: DatabaseSettings) -> None:
+        _checked(settings)
         if self.engines.are_made and not settings.make_same_engines_as(self.settings):
             raise InvalidSettings(
                 f"{self.name}.settings is assigned too late: an engine has been made from other settings. Assign it "
@@ -246,6 +254,13 @@ class Database:
             )
             raise OutsideUnitOfWork(f"{self.name}.{what} is only there {where}: {instead.format(self.name)}")
         return unit
+
+
+def _checked(settings: DatabaseSettings) -> DatabaseSettings:
+    """Refuse a URL or a dictionary here, where it is given, since the first use of an engine may be far away."""
+    if not isinstance(settings, DatabaseSettings):
+        raise InvalidSettings(f"a {type(settings).__name__} is no DatabaseSettings; write: {_IN_CODE}")
+    return settings
 
 
 db: Final = Database()

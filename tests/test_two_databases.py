@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import pytest
 from fastapi import FastAPI, HTTPException, Request
@@ -20,6 +21,7 @@ from fastapi_chatdify_db import (
     Database,
     DatabaseSettings,
     DBSessionMiddleware,
+    InvalidSettings,
     OutsideUnitOfWork,
     SessionInUse,
     db,
@@ -266,3 +268,15 @@ async def test_one_session_on_two_engines(observer: Observer) -> None:
     assert await observer.in_transaction() == 0
     assert await observer.names() == ["a"]
     await other.dispose()
+
+
+@pytest.mark.parametrize("given", ["postgresql://user:s3cr3t@host/name", {"database_url": "sqlite://"}])
+def test_url_in_place_of_settings_is_refused_where_it_is_given(given: Any) -> None:
+    """Neither a name nor settings can be a URL or a dictionary; no message shows what was given."""
+    with pytest.raises(InvalidSettings, match=r"write: settings=DatabaseSettings\(database_url=") as in_place:
+        Database("reports", settings=given)
+    with pytest.raises(InvalidSettings, match=r"write: settings=DatabaseSettings\(database_url=") as assigned:
+        Database("reports").settings = given
+    with pytest.raises(InvalidSettings, match=r"Database\('reports', settings=") as as_name:
+        Database("postgresql://user:s3cr3t@host/name")
+    assert "s3cr3t" not in f"{in_place.value} {assigned.value} {as_name.value}"
