@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -153,7 +154,15 @@ class Database:
         Raises:
             OutsideUnitOfWork: No unit is open here.
             NotInSyncUnit: A coroutine function, and the unit that is open is a synchronous one.
+            TypeError: It is no function, e.g. what a call of it returned.
         """
+        if not callable(callback):  # while there is something to roll back: after the commit it would be a log line
+            if inspect.iscoroutine(callback):
+                callback.close()  # Python would warn that nobody awaited it
+            raise TypeError(
+                f"{self.name}.on_commit() takes a function to call later, and was given a {type(callback).__name__}, "
+                f"as a call returns it; write: {self.name}.on_commit(lambda: notify(...))"
+            )
         self._unit("on_commit()", "async with {0}.transaction(): ...").on_commit(self.engines, callback)
 
     def rollback_only(self) -> None:

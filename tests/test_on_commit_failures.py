@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -149,3 +151,29 @@ async def test_coroutine_of_a_plain_function_is_an_error_in_a_sync_unit(
     await asyncio.to_thread(work)
     assert (ran, await observer.names()) == (["second"], ["a"])
     assert "returned a coroutine" in caplog.text
+
+
+def notify() -> None: ...
+
+
+async def notify_async() -> None: ...
+
+
+@pytest.mark.parametrize("function", [notify, notify_async])
+async def test_what_a_call_returned_is_refused_before_the_commit(
+    app: FastAPI, observer: Observer, function: Callable[[], Any]
+) -> None:
+    """``on_commit(notify())`` has called it already: that is an error of the request, not a line in the log."""
+
+    @app.post("/")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+        await db.session.flush()
+        db.on_commit(function())
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
+    assert await observer.names() == []
+    with pytest.raises(TypeError, match=r"write: db\.on_commit\(lambda: notify\(\.\.\.\)\)"):
+        async with db.transaction():
+            db.on_commit(function())
