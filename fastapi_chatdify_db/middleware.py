@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Final
@@ -37,9 +38,18 @@ class DBSessionMiddleware:
         commit_on: Given the response's status, whether to commit.
         retries: How often to run a request again whose transaction failed with 40001 or 40P01. Its body is kept in
             memory for that, and everything else the handler does is done again too.
+
+    Raises:
+        TypeError: ``commit_on`` is no function, or an ``async def``.
     """
 
     def __init__(self, app: ASGIApp, *, commit_on: CommitOn = commit_below_400, retries: int = 0) -> None:
+        asks = getattr(commit_on, "__call__", None)  # noqa: B004  # perhaps an object's, which may be async too
+        if inspect.iscoroutinefunction(commit_on) or inspect.iscoroutinefunction(asks) or asks is None:
+            raise TypeError(  # of a coroutine, every status would be kept: it is true
+                f"DBSessionMiddleware's commit_on takes a plain function, not {commit_on!r}; "
+                "write: commit_on=lambda status: status < 400"
+            )
         self._app = app
         self._commit_on = commit_on
         self._retries = Retries(app, commit_on, retries) if retries else None

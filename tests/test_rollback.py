@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from fastapi import BackgroundTasks, FastAPI, HTTPException, Response
 from fastapi.responses import JSONResponse
@@ -146,3 +148,21 @@ async def test_exhausted_pool_keeps_nothing_whatever_its_status(app: FastAPI, ob
     async with serve(app) as client:
         assert (await client.post("/exhausted")).status_code == 503
     assert await observer.names() == []
+
+
+async def rule(status: int) -> bool:
+    return status < 400
+
+
+class Rule:
+    async def __call__(self, status: int) -> bool:
+        return await rule(status)
+
+
+@pytest.mark.parametrize("commit_on", [rule, Rule(), {200, 201}])
+async def test_rule_that_cannot_be_asked_is_refused_at_the_start(commit_on: Any) -> None:
+    """Nobody awaits an ``async def`` rule, whose coroutine would be true for every status."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, commit_on=commit_on)
+    with pytest.raises(TypeError, match="commit_on=lambda status: status < 400"):
+        app.build_middleware_stack()
