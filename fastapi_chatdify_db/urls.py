@@ -128,6 +128,8 @@ def _normalized(url: URL) -> URL:
         raise InvalidSettings("DATABASE_URL: the port has to be between 1 and 65535")
     if url.host and "," in url.host:  # libpq's way, which asyncpg takes for one name
         raise InvalidSettings(f"DATABASE_URL: {SEVERAL_HOSTS}")
+    if backend == "sqlite" and url.host:
+        raise InvalidSettings("DATABASE_URL: a SQLite file has three slashes before its name: sqlite:///file.db")
     url = url.set(drivername="sqlite" if backend == "sqlite" else "postgresql")
     host = unquote(url.host) if url.host else ""
     if host.startswith("/"):  # a unix socket; both dialects take its directory from the query only

@@ -130,6 +130,12 @@ def test_sqlite() -> None:
     assert str(sync_target(given).url) == "sqlite:///file.db"
 
 
+def test_sqlite_file_with_two_slashes_is_told_the_third() -> None:
+    """``sqlite://file.db`` names a host, which SQLite has not."""
+    with pytest.raises(InvalidSettings, match=r"^DATABASE_URL: .* sqlite:///file\.db$"):
+        async_target(settings("sqlite://file.db"))
+
+
 def with_query(url: URL, **query: str) -> str:
     return url.update_query_dict(query).render_as_string(hide_password=False)
 
