@@ -248,8 +248,9 @@ class Database:
                 yield state
 
         app.router.lifespan_context = composed  # type: ignore[assignment]  # Mapping or None, as inner yields it
-        added: list[object] = [entry.cls for entry in app.user_middleware]
-        if middleware and DBSessionMiddleware not in added:
+        added: list[object] = [entry.cls for entry in app.user_middleware]  # classes, or functions that make one
+        is_there = any(isinstance(each, type) and issubclass(each, DBSessionMiddleware) for each in added)
+        if middleware and not is_there:
             app.add_middleware(DBSessionMiddleware)
 
     def _unit(self, what: str, instead: str) -> UnitOfWork:

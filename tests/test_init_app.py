@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 import celery_ext
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, db
@@ -114,3 +115,23 @@ def test_init_app_refuses_the_other_application() -> None:
         Database("reports").init_app(celery)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"db\.init_app\(app\)"):
         celery_ext.init_app(FastAPI())  # type: ignore[arg-type]
+
+
+async def test_middleware_derived_from_ours_is_left_alone(observer: Observer) -> None:
+    """One of ours around it would decide what is committed, in place of its own ``commit_on``."""
+
+    class KeepsNothing(DBSessionMiddleware):
+        def __init__(self, app: ASGIApp) -> None:
+            super().__init__(app, commit_on=lambda status: False)
+
+    own = FastAPI()
+    own.add_middleware(KeepsNothing)
+    db.init_app(own)
+
+    @own.post("/")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+
+    async with serve(own) as client:
+        assert (await client.post("/")).status_code == 200
+    assert await observer.names() == []
