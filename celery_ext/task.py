@@ -55,7 +55,7 @@ class Task(_CeleryTask):
 
     dont_autoretry_for: ClassVar[tuple[type[Exception], ...]] = (AfterCommitError,)
     """What the task's commit does not undo, so that another run would do it twice; name it again in an own one."""
-    runs_in_unit = False
+    runs_in_unit: bool = False
     """Whether ``put_in_unit`` has been here."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -38,7 +38,7 @@ class AsyncUnitOfWork(UnitOfWork):
     Ending it is shielded: a cancellation that arrives during a COMMIT waits for the COMMIT's answer.
     """
 
-    ended_in_commit = False
+    ended_in_commit: bool = False
     """Whether the last ``finish_async`` committed, even if it then raised a cancellation."""
     _async_sessions: Mapping[Engines, AsyncSession] = {}
 

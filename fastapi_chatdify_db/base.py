@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import ClassVar, Final
 
 from sqlalchemy import MetaData
 from sqlalchemy.orm import DeclarativeBase, MappedAsDataclass
@@ -31,4 +31,4 @@ class Base(MappedAsDataclass, DeclarativeBase, repr=False, eq=False):
         reports = Database("reports", settings=..., base=ReportsBase)
     """
 
-    metadata = MetaData(naming_convention=NAMING_CONVENTION)
+    metadata: ClassVar[MetaData] = MetaData(naming_convention=NAMING_CONVENTION)

@@ -38,9 +38,9 @@ class FollowedSession(Session):
 
     connections: tuple[Connection, ...] = ()
     """Those on which its transactions began; some may be closed by now."""
-    has_committed = False
+    has_committed: bool = False
     """Whether one of its transactions did more than read and was committed, by the unit or by the application."""
-    abandoned = False
+    abandoned: bool = False
     """Whether its unit ended, or is about to by a rollback, while somebody was in the middle of an operation of it."""
     committing: ReferenceType[SessionTransaction] | None = None
     """The transaction that its latest COMMIT is ending, or has ended; weak, since it refers to the session."""

@@ -82,22 +82,22 @@ class UnitOfWork:
 
     # Values of the class, so that a unit which nobody asks for anything costs little.
     only: Engines | None = None
-    stands_alone = False
+    stands_alone: bool = False
     """Whether code that outlives the unit is left without one, even if another was open where this one began."""
     outer: UnitOfWork | None = None
     isolation_level: str | None = None
     """PostgreSQL's name of the level that the unit's transactions run at; None is the server's default."""
     task_id: str | None = None
     """The id of the Celery task whose unit this is."""
-    untouched = True
+    untouched: bool = True
     """Whether nothing was asked of the unit yet, so that there is nothing to end."""
-    has_inner = False
+    has_inner: bool = False
     """Whether a unit was opened within this one."""
-    awaits_response = False
+    awaits_response: bool = False
     """Whether the response around this unit has begun and is not complete, so that what follows is not kept yet."""
-    closed = False
-    rollback_only = False
-    asked_to_retry = False
+    closed: bool = False
+    rollback_only: bool = False
+    asked_to_retry: bool = False
     _has_committed_inside = False
     _before: UnitOfWork | None = None
     _callbacks: CallbackQueue | None = None
