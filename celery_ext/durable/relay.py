@@ -232,6 +232,7 @@ class Relay:
         options.pop("confirm_publish", None)  # Confirms does that for a whole batch
         connection = broker.clone(transport_options=options)
         producer = self._app.amqp.Producer(connection.default_channel)
+        _expect_no_results(self._app)
         self._line = _Line(connection, producer, Confirms(connection))
         return self._line
 
@@ -239,6 +240,17 @@ class Relay:
         if self._line is not None:
             self._line.connection.release()
             self._line = None
+
+
+def _expect_no_results(app: Celery[Any]) -> None:
+    """Send without asking the result backend to tell of results: nobody here waits for them.
+
+    It would remember every task, and while it is away, nothing could be sent. Of a backend that is shared with other
+    threads (``result_backend_thread_safe``), these may wait for results.
+    """
+    backend: Any = app.backend
+    if not backend.thread_safe:  # then it is this thread's own
+        backend.on_task_call = lambda *_: None
 
 
 @contextmanager

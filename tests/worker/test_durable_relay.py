@@ -115,6 +115,17 @@ async def test_told_while_it_looks(unheard: Celery[Any], rows: Observer, monkeyp
         event.remove(db.sync_engine, "before_cursor_execute", store_meanwhile)
 
 
+async def test_result_backend_that_is_away(rows: Observer) -> None:
+    """A relay, which waits for no results, does not ask for them either: its broker is enough."""
+    app = create_app("memory://", "redis://127.0.0.1:1/0", "nowhere")
+    async with db.transaction():
+        task(app, "record").delay_durably("x")
+    with relaying(app, db), app.connection_for_read() as connection:
+        queue = connection.SimpleQueue(app.conf.task_default_queue)
+        await asyncio.to_thread(queue.get, timeout=PATIENCE / 4)
+    app.close()
+
+
 @pytest.mark.skipif("redis" not in brokers(), reason="needs Redis")
 async def test_options_of_the_transport(rows: Observer) -> None:
     """A relay's messages go where the application's own do."""
