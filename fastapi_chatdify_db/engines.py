@@ -19,7 +19,7 @@ from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 
-from fastapi_chatdify_db.closing import within_one_limit
+from fastapi_chatdify_db.closing import cut_off, within_one_limit
 from fastapi_chatdify_db.connecting import tell_of_refusals
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
@@ -91,6 +91,7 @@ class PerLoopAsyncEngine(AsyncEngine):
         with self._lock:
             for other in [other for other in self._by_loop if other.is_closed()]:
                 del self._by_loop[other]
+                cut_off(other)
             owner = None if self._owner is None else self._owner()
             if owner is not None and not owner.is_closed():
                 engine: Engine = EngineBeside(self._model)

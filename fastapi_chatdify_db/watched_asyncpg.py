@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from asyncio import AbstractEventLoop, Transport
 from contextlib import suppress
 from typing import Any
 
 import asyncpg
 
-from fastapi_chatdify_db.closing import seconds_left
+from fastapi_chatdify_db.closing import note, seconds_left
 from fastapi_chatdify_db.connection_state import ConnectionState
 from fastapi_chatdify_db.refused_commits import refusal
 
@@ -19,6 +20,12 @@ class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ha
     """
 
     state: ConnectionState | None = None
+
+    def __init__(
+        self, protocol: Any, transport: Transport, loop: AbstractEventLoop, *rest: Any, **options: Any
+    ) -> None:
+        super().__init__(protocol, transport, loop, *rest, **options)
+        note(transport, loop)
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         """The answer to a query, as asyncpg gives it."""

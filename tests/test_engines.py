@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.forking import PID, in_a_new_process
-from tests.observing import Observer
+from tests.observing import PATIENCE, Observer
 
 
 @pytest.fixture
@@ -97,6 +98,32 @@ def test_engine_serves_one_loop_after_another(database_url: str) -> None:
             return int((await session.execute(text("SELECT 1"))).scalar_one())
 
     assert [asyncio.run(ask_and_dispose()) for _ in range(3)] == [2, 2, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # asyncpg's, that nobody closed them
+def test_connections_of_ended_loops_do_not_pile_up(database_url: str) -> None:
+    """Each ``asyncio.run`` ends those of the one before, which nobody has disposed of, without garbage collection."""
+    database = Database(settings=DatabaseSettings(db_application_name="run"))
+    number = text("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'run'")
+
+    async def use() -> None:
+        async with database.transaction() as session:
+            await session.execute(text("SELECT 1"))
+
+    async def until_two() -> None:
+        async with asyncio.timeout(PATIENCE), database.transaction() as session:
+            while await session.scalar(number) > 2:
+                await asyncio.sleep(0)
+        await database.dispose()
+
+    gc.disable()
+    try:
+        for _ in range(20):
+            asyncio.run(use())
+        asyncio.run(until_two())
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def test_loops_side_by_side_have_pools_of_their_own(database_url: str) -> None:
