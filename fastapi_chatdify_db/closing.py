@@ -53,5 +53,5 @@ def cut_off(loop: AbstractEventLoop) -> None:
     for transport in _transports.pop(loop, ()):
         connected = transport.get_extra_info("socket")
         if connected is not None:
-            with suppress(OSError):  # it has ended by itself
+            with suppress(OSError, TypeError):  # it has ended by itself; so has any of uvloop's, which refuses this
                 connected.shutdown(SHUT_RDWR)
