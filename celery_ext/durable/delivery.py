@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger(__name__)
 
-# connection_exception; disk_full, out_of_memory and too_many_connections, but no limit of a setting (53400);
+# connection_exception; insufficient_resources (53000 are too many open files), but no limit of a setting (53400);
 # operator_intervention but for query_canceled: https://www.postgresql.org/docs/current/errcodes-appendix.html
-_OF_THE_SERVER: Final = ("08", "531", "532", "533", "57P")
+_OF_THE_SERVER: Final = ("08", "530", "531", "532", "533", "57P")
 
 _TIMED_OUT: Final = ("57014", "55P03")  # query_canceled, lock_not_available
 
