@@ -136,7 +136,7 @@ class DatabaseSettings(BaseSettings):
         except (ArgumentError, ValueError):
             pass  # SQLAlchemy's message repeats the URL, password and all; so would the exception's context.
         else:
-            is_cut = self.database_url.count("@") > 1 or "@" in (url.database or "")
+            is_cut = self.database_url.count("@") > 1 or (url.username is None and "@" in (url.database or ""))
             if is_cut and url.get_backend_name() != "sqlite":  # messages would show the rest of a password as the host
                 raise InvalidSettings("DATABASE_URL: but for the @ before the host, write @ as %40, / as %2F, ? as %3F")
             return url

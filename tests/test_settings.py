@@ -169,6 +169,16 @@ def test_wrong_value_is_one_line_that_names_the_variable(
     assert caught.value.__context__ is None
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://a%40b:c%40d@host/e%40f", "postgresql:///name?host=@socket", "sqlite:////a@b/c@d.db"],
+    ids=["as the error says", "of one kind only", "of a file"],
+)
+def test_url_with_an_at_sign(url: str) -> None:
+    """It is taken wherever it is no part of a password that was cut."""
+    assert DatabaseSettings(database_url=url).url() == make_url(url)
+
+
 @pytest.mark.parametrize("hosts", ["one:5432,two:5432", "one,two", "one,two:5432"])
 def test_several_hosts_are_told_the_form_that_works(hosts: str) -> None:
     """libpq's own is none that asyncpg's or psycopg2's dialect reads alike."""
