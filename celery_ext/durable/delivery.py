@@ -231,10 +231,12 @@ def _is_of_the_server(error: BaseException | None) -> bool:
 def _text(error: BaseException | None) -> str | None:
     if error is None:
         return None
-    shown = portable(error)
     try:
-        named = shown is error or isinstance(shown, BaseExceptionGroup)
-        text = f"{type(error).__name__}: {error}" if named else str(shown)
+        if isinstance(error, BaseExceptionGroup):  # whose own text only counts them
+            text = f"{type(error).__name__}: {error}: {'; '.join(filter(None, map(_text, error.exceptions)))}"
+        else:
+            shown = portable(error)
+            text = f"{type(error).__name__}: {error}" if shown is error else str(shown)
     except Exception as broken:
         text = f"{type(error).__name__}, whose text cannot be had: {type(broken).__name__}"
     # PostgreSQL stores neither NUL nor halves of surrogate pairs, but the failure has to be stored.

@@ -12,6 +12,7 @@ from celery import Celery
 from celery.exceptions import Ignore
 from sqlalchemy import event, select, text
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
 
 import celery_ext
 from celery_ext.durable import statements
@@ -99,6 +100,24 @@ async def test_whose_failure_it_is(
     deliver(fails, task_id)
     assert await rows.durable_tasks() == [(status, "[[], {}]")]
     assert await rows.connection.fetchval("SELECT error FROM durable_task") is not None
+
+
+async def test_row_names_the_errors_of_a_group(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """The group's own text only counts them; SQLAlchemy's quote no row, as ever."""
+
+    @unheard.task(shared=False)
+    def fails() -> None:
+        try:
+            db.sync_session.execute(text("SELECT CAST(:secret AS integer)"), {"secret": "hunter2"})
+        except DBAPIError as error:
+            raise ExceptionGroup("of branches", [KeyError("ana"), error]) from None
+
+    async with db.transaction():
+        task_id = fails.delay_durably()
+    deliver(fails, task_id)
+    assert await rows.connection.fetchval("SELECT error FROM durable_task WHERE status = 'failed'") == (
+        "ExceptionGroup: of branches (2 sub-exceptions): KeyError: 'ana'; DataError: SQLSTATE 22P02"
+    )
 
 
 async def test_altered_table(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
