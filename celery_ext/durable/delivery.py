@@ -212,7 +212,7 @@ def _is_passing(error: BaseException | None) -> bool:
             or asks_to_retry(original)
             or is_outdated(original)
             or _is_of_the_server(original)
-            or (statements.locks_keys(error.statement) and sqlstate(original) in _TIMED_OUT)
+            or (statements.waits_for_a_key(error.statement) and sqlstate(original) in _TIMED_OUT)
         )
     if isinstance(error, PendingRollbackError) and error.code == _CONNECTION_LOST:
         return True

@@ -27,16 +27,11 @@ LIMIT: Final = text(
 _LOCK_KEY: Final = "SELECT pg_advisory_xact_lock(hashtextextended(key, 20))"
 LOCK_KEYS: Final = text(f"{_LOCK_KEY} FROM unnest(CAST(:keys AS text[])) AS key")
 
-
-def locks_keys(statement: str | None) -> bool:
-    """Whether a statement, as a driver was given it, is ``LOCK_KEYS``."""
-    return statement is not None and statement.startswith(_LOCK_KEY)
-
-
+_ADD: Final = "INSERT INTO durable_task ("
 # Only the first row of a key is ever due; the others wait at infinity for the one before them.
 ADD: Final = text(
-    """
-    INSERT INTO durable_task (id, name, arguments, options, ordering_key, due_at, ring_at, expires_at)
+    f"""
+    {_ADD}id, name, arguments, options, ordering_key, due_at, ring_at, expires_at)
     SELECT new.id, new.name, new.arguments, new.options, new.ordering_key, due.at,
            CASE WHEN new.ordering_key IS NOT NULL AND (new.follows OR EXISTS (
                SELECT FROM durable_task AS earlier
@@ -57,6 +52,15 @@ ADD: Final = text(
     ON CONFLICT (id) DO NOTHING
     """
 )
+
+
+def waits_for_a_key(statement: str | None) -> bool:
+    """Whether a statement, as a driver was given it, may wait until whoever uses the same key has committed.
+
+    That is ``LOCK_KEYS`` for an ordering key, ``ADD`` for an idempotency key.
+    """
+    return statement is not None and statement.lstrip().startswith((_LOCK_KEY, _ADD))
+
 
 # The row lock is the lease: the worker holds it until its transaction ends, and PostgreSQL frees it when the worker
 # dies. A task that ended its transaction half way holds an advisory lock instead; whether there is one is asked

@@ -173,6 +173,36 @@ async def test_limit_that_passes_while_the_end_waits_for_a_key(
     assert await rows.names() == ["x"]
 
 
+@pytest.mark.parametrize("limit", ["lock_timeout", "statement_timeout"])
+async def test_limit_that_passes_while_the_end_waits_for_an_idempotency_key(
+    unheard: Celery[celery_ext.Task], rows: Observer, database_url: str, limit: str
+) -> None:
+    """Likewise, when somebody else is storing the same."""
+    other = task(unheard, "add_item")
+
+    @unheard.task(shared=False)
+    def stores() -> None:
+        other.apply_durably(["x"], idempotency_key="k")
+        db.sync_session.execute(text(f"SET LOCAL {limit} = 100"))
+
+    async with db.transaction():
+        task_id = stores.delay_durably()
+    async with db.transaction():
+        stored = other.apply_durably(["x"], idempotency_key="k")
+    with closing(psycopg2.connect(database_url)) as storing:
+        # as if they had not committed yet: whoever stores the same waits until that is decided
+        await rows.connection.execute("DELETE FROM durable_task WHERE id = $1", stored)
+        storing.cursor().execute(
+            "INSERT INTO durable_task (id, name, arguments, options, due_at, ring_at) "
+            "VALUES (%s, '', '', '', now(), now())",
+            [stored],
+        )
+        await asyncio.to_thread(deliver, stores, task_id)
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
+    deliver(stores, task_id)
+    assert [status for status, _ in await rows.durable_tasks()] == ["done", "pending"]
+
+
 async def test_interrupted_task_runs_again_after_growing_pauses(
     unheard: Celery[celery_ext.Task], rows: Observer
 ) -> None:
