@@ -10,7 +10,7 @@ from threading import Event
 import httpx
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import event, insert, text
+from sqlalchemy import Connection, event, insert, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
@@ -144,6 +144,24 @@ async def test_thread_in_its_begin_runs_no_statement(observer: Observer) -> None
         assert isinstance(await outcome, OutsideUnitOfWork)
     assert await observer.in_transaction() == 0
     assert await observer.names() == []
+
+
+def test_thread_that_rolls_back_goes_on(tables: None) -> None:
+    """Its own statements are none of a thread left behind: a handler of the application's may ask something last."""
+    asked: list[int] = []
+
+    def ask(connection: Connection) -> None:
+        asked.append(connection.execute(text("SELECT 1")).scalar_one())
+
+    event.listen(db.sync_engine, "rollback", ask)
+    try:
+        with suppress(ValueError), db.sync_transaction() as session:
+            session.add(Item("x"))
+            session.flush()
+            raise ValueError
+    finally:
+        event.remove(db.sync_engine, "rollback", ask)
+    assert asked == [1]
 
 
 async def test_session_goes_on_after_a_thread_that_nobody_waited_for(app: FastAPI, observer: Observer) -> None:
