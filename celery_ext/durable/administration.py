@@ -12,7 +12,7 @@ from celery_ext.durable import statements
 from fastapi_chatdify_db.database import Database
 
 _PRUNED_AT_ONCE: Final = 10_000
-_COUNTED: Final = 100_000
+_COUNTED: Final = 1_000_000
 """Rows that a health check counts at most: a backlog must not make it late, and a process unready."""
 
 

@@ -134,13 +134,15 @@ async def test_altered_table(unheard: Celery[celery_ext.Task], rows: Observer) -
         await asyncio.to_thread(deliver, counts, task_id)
         return task_id
 
-    await deliver_one()
+    for _ in range(db.settings.db_pool_size):  # on each connection that an earlier task has left
+        await deliver_one()
+    before = await rows.names()
     await rows.connection.execute("ALTER TABLE item ALTER name TYPE varchar(60)")
     try:
         task_id = await deliver_one()
-        assert await rows.names() == ["0"]
+        assert await rows.names() == before
         await asyncio.to_thread(deliver, counts, task_id)
-        assert await rows.names() == ["0", "1"]
+        assert len(await rows.names()) == len(before) + 1
     finally:
         await rows.connection.execute("ALTER TABLE item ALTER name TYPE varchar")
 
