@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from example_app.clients import close_clients, get_chatwoot, get_dify
 from example_app.clients.dify import Question
-from example_app.clients.http import ANSWER_LIMIT, Busy, OutsideError, Rejected, Unanswered, Unreachable
+from example_app.clients.http import ANSWER_LIMIT, Busy, NotFound, OutsideError, Rejected, Unanswered, Unreachable
 from example_app.fakes.faults import Fault
 from example_app.fakes.serving import served
 from tests.example_app.conftest import Configure, Outside, rows
@@ -59,29 +59,39 @@ async def test_endless_answer(both_are: Be, configure: Configure, mode: str, sta
         await (await get_chatwoot()).send_message(7, "Hello")
 
 
-@pytest.mark.parametrize(
-    ("status", "kind", "told"),
-    [(200, Unanswered, "compressed"), (500, Unanswered, "500"), (401, Rejected, "401")],
-)
 @pytest.mark.parametrize("mode", ["blocking", "streaming"])
+@pytest.mark.parametrize(
+    ("status", "error"), [(200, Unanswered), (500, Unanswered), (400, Rejected), (404, NotFound), (429, Busy)]
+)
 async def test_compressed_answer(
-    both_are: Be, configure: Configure, mode: str, status: int, kind: type[OutsideError], told: str
+    both_are: Be, configure: Configure, mode: str, status: int, error: type[OutsideError]
 ) -> None:
     """None is asked for, and none is unpacked: of two layers, a kilobyte would become a gigabyte. A status counts."""
-    asked: list[str | None] = []
+    asked: set[str | None] = set()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        asked.append(Request(scope).headers.get("Accept-Encoding"))
+        asked.add(Request(scope).headers.get("Accept-Encoding"))
         packed = gzip.compress(gzip.compress(b"{}"))
-        await Response(packed, status, {"Content-Encoding": "gzip, gzip"}, "application/json")(scope, receive, send)
+        headers = {"Content-Encoding": "gzip, gzip", "Retry-After": "600"}
+        await Response(packed, status, headers, "application/json")(scope, receive, send)
 
     await both_are(app)
     configure(DIFY_RESPONSE_MODE=mode)
-    with pytest.raises(kind, match=f"answered {told}$"):
+    with pytest.raises(OutsideError) as dify:
         await (await get_dify()).ask(QUESTION)
-    with pytest.raises(kind, match=f"answered {told}$"):
+    with pytest.raises(OutsideError) as chatwoot:
         await (await get_chatwoot()).send_message(7, "Hello")
-    assert asked == ["identity", "identity"]
+    assert (type(dify.value), type(chatwoot.value)) == (error, error)
+    assert dify.value.retry_after == (600 if error is Busy else 0)
+    assert asked == {"identity"}
+
+
+@pytest.mark.parametrize("encoding", ["identity", "", "utf-8", "none"])
+async def test_answer_that_is_not_compressed(both_are: Be, encoding: str) -> None:
+    """Whatever a server calls it."""
+    ids = {"conversation_id": "1", "message_id": "1"}
+    await both_are(JSONResponse({"answer": "Hi"} | ids, headers={"Content-Encoding": encoding}))
+    assert (await (await get_dify()).ask(QUESTION)).answer == "Hi"
 
 
 async def test_answer_that_drips(both_are: Be, configure: Configure) -> None:
