@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Body, Depends, HTTPException, Query
+from fastapi import APIRouter, Body, Depends, HTTPException, Query, Security
 
 from example_app import dialogues
-from example_app.api.doors import TokenFirst, require_token
+from example_app.api.doors import TokenFirst, bearer
 from example_app.api.problems import documented
 from example_app.clients import get_chatwoot
 from example_app.clients.chatwoot import Chatwoot as ChatwootClient
@@ -35,7 +35,7 @@ from example_app.teams import directory
 router: Final = APIRouter(
     tags=["conversations"],
     route_class=TokenFirst,
-    dependencies=[Depends(require_token)],  # for the API's description
+    dependencies=[Security(bearer)],  # for the API's description
     responses=documented(400, 401, 404, 413, 422, 502, 503),
 )
 

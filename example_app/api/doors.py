@@ -28,10 +28,10 @@ well, and Rails writes ``<`` in six bytes."""
 _CLOSE: Final = {"Connection": "close"}
 """Of a refusal that leaves the body unread: the server would receive the rest, without end if need be."""
 
-_bearer: Final = HTTPBearer(auto_error=False, description="CHATDIFY_API_TOKEN")
+bearer: Final = HTTPBearer(auto_error=False, description="CHATDIFY_API_TOKEN")
 
 
-def require_token(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> None:
+def require_token(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> None:
     """Refuse callers without the API's token; in development there may be none.
 
     Raises:
@@ -53,7 +53,7 @@ class TokenFirst(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_with_token(request: Request) -> Response:
-            require_token(await _bearer(request))
+            require_token(await bearer(request))
             return await handle(request)
 
         return handle_with_token

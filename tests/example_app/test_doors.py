@@ -60,6 +60,15 @@ async def test_body_without_a_token_is_not_read(client: httpx.AsyncClient, endpo
     assert answer.startswith(b"HTTP/1.1 401 ")
 
 
+async def test_document_names_what_needs_the_token(client: httpx.AsyncClient) -> None:
+    """Swagger UI sends it along with what the document says needs it."""
+    document = (await client.get("/openapi.json")).json()
+    open_to_all = {PATH, "/api/v1/health", "/health/live", "/health/ready"}
+    for path, operations in document["paths"].items():
+        security = [operation.get("security") for operation in operations.values()]
+        assert security == [None if path in open_to_all else [{"HTTPBearer": []}]] * len(security), path
+
+
 async def test_endless_body_is_cut_off(client: httpx.AsyncClient) -> None:
     """Behind the limit a body is not received any more."""
     sent, piece = 0, b" " * 2**16
