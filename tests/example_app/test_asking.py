@@ -218,14 +218,15 @@ async def test_pauses_of_a_deletion(outside: Outside, configure: Configure, monk
 
     configure(CELERY_RETRY_COUNTDOWN="5")
     monkeypatch.setattr(delete_dify_conversation, "retry", retry)
-    outside.dify.faults.add(Fault("GET", "/conversations", 500, times=3))
+    outside.dify.faults.add(Fault("GET", "/conversations", 500, times=6))
     outside.dify.faults.add(Fault("GET", "/conversations", 400))
-    async with db.transaction():
-        with pytest.raises(Retry):
-            await delete_dify_conversation("7")
-        with pytest.raises(Rejected):
-            await delete_dify_conversation("7")
-    assert pauses == [5.0]
+    for retries, raised in ((0, Retry), (2, Retry), (3, Rejected)):
+        delete_dify_conversation.push_request(retries=retries)
+        async with db.transaction():
+            with pytest.raises(raised):
+                await delete_dify_conversation("7")
+        delete_dify_conversation.pop_request()
+    assert pauses == [5.0, 20.0]
 
 
 async def test_old_deliveries_are_forgotten(outside: Outside) -> None:
