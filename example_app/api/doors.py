@@ -128,7 +128,9 @@ class BodyLimit:
 
 
 class SameOrigin:
-    """Refuses, with 403, what the pages of other web sites have a browser send: without secrets that is all it takes.
+    """Refuses, with 403, what the pages of other web sites have a browser post: without secrets that is all it takes.
+
+    Their links and pictures come in: they change nothing, and the browser does not tell the page the answer.
 
     Parameters:
         app: The application.
