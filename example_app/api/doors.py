@@ -140,7 +140,7 @@ class SameOrigin:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] in ("http", "websocket") else {}
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
         origin = headers.get("Origin")
         if origin is None or origin.partition("://")[2] == headers.get("Host"):
             await self._app(scope, receive, send)
