@@ -98,7 +98,7 @@ class DatabaseSettings(BaseSettings):
             problems = [": ".join([*(str(part).upper() for part in e["loc"][:1]), e["msg"]]) for e in error.errors()]
         raise InvalidSettings("; ".join(problems))
 
-    if not TYPE_CHECKING:  # which know the fields' types otherwise, and refuse these arguments themselves
+    if not TYPE_CHECKING:  # type checkers refuse such arguments themselves, by the fields
 
         def __init__(self, /, *positional: object, **values: Any) -> None:
             if positional:  # the first would be pydantic-settings' _case_sensitive: another database, without a word
