@@ -24,14 +24,14 @@ LIMIT: Final = text(
 
 # A key's rows are numbered, and looked for, by one transaction at a time: so their numbers have the order of the
 # commits, and none slips in unseen between "this one is done" and "which one is next".
-_LOCK_KEY: Final = "SELECT pg_advisory_xact_lock(hashtextextended(key, 20))"
-LOCK_KEYS: Final = text(f"{_LOCK_KEY} FROM unnest(CAST(:keys AS text[])) AS key")
+LOCK_KEYS: Final = text(
+    """SELECT pg_advisory_xact_lock(hashtextextended(key, 20)) FROM unnest(CAST(:keys AS text[])) AS key"""
+)
 
-_ADD: Final = "INSERT INTO durable_task ("
 # Only the first row of a key is ever due; the others wait at infinity for the one before them.
 ADD: Final = text(
-    f"""
-    {_ADD}id, name, arguments, options, ordering_key, due_at, ring_at, expires_at)
+    """
+    INSERT INTO durable_task (id, name, arguments, options, ordering_key, due_at, ring_at, expires_at)
     SELECT new.id, new.name, new.arguments, new.options, new.ordering_key, due.at,
            CASE WHEN new.ordering_key IS NOT NULL AND (new.follows OR EXISTS (
                SELECT FROM durable_task AS earlier
@@ -53,13 +53,16 @@ ADD: Final = text(
     """
 )
 
+# Up to their first parameter, which each driver writes in its own way.
+_WAIT_FOR_KEYS: Final = tuple(str(each).partition(":")[0] for each in (LOCK_KEYS, ADD))
+
 
 def waits_for_a_key(statement: str | None) -> bool:
     """Whether a statement, as a driver was given it, may wait until whoever uses the same key has committed.
 
     That is ``LOCK_KEYS`` for an ordering key, ``ADD`` for an idempotency key.
     """
-    return statement is not None and statement.lstrip().startswith((_LOCK_KEY, _ADD))
+    return statement is not None and statement.startswith(_WAIT_FOR_KEYS)
 
 
 # The row lock is the lease: the worker holds it until its transaction ends, and PostgreSQL frees it when the worker
