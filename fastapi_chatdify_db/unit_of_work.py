@@ -68,8 +68,7 @@ def note_error(context: ExceptionContext) -> None:
     if asks_to_retry(context.original_exception):
         unit = _current.get()
         while unit is not None:
-            unit.untouched = False
-            unit.asked_to_retry = True
+            unit.untouched, unit.asked_to_retry = False, True
             unit = unit.outer
 
 

@@ -46,14 +46,7 @@ def store(
             f"{task.name} can only be stored with a transaction: "
             f"async with {task.database.name}.transaction(): ... (or sync_transaction), a request or a task"
         )
-    if not task.db_session:
-        raise DurableDispatchUnsupported(f"{task.name} has db_session=False; its end is marked in the session it lacks")
-    if callable(task.Strategy):
-        raise DurableDispatchUnsupported(
-            f"{task.name} takes its messages together (celery-batches), and a row is done by a run of its own; write "
-            f"{task.name}.delay_on_commit(...)"
-        )
-    check_dialect(task.database)
+    _refuse_unsupported(task)
     check_arguments(task, args, kwargs)
     options = options or {}
     _refuse_useless(task, options)
@@ -73,6 +66,17 @@ def store(
         return send_on_commit(task, args, kwargs, "raise", {**options, "task_id": row.id})
     outbox.add(unit.session_of_writes(engines), row)
     return row.id
+
+
+def _refuse_unsupported(task: Task) -> None:
+    check_dialect(task.database)
+    why = None
+    if not task.db_session:
+        why = "has db_session=False, and its end is marked in the session it lacks"
+    elif callable(task.Strategy):
+        why = "takes its messages together (celery-batches), and a row is done by a run of its own"
+    if why is not None:
+        raise DurableDispatchUnsupported(f"{task.name} {why}; write {task.name}.delay_on_commit(...)")
 
 
 def check_dialect(database: Database) -> None:
