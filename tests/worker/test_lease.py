@@ -51,7 +51,7 @@ async def test_lease_whose_connection_died(rows: Observer) -> None:
 
 async def test_lease_outlives_a_limit_for_idle_sessions(rows: Observer, database_url: str) -> None:
     """A task may wait longer for something slow than the server lets other sessions idle."""
-    url = make_url(database_url).update_query_dict({"options": "-c idle_session_timeout=100"})
+    url = make_url(database_url).update_query_dict({"options": "-c idle_session_timeout=1000"})
     given = DatabaseSettings(database_url=url.render_as_string(hide_password=False), db_application_name="leasing")
     database = Database("leasing", settings=given)
     assert lease.hold(database, "a")
