@@ -14,10 +14,8 @@ from fastapi_chatdify_db.connecting import telling
 from fastapi_chatdify_db.connection_state import ConnectionState, state_in, state_of
 from fastapi_chatdify_db.liveness import errors_of, replace_connection, wants_another_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
-from fastapi_chatdify_db.sqlstates import sqlstate
+from fastapi_chatdify_db.sqlstates import timed_out
 
-# query_canceled (statement_timeout) and lock_not_available (lock_timeout): to run it again would wait as long again.
-_TIMED_OUT: Final = ("57014", "55P03")
 # Of a connection without a level of its own, or whose level was reset by asyncpg's adapter, or by psycopg2's
 # (https://www.psycopg.org/docs/extensions.html#isolation-level-constants).
 _ORDINARY: Final = (None, "read_committed")
@@ -80,7 +78,7 @@ class FirstStatements:
             try:
                 self._run_in_autocommit(state.connection, statement, parameters, context)
             except self._errors as error:
-                if wants_another_connection(context, error) or _timed_out(error):
+                if wants_another_connection(context, error) or _took_too_long(error):
                     raise
                 # Run it again as the first statement of a transaction. It fails there too, so that the transaction is a
                 # failed one, as whoever catches the error expects.
@@ -125,8 +123,9 @@ def _begins_ordinarily(state: ConnectionState) -> bool:
     )
 
 
-def _timed_out(error: Exception) -> bool:
-    return isinstance(error, TimeoutError) or sqlstate(error) in _TIMED_OUT  # asyncpg's command_timeout is the former
+def _took_too_long(error: Exception) -> bool:
+    """Whether to run a statement again would wait as long again."""
+    return isinstance(error, TimeoutError) or timed_out(error)  # asyncpg's command_timeout is the former
 
 
 def _is_read(statement: str, context: ExecutionContext) -> bool:

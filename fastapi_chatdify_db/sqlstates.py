@@ -8,6 +8,8 @@ from typing import Final
 # https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html
 _WORTH_ANOTHER_TRY: Final = {"40001", "40P01"}
 _IN_FAILED_TRANSACTION: Final = "25P02"
+# query_canceled (statement_timeout) and lock_not_available (lock_timeout)
+_TIMED_OUT: Final = {"57014", "55P03"}
 
 
 def sqlstate(error: BaseException | None) -> str | None:
@@ -23,3 +25,8 @@ def asks_to_retry(error: BaseException | None) -> bool:
 def was_given_up(error: BaseException | None) -> bool:
     """Whether a driver's error says that an earlier one has already failed the transaction."""
     return sqlstate(error) == _IN_FAILED_TRANSACTION
+
+
+def timed_out(error: BaseException | None) -> bool:
+    """Whether a driver's error says that a time limit for statements or locks has passed, or somebody cancelled."""
+    return sqlstate(error) in _TIMED_OUT

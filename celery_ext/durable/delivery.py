@@ -23,7 +23,7 @@ from celery_ext.errors import portable
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.liveness import is_outdated
-from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate
+from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate, timed_out
 from fastapi_chatdify_db.surroundings import in_event_loop
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ logger: Final = logging.getLogger(__name__)
 # connection_exception; insufficient_resources (53000 are too many open files), but no limit of a setting (53400);
 # operator_intervention but for query_canceled: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _OF_THE_SERVER: Final = ("08", "530", "531", "532", "533", "57P")
-
-_TIMED_OUT: Final = ("57014", "55P03")  # query_canceled, lock_not_available
 
 _CONNECTION_LOST: Final = "8s2b"
 """SQLAlchemy's code for a transaction whose connection broke: https://docs.sqlalchemy.org/en/20/errors.html."""
@@ -212,7 +210,7 @@ def _is_passing(error: BaseException | None) -> bool:
             or asks_to_retry(original)
             or is_outdated(original)
             or _is_of_the_server(original)
-            or (statements.waits_for_a_key(error.statement) and sqlstate(original) in _TIMED_OUT)
+            or (statements.waits_for_a_key(error.statement) and timed_out(original))
         )
     if isinstance(error, PendingRollbackError) and error.code == _CONNECTION_LOST:
         return True
