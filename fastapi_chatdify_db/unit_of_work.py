@@ -114,7 +114,7 @@ class UnitOfWork:
 
     @cached_property
     def suspended(self) -> list[UnitOfWork]:
-        """The open units within this one whose code stands still in a generator: dependencies that yield."""
+        """The open units within this one, the innermost first, that stand still in a generator: a dependency's."""
         return []
 
     def sync_session(self, engines: Engines) -> Session:
@@ -174,7 +174,8 @@ class UnitOfWork:
             outer.has_inner = True
             # FastAPI runs a def dependency that yields in a thread, whose context nobody sees again.
             if not in_event_loop() and in_generator():
-                outer.suspended.append(self)
+                self.suspended = outer.suspended  # one list for blocks within each other, too
+                self.suspended.insert(0, self)
         _current.set(self)
 
     def close(self) -> None:

@@ -36,6 +36,11 @@ def def_transaction() -> Iterator[Session]:
         yield session
 
 
+def nested_def_transactions() -> Iterator[Session]:
+    with db.sync_transaction(), db.sync_transaction() as session:
+        yield session
+
+
 async def numbers() -> AsyncGenerator[int]:
     async with db.transaction() as session:
         for number in range(3):
@@ -66,6 +71,10 @@ async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncC
         session.flush()
         if status != 200:
             raise HTTPException(status)
+
+    @app.post("/nested-def")
+    def nested_def(session: Annotated[Session, Depends(nested_def_transactions)], name: str) -> None:
+        session.add(Item(name))
 
     @app.post("/beside")
     async def beside(session: Annotated[AsyncSession, Depends(transaction)], name: str) -> None:
@@ -131,7 +140,7 @@ async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncC
         yield client
 
 
-@pytest.mark.parametrize("path", ["/given", "/current", "/sync", "/def"])
+@pytest.mark.parametrize("path", ["/given", "/current", "/sync", "/def", "/nested-def"])
 async def test_commits_before_the_response(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
     """A dependency that yields within a block ends after the response; its COMMIT does not, nor its failure."""
     statuses = [(await client.post(path, params={"name": name})).status_code for name in ("a", "a", "b")]
