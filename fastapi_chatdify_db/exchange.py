@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, finish
+from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, finish, run_to_completion
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, units_inside
 
@@ -87,7 +87,7 @@ class HTTPExchange(AsyncUnitOfWork):
             self.close()
             del self._receive  # a connection keeps the context that it was made in, and so a recorded body
             if self._started and not self._complete and self.has_inner:
-                await self._end_suspended()
+                await run_to_completion(self._end_suspended())
 
     # Not a coroutine function: most messages have nothing to settle before them and pass straight through.
     def _send_settled(self, message: Message) -> Awaitable[None]:

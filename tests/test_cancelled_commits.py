@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import Depends, FastAPI
 from sqlalchemy import event, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -131,6 +133,29 @@ async def test_callbacks_of_a_commit_that_is_cancelled_run(observer: Observer, s
         async with db.transaction() as session:
             session.add(Item("committed"))
             db.on_commit(lambda: ran.append("callback"))
+
+    await cancel_during_commit(observer, work())
+    assert await observer.names() == ["committed"]
+    assert ran == ["callback"]
+
+
+async def test_commit_of_a_def_dependency(app: FastAPI, observer: Observer, slow_commits: None) -> None:
+    """Its block's COMMIT is in a thread, and is waited for like any other."""
+    ran: list[str] = []
+
+    def add_in_block() -> Iterator[None]:
+        with db.sync_transaction() as session:
+            db.on_commit(lambda: ran.append("callback"))
+            session.add(Item("committed"))
+            yield
+
+    @app.get("/", dependencies=[Depends(add_in_block)])
+    async def answer() -> None:
+        pass
+
+    async def work() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            await client.get("/")
 
     await cancel_during_commit(observer, work())
     assert await observer.names() == ["committed"]

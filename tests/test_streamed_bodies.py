@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from threading import Event
 
+import anyio
 import httpx
 import pytest
 from fastapi import BackgroundTasks, FastAPI, Request
@@ -149,6 +150,41 @@ async def test_def_stream_left_by_its_client_holds_nothing(app: FastAPI, observe
                 assert await observer.in_transaction() == 1
             go_on.set()
             await observer.until_no_transactions()
+    finally:
+        gc.enable()
+    assert await observer.names() == []
+
+
+async def test_def_stream_in_a_cancelled_scope_holds_nothing(app: FastAPI, observer: Observer) -> None:
+    """Nor do anyio's cancellations, which come again at each ``await``, keep its blocks open."""
+
+    @app.get("/")
+    def stream() -> StreamingResponse:
+        def body() -> Iterator[bytes]:
+            with db.sync_transaction() as outer, db.sync_transaction() as inner:
+                for session in (outer, inner):
+                    session.add(Item("lost"))
+                    session.flush()
+                yield b"first"
+
+        return StreamingResponse(body())
+
+    async def receive() -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def leave(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            scope.cancel()
+            await anyio.sleep_forever()
+
+    gc.disable()
+    try:
+        with anyio.CancelScope() as scope:
+            await app(
+                {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}, receive, leave
+            )
+        assert await observer.in_transaction() == 0
     finally:
         gc.enable()
     assert await observer.names() == []
