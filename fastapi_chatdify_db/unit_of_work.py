@@ -248,9 +248,8 @@ class UnitOfWork:
 
     def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
         self.untouched = False
-        if self._callbacks is None:
-            self._callbacks = CallbackQueue()
-        self._callbacks.add(callback, session)
+        # Threads may register their first ones at the same time.
+        self.__dict__.setdefault("_callbacks", CallbackQueue()).add(callback, session)
 
     def _settle_callbacks(self, *, committed: bool) -> None:
         if self._callbacks is not None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import Annotated
 
@@ -244,3 +247,28 @@ async def test_sync_unit_takes_plain_functions(observer: Observer) -> None:
 
     await asyncio.to_thread(work)
     assert ran == ["sync"]
+
+
+async def test_threads_that_register_their_first_one_at_once(observer: Observer) -> None:
+    """None is lost, however close they come."""
+
+    def work() -> None:
+        with db.sync_transaction(), ThreadPoolExecutor(8) as threads:
+            at_once = threading.Barrier(8)
+
+            def register() -> None:
+                at_once.wait()
+                db.on_commit(lambda: ran.append(1))
+
+            for _ in range(8):
+                threads.submit(copy_context().run, register)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(300):
+            ran: list[int] = []
+            await asyncio.to_thread(work)
+            assert len(ran) == 8
+    finally:
+        sys.setswitchinterval(interval)
