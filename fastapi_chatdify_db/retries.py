@@ -100,13 +100,12 @@ def _remember(scope: Scope) -> Callable[[], None]:
     session_before = deepcopy(dict(session))
 
     def make_as_before() -> None:
-        for written, before in (
-            (scope, scope_before),
-            (state, state_before),
-            (session, deepcopy(session_before)),
-        ):
+        for written, before in ((scope, scope_before), (state, state_before)):
             written.clear()
             written.update(before)
+        if session != session_before:  # else Starlette would take it for changed, and set its cookie again
+            session.clear()
+            session.update(deepcopy(session_before))
 
     return make_as_before
 

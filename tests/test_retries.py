@@ -227,6 +227,37 @@ async def test_scope_is_new_for_each_run(counter: Observer) -> None:
     assert kept == [("written", {"basket": ["apple", "pear"], "runs": 1}, "written", True)]
 
 
+class Session(dict[str, object]):
+    """As Starlette's: what writes into it makes ``SessionMiddleware`` set the cookie."""
+
+    modified = False
+
+    def clear(self) -> None:
+        self.modified = True
+        super().clear()
+
+
+async def test_session_that_nobody_changed(counter: Observer) -> None:
+    """Its cookie, which another request may have replaced meanwhile, is not set again."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, retries=1)
+    session = Session(basket=["apple"])
+    runs = []
+
+    async def with_session(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "session": session}, receive, send)
+
+    @app.post("/")
+    async def write() -> None:
+        runs.append(1)
+        if len(runs) == 1:
+            await db.session.execute(text(ASKS_TO_RETRY))
+
+    async with serve(with_session) as client:
+        assert (await client.post("/")).status_code == 200
+    assert (len(runs), session.modified) == (2, False)
+
+
 async def test_stream_is_not_run_again(counter: Observer) -> None:
     """The client has a part of it already; it gets an incomplete body."""
     app = FastAPI()
