@@ -38,6 +38,9 @@ def SessionLocal() -> Session:  # noqa: N802  # the name is what this module is 
 
 
 class _SelfCommittingSession(FollowedSession):
+    def close(self) -> None:
+        Session.close(self)  # here it is the caller's to do, and what it drops is dropped on purpose
+
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:

@@ -241,7 +241,9 @@ async def test_legacy_session_local_after_a_failed_statement(observer: Observer)
     assert await observer.names() == []
 
 
-async def test_legacy_session_local_that_is_closed_by_hand(observer: Observer) -> None:
+async def test_legacy_session_local_that_is_closed_by_hand(
+    observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
     """``SessionLocal()`` is a session: what was committed is kept, and ``close()`` rolls back the rest."""
 
     def work() -> None:
@@ -266,3 +268,4 @@ async def test_legacy_session_local_that_is_closed_by_hand(observer: Observer) -
         await asyncio.to_thread(fail)
     assert await observer.names() == ["kept"]
     assert await observer.in_transaction() == 0
+    assert caplog.text == ""  # nothing was forgotten
