@@ -43,7 +43,7 @@ class FollowedSession(Session):
     abandoned: bool = False
     """Whether its unit ended, or is about to by a rollback, while somebody was in the middle of an operation of it."""
     committing: ReferenceType[SessionTransaction] | None = None
-    """The transaction that its latest COMMIT is ending, or has ended; weak, since it refers to the session."""
+    """The transaction that its latest COMMIT was to end, whatever came of it; weak, since it refers to the session."""
 
     def commit(self) -> None:
         """SQLAlchemy's.

@@ -7,6 +7,7 @@ from typing import Final
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.state_changes import _StateChangeStates
 
 from celery_ext.durable import statements
 from celery_ext.durable.row import Row
@@ -21,7 +22,12 @@ def add(session: Session, row: Row) -> None:
     """Store ``row`` in the session's transaction, at its COMMIT; a rollback, of a savepoint too, forgets it."""
     assert isinstance(session, FollowedSession)
     committing = None if session.committing is None else session.committing()
-    if committing is not None and session.get_transaction() is committing and not session._flushing:
+    if (
+        committing is not None
+        and session.get_transaction() is committing
+        and committing._next_state is _StateChangeStates.CHANGE_IN_PROGRESS  # else a handler has refused it
+        and not session._flushing
+    ):
         _insert(session, [row])  # called by a before_commit handler; the outbox's own has run, or will not
         return
     outbox = session.info.get(Outbox)

@@ -137,3 +137,19 @@ async def test_call_after_the_commit_is_refused(unheard: Celery[celery_ext.Task]
         event.listen(session, "after_commit", store)
         session.execute(text("SELECT 1"))
     assert len(refused) == 1
+
+
+async def test_call_after_a_commit_that_was_refused(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """The transaction goes on, and is committed later, with the task."""
+
+    def refuse(_: Session) -> None:
+        event.remove(session.sync_session, "before_commit", refuse)
+        raise ZeroDivisionError
+
+    async with db.transaction() as session:
+        session.add(Item("x"))
+        event.listen(session.sync_session, "before_commit", refuse)
+        with pytest.raises(ZeroDivisionError):
+            await session.commit()
+        task(unheard, "record").delay_durably("x")
+    assert await rows.durable_tasks() == [("pending", '[["x"], {}]')]
