@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
 from typing import Final
@@ -37,9 +38,8 @@ def send_within(seconds: float, send: Callable[[], object]) -> BaseException | N
         sender.start()
     outcome: Future[BaseException | None] = Future()
     sender.messages.put((send, outcome))
-    done, _ = wait([outcome], seconds)
-    if done:
-        return outcome.result()
+    with suppress(TimeoutError):
+        return outcome.result(seconds)
     _overdue.add(outcome)
     outcome.add_done_callback(_overdue.discard)
     return TimeoutError(f"no answer in {seconds:g} s; it may still be sent")
