@@ -173,11 +173,11 @@ def _is_cancelled() -> bool:
 
 
 async def finish(unit: UnitOfWork, *, commit: bool) -> None:
-    """End a unit of either kind, from the event loop, whatever is cancelled meanwhile."""
+    """End a unit of either kind, from the event loop."""
     if isinstance(unit, AsyncUnitOfWork):
         await unit.finish_async(commit=commit)
     else:
-        await run_to_completion(_in_thread(partial(unit.finish, commit=commit)))
+        await _in_thread(partial(unit.finish, commit=commit))
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

@@ -115,10 +115,11 @@ class HTTPExchange(AsyncUnitOfWork):
         try:
             if not commit and self._wants_retry():
                 raise TryAgain
-            for block in self._blocks():
-                block.awaits_response = starts  # what is done from here on
-                await finish(block, commit=commit)
-            await self.finish_async(commit=commit)
+            if blocks := self._blocks():
+                # A cancellation comes neither between their commits nor during a sync one's.
+                await run_to_completion(self._finish_with(blocks, commit=commit, starts=starts))
+            else:
+                await self.finish_async(commit=commit)
         except Exception as error:
             self._failure = error
             raise
@@ -130,6 +131,12 @@ class HTTPExchange(AsyncUnitOfWork):
         self.rollback_only = False
         self._started, self._complete = True, not starts
         await self._send(message)
+
+    async def _finish_with(self, blocks: list[UnitOfWork], *, commit: bool, starts: bool) -> None:
+        for block in blocks:
+            block.awaits_response = starts  # what is done from here on
+            await finish(block, commit=commit)
+        await self.finish_async(commit=commit)
 
     async def _end_suspended(self) -> None:
         """End the blocks in a ``def`` body whose client is gone: Starlette leaves it to the garbage collector."""
