@@ -25,6 +25,14 @@ logger: Final = logging.getLogger(__name__)
 # Any number serves as long as all processes use the same one and nobody else does.
 _TABLES_LOCK: Final = crc32(b"fastapi_chatdify_db.create_tables")
 
+# Those that the server has: the last one came with PostgreSQL 17.
+_NO_TIME_LIMITS: Final = text(
+    """
+    SELECT set_config(name, '0', true) FROM pg_settings
+    WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout')
+    """
+)
+
 # connection_exception, too_many_connections, cannot_connect_now, invalid_catalog_name (a server that is being set up):
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PASSING: Final = ("08", "53300", "57P03", "3D000")
@@ -88,7 +96,7 @@ def _of_dialect(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> list[Meta
 def _locked(connection: Connection) -> None:
     # CREATE TABLE IF NOT EXISTS is not enough: two at once fail on the catalog's unique indexes.
     if connection.dialect.name == "postgresql":
-        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(_NO_TIME_LIMITS)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _TABLES_LOCK})
 
 

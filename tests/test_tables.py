@@ -40,10 +40,11 @@ async def test_eight_processes_create_the_tables_at_once(own_database: str, turn
     await connection.close()
 
 
-async def test_tables_that_another_process_is_creating(tables: None, observer: Observer) -> None:
-    """They are waited for, whatever DB_STATEMENT_TIMEOUT is."""
+async def test_tables_that_another_process_is_creating(tables: None, observer: Observer, database_url: str) -> None:
+    """They are waited for, whatever the time limits of statements and locks."""
     await db.drop_tables()
-    hurried = Database(settings=DatabaseSettings(db_statement_timeout=0.2))
+    url = f"{database_url}?options=-clock_timeout=200"
+    hurried = Database(settings=DatabaseSettings(database_url=url, db_statement_timeout=0.2))
     async with observer.connection.transaction():
         await observer.connection.execute("CREATE TABLE item ()")
         creating = asyncio.create_task(hurried.create_tables())
