@@ -94,6 +94,7 @@ def sync_target(settings: DatabaseSettings) -> DriverTarget:
     server_settings = _server_settings(settings, options)
     connect_args: dict[str, Any] = {name: value for name, value in options.items() if name not in _ASYNCPG_ONLY}
     connect_args.setdefault("tcp_user_timeout", _UNANSWERED)
+    connect_args.setdefault("client_encoding", "utf8")  # as asyncpg's always is, whatever the role's
     connect_args["application_name"] = server_settings.pop("application_name")
     flags = [connect_args.get("options", ""), *(f"-c {name}={value}" for name, value in server_settings.items())]
     if options_flag := " ".join(filter(None, flags)):

@@ -65,6 +65,7 @@ def test_what_only_one_driver_has_is_kept_from_the_other() -> None:
         "keepalives_idle": "7",
         "connect_timeout": "3",
         "tcp_user_timeout": "9",
+        "client_encoding": "utf8",
         "application_name": "fastapi_chatdify_db",
     }
 
@@ -172,6 +173,7 @@ async def ask_both(database: Database, statement: str) -> set[Any]:
             "SELECT current_setting('search_path') || ' ' || current_setting('statement_timeout')",
             "elsewhere 1500ms",
         ),
+        ({"options": "-c client_encoding=LATIN1"}, {}, "SHOW client_encoding", "UTF8"),
         ({"application_name": "theirs"}, {}, "SHOW application_name", "theirs"),
         ({"application_name": "theirs"}, {"db_application_name": "ours"}, "SHOW application_name", "ours"),
         ({"async_fallback": "true"}, {}, "SELECT 1", 1),
