@@ -54,7 +54,7 @@ class Task(_CeleryTask):
     """Whether a serialization failure or deadlock retries the task, under its own retry policy."""
 
     dont_autoretry_for: ClassVar[tuple[type[Exception], ...]] = (AfterCommitError,)
-    """What the task's commit does not undo, so that another run would do it twice; name it again in an own one."""
+    """Errors that come after the commit: another run would do everything twice. Keep them in a list of your own."""
     runs_in_unit: bool = False
     """Whether ``put_in_unit`` has been here."""
 
@@ -109,7 +109,7 @@ class Task(_CeleryTask):
         Parameters:
             args: The task's positional arguments.
             kwargs: Its keyword arguments.
-            on_error: What happens when the broker does not take it within ``broker_connection_timeout`` seconds:
+            on_error: What happens when the broker does not take the task within ``broker_connection_timeout`` seconds:
                 ``"log"`` an error, or ``"raise"`` to whoever ended the unit, although its commit stands.
             options: Celery's: ``countdown``, ``queue``, ``link``, ...
 
@@ -157,7 +157,7 @@ class Task(_CeleryTask):
             args: The task's positional arguments.
             kwargs: Its keyword arguments.
             countdown: Seconds from the commit until it may start.
-            eta: The moment from which it may start, instead.
+            eta: Instead of ``countdown``, the moment from which it may start.
             expires: Seconds, or the moment, after which it is not started any more.
             ordering_key: At most 500 characters. Tasks of one key run one at a time, in the order in which their
                 transactions committed.

@@ -34,12 +34,12 @@ class Database:
 
     Parameters:
         name: What messages call it.
-        settings: Where it is; None reads the environment at the first use.
+        settings: Where it is, and how its connections are kept; None reads the environment at the first use.
         base: The declarative base whose tables are its own.
         create_tables: Whether the lifespan creates the tables that do not exist.
 
     Raises:
-        InvalidSettings: The name is a URL, or the settings are none.
+        InvalidSettings: ``name`` is a URL, or ``settings`` is no ``DatabaseSettings``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Database:
         self._settings = None if settings is None else _checked(settings)
         self.creates_tables = create_tables
         self.metadatas: list[MetaData] = [base.metadata]
-        """Whose tables are created; extensions add their own. ``info["dialect"]`` limits one to a dialect."""
+        """What tables are created from; extensions add their own. ``info["dialect"]`` limits one to a dialect."""
         self.services: dict[object, Callable[[], AbstractContextManager[object]]] = {}
         """What runs beside the application, within its lifespan, by owner; entered in a thread."""
         self.figures: dict[str, Callable[[AsyncConnection], Awaitable[Figures]]] = {}
@@ -72,7 +72,7 @@ class Database:
 
         Raises:
             InvalidSettings: An environment variable cannot be used; the message names it. Or what is assigned is no
-                settings, or other ones although an engine was made from these.
+                ``DatabaseSettings``, or differs from the settings that an engine was made from.
         """
         if self._settings is None:
             self._settings = DatabaseSettings()
@@ -142,7 +142,7 @@ class Database:
             yield unit.sync_session(self.engines)
 
     def on_commit(self, callback: AfterCommit) -> None:
-        """Call ``callback`` once what the unit did here so far is committed; never after a rollback.
+        """Call ``callback`` once what the unit did so far on this database is committed; never after a rollback.
 
         Callbacks run before the response leaves: coroutine functions on the event loop, others in a thread. What a
         callback writes through ``session`` is committed after it. An exception is logged and stops nothing else; an
@@ -154,7 +154,7 @@ class Database:
         Raises:
             OutsideUnitOfWork: No unit is open here.
             NotInSyncUnit: A coroutine function, and the unit that is open is a synchronous one.
-            TypeError: It is no function, e.g. what a call of it returned.
+            TypeError: It is no function, but e.g. what a function returned.
         """
         if not callable(callback):  # while there is something to roll back: after the commit it would be a log line
             if inspect.iscoroutine(callback):

@@ -36,7 +36,7 @@ class SessionInUse(ChatdifyDBError):
 
 
 class DatabaseUnavailable(ChatdifyDBError, DontWrapMixin, OperationalError):
-    """The database gives no connection: within ``DB_STARTUP_TIMEOUT`` at the start, or at once for a statement.
+    """The database gives no connection: none within ``DB_STARTUP_TIMEOUT`` at the start, later none for a statement.
 
     A request that it ends is answered 503.
 

@@ -36,8 +36,8 @@ class DBSessionMiddleware:
     Parameters:
         app: The application.
         commit_on: Given the response's status, whether to commit.
-        retries: How often to run a request again whose transaction failed with 40001 or 40P01. Its body is kept in
-            memory for that, and everything else the handler does is done again too.
+        retries: How often to run a request again whose transaction failed with 40001 or 40P01. The request's body is
+            kept in memory for that, and everything else the handler does is done again too.
 
     Raises:
         TypeError: ``commit_on`` is no function, or an ``async def``.

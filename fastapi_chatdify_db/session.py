@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 async def get_session() -> AsyncGenerator[AsyncSession]:
     """FastAPI dependency: the request's session.
 
-    With ``DBSessionMiddleware`` it is ``db.session``, committed before the response is sent. Without, it is a unit of
-    its own, committed when FastAPI ends the dependency; only ``Depends(get_session, scope="function")`` (FastAPI 0.121
-    and later) makes that before the response, so that a failed commit is not announced as a success.
+    With ``DBSessionMiddleware`` it is ``db.session``, committed before the response is sent. Without the middleware it
+    has a unit of its own, committed when FastAPI ends the dependency. FastAPI does so before the response only with
+    ``Depends(get_session, scope="function")`` (0.121 and later), so that no failed commit is announced as a success.
 
     Raises:
         sqlalchemy.exc.SQLAlchemyError: The commit failed, without the middleware.
