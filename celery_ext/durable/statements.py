@@ -119,13 +119,15 @@ CANCEL: Final = text(
     """
 )
 
-# After a second, then two, four, ...: what interrupts a task may do so each time.
+# After a second, then two, four, ...: what interrupts a task may do so each time. One that is not due was not
+# interrupted: only the answer to the COMMIT that put it off was lost.
 RING_SOON: Final = text(
     """
     UPDATE durable_task
     SET error = :error, ring_at = clock_timestamp() + make_interval(secs => power(2, greatest(least(rings, 10) - 1, 0)))
     WHERE id IN (
-        SELECT id FROM durable_task WHERE id = :id AND status = 'pending' AND ring_at < 'infinity'
+        SELECT id FROM durable_task
+        WHERE id = :id AND status = 'pending' AND due_at <= clock_timestamp() AND ring_at < 'infinity'
         FOR UPDATE SKIP LOCKED
     )
     """

@@ -11,6 +11,7 @@ from celery.exceptions import Reject
 from sqlalchemy import text
 
 import celery_ext
+from celery_ext.durable import statements
 from fastapi_chatdify_db import db
 from tests.failing import ASKS_TO_RETRY
 from tests.observing import Observer
@@ -91,6 +92,22 @@ async def test_retry_that_does_not_give_up(relayed: Worker, rows: Observer) -> N
         task_id = relayed.task("three_times").delay_durably("x")
     await rows.until_status(task_id, "done")
     assert await rows.names() == ["x 0", "x 1", "x 2"]
+
+
+async def test_task_that_was_put_off_waits_for_its_time(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """Its worker may take it for interrupted, when the answer to that COMMIT was lost; it is not sent before."""
+
+    @unheard.task(shared=False, bind=True)
+    def puts_off(self: celery_ext.Task) -> None:
+        self.retry(countdown=3600, throw=False)
+
+    async with db.transaction():
+        task_id = puts_off.delay_durably()
+    deliver(puts_off, task_id)
+    async with db.transaction() as session:
+        await session.execute(statements.RING_SOON, {"id": task_id, "error": "lost"})
+    row = await rows.connection.fetchrow("SELECT status, retries, ring_at >= due_at, error FROM durable_task")
+    assert row == ("pending", 1, True, None)
 
 
 async def test_retry_with_options(relayed: Worker, rows: Observer) -> None:
