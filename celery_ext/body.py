@@ -177,7 +177,8 @@ async def _finished(unit: AsyncUnitOfWork, execution: Execution, body: Callable[
     except asyncio.CancelledError:
         if not unit.ended_in_commit:
             raise
-        logger.warning("%s was cancelled during its commit, which succeeded: by a time limit or revoke()", task.name)
+        by = "a time limit, a cold shutdown or revoke()"
+        logger.warning("%s was cancelled during its commit, which succeeded: by %s", task.name, by)
     return result
 
 

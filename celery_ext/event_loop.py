@@ -13,8 +13,6 @@ from concurrent.futures import Future, wait
 from threading import Lock, Thread
 from typing import Any, TypeVar
 
-from celery.exceptions import SoftTimeLimitExceeded
-
 from celery_ext.errors import AsyncTaskNotSupported, TaskCancelled
 from fastapi_chatdify_db.forks import in_forked_child
 
@@ -42,7 +40,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on the process's loop, with the context variables of the calling thread, and wait for it.
 
     An exception in the waiting thread, such as a time limit's, cancels the coroutine and is raised when that has ended.
-    A soft time limit's is not raised if the coroutine has returned nevertheless.
+    That of a soft time limit or a cold shutdown is not raised if the coroutine has returned nevertheless.
 
     Raises:
         AsyncTaskNotSupported: The process runs on greenlets, all of which an event loop would block.
@@ -77,7 +75,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         if not outcome.done():
             loop.call_soon_threadsafe(cancel)
             wait([outcome])
-        if isinstance(error, SoftTimeLimitExceeded) and outcome.exception() is None:
+        if isinstance(error, Exception) and outcome.exception() is None:
             return outcome.result()  # what it did is committed
         raise
 

@@ -168,6 +168,19 @@ async def test_soft_time_limit_during_the_commit(empty_tables: Observer) -> None
     assert await empty_tables.names() == ["next", "slow_commit", "slow_commit_async"]
 
 
+@pytest.mark.usefixtures("slow_commits")
+async def test_cold_shutdown_during_the_commit(empty_tables: Observer) -> None:
+    """Nor does Celery's error in the midst of the pool solo's task make a failure of a coroutine that is committed."""
+    with worker(BROKER, pool="solo", environment={"REMAP_SIGTERM": "SIGQUIT"}) as running:
+        result = running.task("slow_commit_async").delay("x")
+        await empty_tables.until(
+            "EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'COMMIT%'"
+            " AND state = 'active')"
+        )
+    assert await asyncio.to_thread(result.get, timeout=20) == "x"
+    assert await empty_tables.names() == ["x"]
+
+
 async def test_task_in_a_thread_of_another(empty_tables: Observer) -> None:
     """Its commit has no signals to hold back, which a process's main thread gets."""
     with worker(BROKER, "-c", "1") as running:
