@@ -115,8 +115,8 @@ class Delivery:
         """
         if isinstance(error, Dropped) or _is_redelivered(error):  # the row of a duplicate is another delivery's
             return error
-        # Where even that is not stored, the relay rings the row again.
-        with suppress(DBAPIError, PoolTimeout), self._task.database.sync_transaction() as session:
+        # Where even that is not stored, the relay rings the row again. NotImplementedError: a cold shutdown came now.
+        with suppress(DBAPIError, PoolTimeout, NotImplementedError), self._task.database.sync_transaction() as session:
             if self._begun and not _is_passing(error):
                 self._record(session, error)
                 return error

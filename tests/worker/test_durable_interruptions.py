@@ -10,7 +10,7 @@ import psycopg2
 import pytest
 from celery import Celery
 from celery.exceptions import Ignore
-from sqlalchemy import event, select, text
+from sqlalchemy import Connection, event, select, text
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
@@ -62,6 +62,27 @@ async def test_cold_shutdown_of_the_pool_solo(rows: Observer, name: str) -> None
     with worker(brokers()[-1], pool="solo") as other, relaying(other.app, db):
         await rows.until_status(task_id, "done")
     assert await rows.names() == ["x"]
+
+
+async def test_cold_shutdown_while_a_failure_is_stored(
+    unheard: Celery[celery_ext.Task], rows: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What comes between the body and the note of its end is no failure to tell of, either: the task is run again."""
+
+    def on_cold_shutdown(_: Connection) -> None:
+        raise NotImplementedError
+
+    @unheard.task(shared=False)
+    def fails() -> None:
+        raise ValueError
+
+    async with db.transaction():
+        task_id = fails.delay_durably()
+    event.listen(db.sync_engine, "commit", on_cold_shutdown)
+    deliver(fails, task_id)
+    event.remove(db.sync_engine, "commit", on_cold_shutdown)
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
+    assert "raised unexpected" not in caplog.text
 
 
 @pytest.mark.parametrize(
