@@ -121,7 +121,12 @@ class Delivery:
                 self._record(session, error)
                 return error
             session.execute(statements.RING_SOON, {"id": self.task_id, "error": _text(error)})
-        logger.warning("task %s[%s] will be run again: %s", self._task.name, self.task_id, type(error).__name__)
+        logger.warning(
+            "task %s[%s] will be run again, unless its end is stored: %s",
+            self._task.name,
+            self.task_id,
+            type(error).__name__,
+        )
         return Dropped()
 
     def ended_early(self, error: Exception) -> None:

@@ -84,7 +84,7 @@ async def test_end_that_cannot_be_stored(database_url: str, rows: Observer, capl
     deliver(fails, task_id)
     taken[0].close()
     assert await rows.durable_tasks() == [("pending", "[[], {}]")]
-    assert f"[{task_id}] will be run again: ValueError" in caplog.text
+    assert f"[{task_id}] will be run again, unless its end is stored: ValueError" in caplog.text
     await small.dispose()
     app.close()
 
