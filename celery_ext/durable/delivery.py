@@ -118,8 +118,7 @@ class Delivery:
         # Where even that is not stored, the relay rings the row again. NotImplementedError: a cold shutdown came now.
         with suppress(DBAPIError, PoolTimeout, NotImplementedError), self._task.database.sync_transaction() as session:
             if self._begun and not _is_passing(error):
-                self._record(session, error)
-                return error
+                return error if self._record(session, error) else Dropped()
             session.execute(statements.RING_SOON, {"id": self.task_id, "error": _text(error)})
         logger.warning(
             "task %s[%s] will be run again, unless its end is stored: %s",
@@ -150,11 +149,17 @@ class Delivery:
         self._ordering_key = row.ordering_key
         return row
 
-    def _record(self, session: Session, error: BaseException) -> None:
+    def _record(self, session: Session, error: BaseException) -> bool:
+        """Store what the task has ended with; False when its row was ended before."""
         if isinstance(error, Retry) and self._retry:
-            self._put_off(session, _text(error.exc))
+            recorded = self._put_off(session, _text(error.exc))
         else:
-            self._finish(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", _text(error))
+            status = "cancelled" if isinstance(error, Ignore | Reject) else "failed"
+            recorded = self._finish(session, status, _text(error))
+        if not recorded:
+            name, kind = self._task.name, type(error).__name__
+            logger.warning("task %s[%s] had ended already, and does not end in %s", name, self.task_id, kind)
+        return recorded
 
     def _succeed(self, session: Session) -> bool:
         return self._put_off(session, None) if self._retry else self._finish(session, "done", None)

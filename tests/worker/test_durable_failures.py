@@ -9,7 +9,7 @@ from celery import Celery
 from celery.app.trace import trace_task
 from celery.exceptions import Ignore, Reject, Retry
 from greenlet import GreenletExit
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 import celery_ext
 from celery_ext.durable import administration
@@ -87,6 +87,28 @@ async def test_end_that_cannot_be_stored(database_url: str, rows: Observer, capl
     assert f"[{task_id}] will be run again, unless its end is stored: ValueError" in caplog.text
     await small.dispose()
     app.close()
+
+
+@pytest.mark.parametrize("error", [ValueError, Retry])
+async def test_failure_after_the_end(
+    unheard: Celery[celery_ext.Task], rows: Observer, caplog: pytest.LogCaptureFixture, error: type[Exception]
+) -> None:
+    """The row has ended elsewhere, or by the COMMIT whose answer was lost, so there is nothing else to tell."""
+
+    @unheard.task(bind=True, shared=False)
+    def goes_on(self: celery_ext.Task) -> None:
+        db.sync_session.commit()
+        with db.sync_transaction() as other:
+            other.execute(text("UPDATE durable_task SET status = 'done'"))
+        raise self.retry(countdown=0) if error is Retry else error
+
+    async with db.transaction():
+        task_id = goes_on.delay_durably()
+    with caplog.at_level("INFO"):
+        await asyncio.to_thread(deliver, goes_on, task_id)
+    assert await rows.durable_tasks() == [("done", "[[], {}]")]
+    assert f"[{task_id}] had ended already, and does not end in {error.__name__}" in caplog.text
+    assert f"[{task_id}] ignored" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
