@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -41,6 +41,13 @@ class AsyncUnitOfWork(UnitOfWork):
     ended_in_commit: bool = False
     """Whether the last ``finish_async`` committed, even if it then raised a cancellation."""
     _async_sessions: Mapping[Engines, AsyncSession] = {}
+    _task: asyncio.Task[Any] | None = None
+    """The one that the unit's ``async with`` block began in."""
+
+    @cached_property
+    def _inner(self) -> set[AsyncUnitOfWork]:
+        """The open ``async with`` blocks within this unit."""
+        return set()
 
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database."""
@@ -96,6 +103,9 @@ class AsyncUnitOfWork(UnitOfWork):
 
     async def __aenter__(self) -> Self:
         self.open()
+        if isinstance(self.outer, AsyncUnitOfWork):
+            self._task = asyncio.current_task()
+            self.outer._inner.add(self)
         return self
 
     async def __aexit__(
@@ -107,6 +117,17 @@ class AsyncUnitOfWork(UnitOfWork):
             await self.finish_async(commit=self.is_kept(error))
         finally:
             self.close()
+            if isinstance(self.outer, AsyncUnitOfWork):
+                self.outer._inner.discard(self)
+
+    def _left_behind(self) -> list[UnitOfWork]:
+        """Open blocks within this one that nobody will end: in generators whose task has ended, or has left them."""
+        left: list[UnitOfWork] = [*self.suspended]
+        for block in [*self._inner]:
+            left += block._left_behind()
+            if block._task is None or block._task.done() or block._task is asyncio.current_task():
+                left.append(block)
+        return left
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:

@@ -87,7 +87,7 @@ class HTTPExchange(AsyncUnitOfWork):
             self.close()
             del self._receive  # a connection keeps the context that it was made in, and so a recorded body
             if self._started and not self._complete and self.has_inner:
-                await run_to_completion(self._end_suspended())
+                await run_to_completion(_roll_back(self._left_behind()))
 
     # Not a coroutine function: most messages have nothing to settle before them and pass straight through.
     def _send_settled(self, message: Message) -> Awaitable[None]:
@@ -137,12 +137,6 @@ class HTTPExchange(AsyncUnitOfWork):
             block.awaits_response = starts  # what is done from here on
             await finish(block, commit=commit)
         await self.finish_async(commit=commit)
-
-    async def _end_suspended(self) -> None:
-        """End the blocks in a ``def`` body whose client is gone: Starlette leaves it to the garbage collector."""
-        for block in [*self.suspended]:
-            block.shut()  # perhaps it is not the body's, but of a thread that goes on
-            await finish(block, commit=False)
 
     def _is_kept_by(self, start: Message) -> bool:
         if not self._commit_on(start["status"]):
@@ -216,6 +210,13 @@ class HTTPExchange(AsyncUnitOfWork):
         by_class, by_status = self._scope.get("starlette.exception_handlers", ({}, {}))
         handlers = ExceptionMiddleware(fail, handlers={**by_class, **by_status})
         await handlers(self._scope, self._receive, self._send_settled)
+
+
+async def _roll_back(left_behind: list[UnitOfWork]) -> None:
+    """End the blocks in a body whose client is gone: Starlette leaves it to the garbage collector."""
+    for block in left_behind:
+        block.shut()  # perhaps it is not the body's, but of a thread that goes on
+        await finish(block, commit=False)
 
 
 def _is_for_want_of_a_connection(error: Exception) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from threading import Event
 
@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from starlette.background import BackgroundTask
-from starlette.types import Message
+from starlette.types import Message, Send
 
 from fastapi_chatdify_db import DBSessionMiddleware, db
 from tests.models import Item
@@ -155,35 +155,45 @@ async def test_def_stream_left_by_its_client_holds_nothing(app: FastAPI, observe
     assert await observer.names() == []
 
 
-async def test_def_stream_in_a_cancelled_scope_holds_nothing(app: FastAPI, observer: Observer) -> None:
-    """Nor do anyio's cancellations, which come again at each ``await``, keep its blocks open."""
+async def body() -> AsyncIterator[bytes]:
+    async with db.transaction() as outer, db.transaction() as inner:
+        for session in (outer, inner):
+            session.add(Item("lost"))
+            await session.flush()
+        yield b"first"
+        yield b"last"
+
+
+def def_body() -> Iterator[bytes]:
+    with db.sync_transaction() as outer, db.sync_transaction() as inner:
+        for session in (outer, inner):
+            session.add(Item("lost"))
+            session.flush()
+        yield b"first"
+        yield b"last"
+
+
+@pytest.mark.parametrize("body", [body, def_body])
+@pytest.mark.parametrize("version", ["2.3", "2.4"])
+async def test_stream_whose_time_is_up_holds_nothing(
+    observer: Observer, body: Callable[[], AsyncIterator[bytes] | Iterator[bytes]], version: str
+) -> None:
+    """Its block ends with the request, although anyio cancels again whatever waits for that."""
+    app = FastAPI()
 
     @app.get("/")
-    def stream() -> StreamingResponse:
-        def body() -> Iterator[bytes]:
-            with db.sync_transaction() as outer, db.sync_transaction() as inner:
-                for session in (outer, inner):
-                    session.add(Item("lost"))
-                    session.flush()
-                yield b"first"
-
+    async def stream() -> StreamingResponse:
         return StreamingResponse(body())
 
-    async def receive() -> Message:
-        await anyio.sleep_forever()
-        raise AssertionError
-
-    async def leave(message: Message) -> None:
+    async def send(message: Message) -> None:
         if message["type"] == "http.response.body":
-            scope.cancel()
-            await anyio.sleep_forever()
+            limit.cancel()
+            await asyncio.Event().wait()  # for a client that does not read
 
     gc.disable()
     try:
-        with anyio.CancelScope() as scope:
-            await app(
-                {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}, receive, leave
-            )
+        with anyio.CancelScope() as limit:
+            await request(app, send, asgi={"spec_version": version})
         assert await observer.in_transaction() == 0
     finally:
         gc.enable()
@@ -212,16 +222,22 @@ async def test_body_of_a_slow_client_holds_no_connection(app: FastAPI, observer:
 async def ask_directly(app: FastAPI, sent: list[str], **scope: object) -> None:
     """GET / without a server, for a client that stays; ``sent`` gets the kinds of the messages that a server would."""
 
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+
+    async with asyncio.timeout(30):
+        await request(app, send, **scope)
+
+
+async def request(app: FastAPI, send: Send, **scope: object) -> None:
+    """GET / without a server, for a client that stays."""
+
     async def receive() -> Message:
         await asyncio.Event().wait()
         raise AssertionError
 
-    async def send(message: Message) -> None:
-        sent.append(message["type"])
-
-    request = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
-    async with asyncio.timeout(30):
-        await DBSessionMiddleware(app)(request | scope, receive, send)
+    get = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+    await DBSessionMiddleware(app)(get | scope, receive, send)
 
 
 async def test_response_is_started_once(observer: Observer) -> None:
