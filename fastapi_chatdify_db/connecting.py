@@ -47,8 +47,13 @@ def telling(url: URL, dialect: Dialect) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, errors_of(dialect)) or sqlstate(error) is not None:
-            raise DatabaseUnavailable(f"database {place(url)} gives no connection ({reason(error)})", error) from error
+            raise unavailable(url, error) from error
         raise
+
+
+def unavailable(url: URL, error: Exception) -> DatabaseUnavailable:
+    """What to raise for an error of the driver's that means that there is no connection to be had."""
+    return DatabaseUnavailable(f"database {place(url)} gives no connection ({reason(error)})", error)
 
 
 def _connect(url: URL, dialect: Dialect, connect: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -10,9 +10,9 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from fastapi_chatdify_db.connecting import telling
+from fastapi_chatdify_db.connecting import telling, unavailable
 from fastapi_chatdify_db.connection_state import ConnectionState, state_in, state_of
-from fastapi_chatdify_db.liveness import errors_of, replace_connection, wants_another_connection
+from fastapi_chatdify_db.liveness import errors_of, has_died, replace_connection, wants_another_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
 from fastapi_chatdify_db.sqlstates import timed_out
 
@@ -65,10 +65,20 @@ class FirstStatements:
             replaceable = ordinary and context.execute_style is not ExecuteStyle.INSERTMANYVALUES
             if state.was_cut_off or not (self._survive and replaceable and wants_another_connection(context, error)):
                 raise
+            self._run_again(error, statement, parameters, context)
+
+    def _run_again(self, error: Exception, statement: str, parameters: Any, context: ExecutionContext) -> None:
+        try:
             replace_connection(context, error)
-            state = state_of(context.root_connection) or state
+            state = state_of(context.root_connection)
+            assert state is not None
             # A checkout handler of the application's may have begun a transaction.
             self._run(state, statement, parameters, context, ordinary=_begins_ordinarily(state))
+        except self._errors as again:
+            if has_died(context, again):  # so do all, behind a PgBouncer whose server is down
+                context.root_connection.invalidate(again)
+                raise unavailable(context.engine.url, again) from again
+            raise
 
     def _run(
         self, state: ConnectionState, statement: str, parameters: Any, context: ExecutionContext, *, ordinary: bool

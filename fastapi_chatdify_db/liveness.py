@@ -54,6 +54,11 @@ def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
 
 def wants_another_connection(context: ExecutionContext, error: Exception) -> bool:
     """Whether a statement failed because its connection died, or had prepared it before its table was altered."""
+    return has_died(context, error) or is_outdated(error)
+
+
+def has_died(context: ExecutionContext, error: Exception) -> bool:
+    """Whether a statement failed because its connection died."""
     return (
         # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. When asyncpg
         # reads them while nothing was asked, it raises InternalClientError, which SQLAlchemy 2.0 leaves as it is.
@@ -65,7 +70,6 @@ def wants_another_connection(context: ExecutionContext, error: Exception) -> boo
             context.root_connection.connection.dbapi_connection,
             context.cursor,
         )
-        or is_outdated(error)
     )
 
 

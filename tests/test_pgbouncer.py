@@ -6,22 +6,31 @@ import asyncio
 import getpass
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import asyncpg
 import pytest
-from sqlalchemy import make_url, text
+from fastapi import FastAPI
+from sqlalchemy import URL, make_url, text
 
-from fastapi_chatdify_db import Database, DatabaseSettings
-from tests.serving import free_socket
+from fastapi_chatdify_db import Database, DatabaseSettings, create_health_router
+from tests.serving import free_socket, serve
 
 
 @pytest.fixture
 async def pgbouncer(database_url: str, tmp_path: Path) -> AsyncIterator[str]:
     """The URL of a PgBouncer in transaction mode with two connections to the database."""
+    async with bouncing(make_url(database_url), tmp_path) as url:
+        yield url
+
+
+@asynccontextmanager
+async def bouncing(url: URL, tmp_path: Path, options: str = "") -> AsyncIterator[str]:
+    """Run one that passes on to ``url``, and yield its own."""
     program = shutil.which("pgbouncer")
     if program is None:
         pytest.skip("pgbouncer is not on the PATH: apt-get install pgbouncer")
-    url = make_url(database_url)
     if url.host is None:
         pytest.skip("PgBouncer, which gives up root, may not enter the directory of the embedded PostgreSQL's socket")
     with free_socket() as listener:
@@ -45,6 +54,7 @@ unix_socket_dir =
 auth_type = any
 pool_mode = transaction
 default_pool_size = 2
+{options}
 log_connections = 0
 log_disconnections = 0
 {"user = nobody" if getpass.getuser() == "root" else ""}
@@ -118,3 +128,41 @@ async def test_many_clients_share_two_connections_of_pgbouncer(pgbouncer: str) -
     async with database.transaction() as one, database.transaction() as other:
         assert {tuple((await session.execute(left)).one()) for session in (one, other)} == {(b, 0) for b in backends}
     await database.dispose()
+
+
+async def test_server_that_refuses_pgbouncer_is_a_503(
+    own_database: str, database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PgBouncer accepts our connections all the same, and ends each at its first statement."""
+    own = make_url(own_database)
+    server = await asyncpg.connect(database_url)
+    async with bouncing(own, tmp_path, "query_wait_timeout = 1\nserver_login_retry = 1") as url:
+        database = Database(settings=DatabaseSettings(database_url=url, db_pgbouncer=True))
+        app = FastAPI()
+        database.init_app(app)
+        app.include_router(create_health_router(database))
+
+        @app.get("/")
+        async def answer() -> None:
+            await database.session.execute(text("SELECT 42"))
+
+        @app.get("/def")
+        def answer_in_thread() -> None:
+            database.sync_session.execute(text("SELECT 42"))
+
+        async def ask() -> list[int]:
+            return [(await client.get(path)).status_code for path in ("/", "/def", "/health/ready")]
+
+        async with serve(app) as client:
+            assert await ask() == [200, 200, 200]
+            await server.execute(f"ALTER DATABASE {own.database} ALLOW_CONNECTIONS false")
+            await server.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", own.database
+            )
+            assert await ask() == [503, 503, 503]
+            await server.execute(f"ALTER DATABASE {own.database} ALLOW_CONNECTIONS true")
+            async with asyncio.timeout(30):
+                while await ask() != [200, 200, 200]:
+                    pass
+    await server.close()
+    assert "Traceback" not in caplog.text
