@@ -21,7 +21,7 @@ from celery_ext.durable import lease, outbox, statements
 from celery_ext.durable.row import HEADER, check_accepted, due_of, seconds_until, serialize, with_options
 from celery_ext.errors import portable
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
-from fastapi_chatdify_db.exceptions import DatabaseUnavailable
+from fastapi_chatdify_db.exceptions import AfterCommitError, DatabaseUnavailable
 from fastapi_chatdify_db.liveness import is_outdated
 from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate, timed_out
 from fastapi_chatdify_db.surroundings import in_event_loop
@@ -118,7 +118,11 @@ class Delivery:
         # Where even that is not stored, the relay rings the row again. NotImplementedError: a cold shutdown came now.
         with suppress(DBAPIError, PoolTimeout, NotImplementedError), self._task.database.sync_transaction() as session:
             if self._begun and not _is_passing(error):
-                return error if self._record(session, error) else Dropped()
+                if self._record(session, error) or isinstance(error, AfterCommitError):
+                    return error
+                name, kind = self._task.name, type(error).__name__
+                logger.warning("task %s[%s] had ended already, and does not end in %s", name, self.task_id, kind)
+                return Dropped()
             session.execute(statements.RING_SOON, {"id": self.task_id, "error": _text(error)})
         logger.warning(
             "task %s[%s] will be run again, unless its end is stored: %s",
@@ -152,14 +156,8 @@ class Delivery:
     def _record(self, session: Session, error: BaseException) -> bool:
         """Store what the task has ended with; False when its row was ended before."""
         if isinstance(error, Retry) and self._retry:
-            recorded = self._put_off(session, _text(error.exc))
-        else:
-            status = "cancelled" if isinstance(error, Ignore | Reject) else "failed"
-            recorded = self._finish(session, status, _text(error))
-        if not recorded:
-            name, kind = self._task.name, type(error).__name__
-            logger.warning("task %s[%s] had ended already, and does not end in %s", name, self.task_id, kind)
-        return recorded
+            return self._put_off(session, _text(error.exc))
+        return self._finish(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", _text(error))
 
     def _succeed(self, session: Session) -> bool:
         return self._put_off(session, None) if self._retry else self._finish(session, "done", None)

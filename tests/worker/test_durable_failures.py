@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 
 import celery_ext
 from celery_ext.durable import administration
-from fastapi_chatdify_db import Database, DatabaseSettings, db
+from fastapi_chatdify_db import AfterCommitError, Database, DatabaseSettings, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.worker.application import create_app
@@ -109,6 +109,25 @@ async def test_failure_after_the_end(
     assert await rows.durable_tasks() == [("done", "[[], {}]")]
     assert f"[{task_id}] had ended already, and does not end in {error.__name__}" in caplog.text
     assert f"[{task_id}] ignored" in caplog.text
+
+
+async def test_callback_that_fails_to_be_heard(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """The row has ended by the task's own COMMIT, and the result tells what came after it, as that of any task."""
+
+    def tell() -> None:
+        raise AfterCommitError
+
+    @unheard.task(shared=False)
+    def adds() -> None:
+        db.sync_session.add(Item("x"))
+        db.on_commit(tell)
+
+    async with db.transaction():
+        task_id = adds.delay_durably()
+    await asyncio.to_thread(deliver, adds, task_id)
+    assert await rows.durable_tasks() == [("done", "[[], {}]")]
+    assert await rows.names() == ["x"]
+    assert adds.AsyncResult(task_id).state == "FAILURE"
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
