@@ -41,13 +41,11 @@ class AsyncUnitOfWork(UnitOfWork):
     ended_in_commit: bool = False
     """Whether the last ``finish_async`` committed, even if it then raised a cancellation."""
     _async_sessions: Mapping[Engines, AsyncSession] = {}
-    _task: asyncio.Task[Any] | None = None
-    """The one that the unit's ``async with`` block began in."""
 
     @cached_property
-    def _inner(self) -> set[AsyncUnitOfWork]:
-        """The open ``async with`` blocks within this unit."""
-        return set()
+    def _inner(self) -> dict[AsyncUnitOfWork, asyncio.Task[Any] | None]:
+        """The open ``async with`` blocks within this unit, and the tasks that they began in."""
+        return {}
 
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database."""
@@ -104,8 +102,7 @@ class AsyncUnitOfWork(UnitOfWork):
     async def __aenter__(self) -> Self:
         self.open()
         if isinstance(self.outer, AsyncUnitOfWork):
-            self._task = asyncio.current_task()
-            self.outer._inner.add(self)
+            self.outer._inner[self] = asyncio.current_task()
         return self
 
     async def __aexit__(
@@ -118,14 +115,14 @@ class AsyncUnitOfWork(UnitOfWork):
         finally:
             self.close()
             if isinstance(self.outer, AsyncUnitOfWork):
-                self.outer._inner.discard(self)
+                del self.outer._inner[self]  # and the task: a connection keeps the context that it was made in
 
     def _left_behind(self) -> list[UnitOfWork]:
         """Open blocks within this one that nobody will end: in generators whose task has ended, or has left them."""
         left: list[UnitOfWork] = [*self.suspended]
-        for block in [*self._inner]:
+        for block, task in [*self._inner.items()]:
             left += block._left_behind()
-            if block._task is None or block._task.done() or block._task is asyncio.current_task():
+            if task is None or task.done() or task is asyncio.current_task():
                 left.append(block)
         return left
 

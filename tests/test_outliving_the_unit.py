@@ -124,3 +124,22 @@ async def test_session_is_freed_at_its_end() -> None:
         assert freed() is None
     finally:
         gc.enable()
+
+
+async def test_connection_keeps_nothing_of_the_task_that_opened_it(observer: Observer) -> None:
+    """It keeps the context in which it was made, and so the unit, but not what the unit's task returned."""
+
+    class Result:
+        pass
+
+    async def branch() -> Result:
+        async with db.transaction() as session:
+            await session.execute(text("SELECT 1"))
+        return Result()
+
+    async with db.transaction() as session:
+        await session.execute(text("SELECT 1"))  # on the one that is there already
+        freed = weakref.ref(await asyncio.create_task(branch()))
+    await asyncio.sleep(0)  # in this turn, the event loop still has it
+    gc.collect()
+    assert freed() is None
