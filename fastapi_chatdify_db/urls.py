@@ -24,6 +24,7 @@ _ASYNCPG_ONLY: Final = {
 # libpq's client-side parameters without a counterpart in asyncpg, which would send them to the server as settings.
 _LIBPQ_ONLY: Final = {
     "channel_binding",
+    "client_encoding",
     "fallback_application_name",
     "gssencmode",
     "keepalives",

@@ -174,6 +174,7 @@ async def ask_both(database: Database, statement: str) -> set[Any]:
             "elsewhere 1500ms",
         ),
         ({"options": "-c client_encoding=LATIN1"}, {}, "SHOW client_encoding", "UTF8"),
+        ({"client_encoding": "LATIN1"}, {}, "SELECT 'é' || length('é')", "é1"),
         ({"application_name": "theirs"}, {}, "SHOW application_name", "theirs"),
         ({"application_name": "theirs"}, {"db_application_name": "ours"}, "SHOW application_name", "ours"),
         ({"async_fallback": "true"}, {}, "SELECT 1", 1),
