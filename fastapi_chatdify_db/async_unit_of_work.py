@@ -44,7 +44,7 @@ class AsyncUnitOfWork(UnitOfWork):
 
     @cached_property
     def _inner(self) -> dict[AsyncUnitOfWork, asyncio.Task[Any] | None]:
-        """The open ``async with`` blocks within this unit, and the tasks that they began in."""
+        """The open ``async with`` blocks within the outermost unit, and the tasks that they began in."""
         return {}
 
     def async_session(self, engines: Engines) -> AsyncSession:
@@ -102,7 +102,8 @@ class AsyncUnitOfWork(UnitOfWork):
     async def __aenter__(self) -> Self:
         self.open()
         if isinstance(self.outer, AsyncUnitOfWork):
-            self.outer._inner[self] = asyncio.current_task()
+            self._inner = self.outer._inner
+            self._inner[self] = asyncio.current_task()
         return self
 
     async def __aexit__(
@@ -114,14 +115,13 @@ class AsyncUnitOfWork(UnitOfWork):
             await self.finish_async(commit=self.is_kept(error))
         finally:
             self.close()
-            if isinstance(self.outer, AsyncUnitOfWork):
-                del self.outer._inner[self]  # and the task: a connection keeps the context that it was made in
+            self._inner.pop(self, None)  # with the task: a connection keeps the context that it was made in
 
     def _left_behind(self) -> list[UnitOfWork]:
         """Open blocks within this one that nobody will end: in generators whose task has ended, or has left them."""
         left: list[UnitOfWork] = [*self.suspended]
-        for block, task in [*self._inner.items()]:
-            left += block._left_behind()
+        for block, task in reversed([*self._inner.items()]):
+            left += block.suspended
             if task is None or task.done() or task is asyncio.current_task():
                 left.append(block)
         return left

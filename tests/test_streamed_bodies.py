@@ -173,7 +173,16 @@ def def_body() -> Iterator[bytes]:
         yield b"last"
 
 
-@pytest.mark.parametrize("body", [body, def_body])
+async def body_begun_in_another_block() -> AsyncIterator[bytes]:
+    async with db.transaction():
+        chunks = body()
+        first = await anext(chunks)
+    yield first
+    async for chunk in chunks:
+        yield chunk
+
+
+@pytest.mark.parametrize("body", [body, body_begun_in_another_block, def_body])
 @pytest.mark.parametrize("version", ["2.3", "2.4"])
 async def test_stream_whose_time_is_up_holds_nothing(
     observer: Observer, body: Callable[[], AsyncIterator[bytes] | Iterator[bytes]], version: str
