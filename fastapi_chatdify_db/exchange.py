@@ -77,7 +77,7 @@ class HTTPExchange(AsyncUnitOfWork):
             if not self.at_rest:
                 # An incomplete body means that the client left: it keeps nothing of what was written meanwhile.
                 if not self._complete:
-                    self._tell_of_loss()
+                    self._tell_of_loss([self])
                 await self.finish_async(commit=self._complete)
         except BaseException:
             self.abandon()
@@ -87,7 +87,9 @@ class HTTPExchange(AsyncUnitOfWork):
             self.close()
             del self._receive  # a connection keeps the context that it was made in, and so a recorded body
             if self._started and not self._complete and self.has_inner:
-                await run_to_completion(_roll_back(self._left_behind()))
+                left_behind = self._left_behind()
+                self._tell_of_loss(left_behind)
+                await run_to_completion(_roll_back(left_behind))
 
     # Not a coroutine function: most messages have nothing to settle before them and pass straight through.
     def _send_settled(self, message: Message) -> Awaitable[None]:
@@ -148,8 +150,8 @@ class HTTPExchange(AsyncUnitOfWork):
         length = Headers(scope=self._scope).get("content-length", "")
         return not (length.isdecimal() and int(length) > limit)
 
-    def _tell_of_loss(self) -> None:
-        if self.asks_at_end:
+    def _tell_of_loss(self, units: list[UnitOfWork]) -> None:
+        if any(unit.asks_at_end for unit in units):
             logger.warning(
                 "a response was not completed, since its client left or it was never sent, and what it wrote is "
                 "rolled back; path %a",  # whose characters the client chose

@@ -185,9 +185,12 @@ async def body_begun_in_another_block() -> AsyncIterator[bytes]:
 @pytest.mark.parametrize("body", [body, body_begun_in_another_block, def_body])
 @pytest.mark.parametrize("version", ["2.3", "2.4"])
 async def test_stream_whose_time_is_up_holds_nothing(
-    observer: Observer, body: Callable[[], AsyncIterator[bytes] | Iterator[bytes]], version: str
+    observer: Observer,
+    caplog: pytest.LogCaptureFixture,
+    body: Callable[[], AsyncIterator[bytes] | Iterator[bytes]],
+    version: str,
 ) -> None:
-    """Its block ends with the request, although anyio cancels again whatever waits for that."""
+    """Its block ends with the request, although anyio cancels again whatever waits for that, and the log tells."""
     app = FastAPI()
 
     @app.get("/")
@@ -204,6 +207,7 @@ async def test_stream_whose_time_is_up_holds_nothing(
         with anyio.CancelScope() as limit:
             await request(app, send, asgi={"spec_version": version})
         assert await observer.in_transaction() == 0
+        assert "a response was not completed" in caplog.text
     finally:
         gc.enable()
     assert await observer.names() == []
