@@ -55,7 +55,7 @@ __all__ = [
     "sync_engine",
 ]
 
-# Made or imported when asked for: a worker needs no Starlette, and an application without these routes no FastAPI.
+# Imported, or made, at first use: a worker needs no Starlette, and an application without health checks no FastAPI.
 _LAZY = {
     "DBSessionMiddleware": "middleware",
     "async_engine": "session",

@@ -38,15 +38,15 @@ class CallbackQueue:
         transaction = None if session is None else innermost(session)
         if transaction is not None:
             if _is_committed(transaction):
-                self._due.append(callback)  # called by a handler of its after_commit
+                self._due.append(callback)  # registered by an after_commit handler
                 return
-            # Twice is once to SQLAlchemy.
+            # SQLAlchemy ignores a listener that it already has.
             event.listen(transaction.session, "after_commit", self._after_commit)
             event.listen(transaction.session, "after_soft_rollback", self._after_rollback)
         self._pending.append(_Pending(callback, transaction))
 
     def settle(self, *, committed: bool) -> None:
-        """Decide about the callbacks that were registered outside any transaction: the unit's outcome is theirs."""
+        """Decide about callbacks that were registered outside any transaction, by the outcome of the unit."""
         settled = [entry.callback for entry in self._pending if entry.transaction is None]
         self._pending = [entry for entry in self._pending if entry.transaction is not None]
         if committed:
@@ -91,8 +91,8 @@ def self_and_parents(transaction: SessionTransaction | None) -> list[SessionTran
 def is_undone(transaction: SessionTransaction | None, ended: SessionTransaction) -> bool:
     """Whether a rollback has undone a savepoint or transaction, by itself or with what is around it.
 
-    A flush that fails undoes what is around it, and SQLAlchemy tells of the flush's rollback only: the block of that
-    savepoint is then closed without one.
+    A flush that fails also undoes the savepoint or transaction around it, but SQLAlchemy calls ``after_soft_rollback``
+    only for the flush's own: the one around it is then closed without a rollback.
 
     Parameters:
         transaction: The savepoint or transaction.
@@ -104,7 +104,7 @@ def is_undone(transaction: SessionTransaction | None, ended: SessionTransaction)
 
 
 def _is_committed(transaction: SessionTransaction) -> bool:
-    # About a released savepoint, the transaction around it still decides.
+    # A savepoint that was released is not: the transaction around it still decides.
     return transaction.parent is None and transaction._state is SessionTransactionState.COMMITTED
 
 
@@ -112,5 +112,5 @@ def log_failed_callback(callback: AfterCommit, error: BaseException) -> None:
     """Report what a callback raised: the transaction is committed, so nobody else can be told any more."""
     named: object = callback
     while isinstance(named, partial):
-        named = named.func  # its arguments may be private
+        named = named.func  # without the arguments, which may be private
     logger.error("on_commit callback %s failed", getattr(named, "__qualname__", type(named)), exc_info=error)

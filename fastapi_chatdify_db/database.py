@@ -18,7 +18,7 @@ from fastapi_chatdify_db.base import Base
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import InvalidSettings, NotInSyncUnit, OutsideUnitOfWork
 from fastapi_chatdify_db.settings import DatabaseSettings
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_error, outlives_its_unit
+from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_retryable_error, outlives_its_unit
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 Figures = Mapping[str, float | None]
 
-_IN_CODE: Final = "settings=DatabaseSettings(database_url=...)"
+_EXAMPLE: Final = "settings=DatabaseSettings(database_url=...)"
 
 
 class Database:
     """Engines, sessions and units of work of one database. Nothing is read or connected before its first use.
 
     Parameters:
-        name: What messages call it.
+        name: What error messages and the health check call it.
         settings: Where it is, and how its connections are kept; None reads the environment at the first use.
-        base: The declarative base whose tables are its own.
+        base: The declarative base whose tables it holds.
         create_tables: Whether the lifespan creates the tables that do not exist.
 
     Raises:
@@ -50,18 +50,18 @@ class Database:
         base: type[DeclarativeBase] = Base,
         create_tables: bool = True,
     ) -> None:
-        if "://" in name:  # it would be the name of the environment's database, and stand in messages, password and all
-            raise InvalidSettings(f"a database's first argument is its name; write: Database('reports', {_IN_CODE})")
+        if "://" in name:  # would be ignored as a URL, and show its password in messages as a name
+            raise InvalidSettings(f"a database's first argument is its name; write: Database('reports', {_EXAMPLE})")
         self.name = name
         self._settings = None if settings is None else _checked(settings)
         self.creates_tables = create_tables
         self.metadatas: list[MetaData] = [base.metadata]
         """What tables are created from; extensions add their own. ``info["dialect"]`` limits one to a dialect."""
         self.services: dict[object, Callable[[], AbstractContextManager[object]]] = {}
-        """What runs beside the application, within its lifespan, by owner; entered in a thread."""
+        """By owner, what makes a context manager that is open during the lifespan; entered and left in threads."""
         self.figures: dict[str, Callable[[AsyncConnection], Awaitable[Figures]]] = {}
-        """What the health check shows besides the pool, by name."""
-        self.engines: Final = Engines(lambda: self.settings, on_error=note_error)
+        """By name, what asks the database for figures that the health check shows besides the pool."""
+        self.engines: Final = Engines(lambda: self.settings, on_error=note_retryable_error)
 
     def __repr__(self) -> str:
         return f"<Database {self.name}>"
@@ -106,7 +106,7 @@ class Database:
             OutsideUnitOfWork: No unit is open here.
             NotInSyncUnit: The unit that is open is a synchronous one.
         """
-        unit = self._unit("session", "async with {0}.transaction() as session: ...")
+        unit = self._require_unit("session", "async with {0}.transaction() as session: ...")
         if not isinstance(unit, AsyncUnitOfWork):
             raise NotInSyncUnit(f"{self.name}.session is for async code. Here: {self.name}.sync_session")
         return unit.async_session(self.engines)
@@ -118,7 +118,7 @@ class Database:
         Raises:
             OutsideUnitOfWork: No unit is open here.
         """
-        unit = self._unit("sync_session", "with {0}.sync_transaction() as session: ...")
+        unit = self._require_unit("sync_session", "with {0}.sync_transaction() as session: ...")
         return unit.sync_session(self.engines)
 
     @asynccontextmanager
@@ -154,16 +154,16 @@ class Database:
         Raises:
             OutsideUnitOfWork: No unit is open here.
             NotInSyncUnit: A coroutine function, and the unit that is open is a synchronous one.
-            TypeError: It is no function, but e.g. what a function returned.
+            TypeError: ``callback`` cannot be called; perhaps it is what a function returned.
         """
-        if not callable(callback):  # while there is something to roll back: after the commit it would be a log line
+        if not callable(callback):  # now, while the unit can roll back: after the commit it could only be logged
             if inspect.iscoroutine(callback):
                 callback.close()  # Python would warn that nobody awaited it
             raise TypeError(
                 f"{self.name}.on_commit() takes a function to call later, and was given a {type(callback).__name__}, "
                 f"as a call returns it; write: {self.name}.on_commit(lambda: notify(...))"
             )
-        self._unit("on_commit()", "async with {0}.transaction(): ...").on_commit(self.engines, callback)
+        self._require_unit("on_commit()", "async with {0}.transaction(): ...").on_commit(self.engines, callback)
 
     def rollback_only(self) -> None:
         """Let the current unit roll back at its end, whatever the response says.
@@ -171,7 +171,7 @@ class Database:
         Raises:
             OutsideUnitOfWork: No unit is open here.
         """
-        self._unit("rollback_only()", "async with {0}.transaction(): ...").roll_back_only()
+        self._require_unit("rollback_only()", "async with {0}.transaction(): ...").roll_back_only()
 
     async def release(self) -> None:
         """Commit what there is and give the connection back, before waiting for something slow.
@@ -184,7 +184,7 @@ class Database:
             NotInSyncUnit: The unit that is open is a synchronous one.
             sqlalchemy.exc.SQLAlchemyError: The commit failed.
         """
-        unit = self._unit("release()", "async with {0}.transaction(): ...")
+        unit = self._require_unit("release()", "async with {0}.transaction(): ...")
         if not isinstance(unit, AsyncUnitOfWork):
             raise NotInSyncUnit(f"{self.name}.release() is for async code. Here: {self.name}.sync_session.commit()")
         await unit.finish_async(commit=True)
@@ -194,7 +194,7 @@ class Database:
         await startup.create_tables(self.async_engine, self.metadatas)
 
     async def drop_tables(self) -> None:
-        """Drop the tables of ``metadatas``, with their rows: those of extensions, e.g. the durable tasks, too."""
+        """Drop the tables of ``metadatas`` with their rows, also those of extensions, e.g. the durable tasks."""
         await startup.drop_tables(self.async_engine, self.metadatas)
 
     async def dispose(self) -> None:
@@ -253,7 +253,7 @@ class Database:
         if middleware and not is_there:
             app.add_middleware(DBSessionMiddleware)
 
-    def _unit(self, what: str, instead: str) -> UnitOfWork:
+    def _require_unit(self, what: str, instead: str) -> UnitOfWork:
         unit = current_unit(self.engines)
         if unit is None:
             where = (
@@ -267,9 +267,9 @@ class Database:
 
 
 def _checked(settings: DatabaseSettings) -> DatabaseSettings:
-    """Refuse a URL or a dictionary here, where it is given, since the first use of an engine may be far away."""
+    """Refuse a URL or a dictionary where it is given: the first use of an engine may be far away."""
     if not isinstance(settings, DatabaseSettings):
-        raise InvalidSettings(f"a {type(settings).__name__} is no DatabaseSettings; write: {_IN_CODE}")
+        raise InvalidSettings(f"a {type(settings).__name__} is no DatabaseSettings; write: {_EXAMPLE}")
     return settings
 
 

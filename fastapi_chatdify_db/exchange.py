@@ -24,9 +24,9 @@ CommitOn = Callable[[int], bool]
 _START: Final = "http.response.start"
 _WITHOUT_BODY: Final = (204, 304)  # https://www.rfc-editor.org/rfc/rfc9110#section-6.4.1
 _NO_CONNECTION: Final = (PoolTimeout, DatabaseUnavailable)
-_ENDS: Final = ("http.response.body", "http.response.pathsend")
+_BODY: Final = ("http.response.body", "http.response.pathsend")
 _BODY_LIMIT: Final = "starlette.max_body_size"
-"""What Starlette's ``RequestBodyLimitMiddleware`` calls its limit in the scope."""
+"""The scope's key for the limit of Starlette's ``RequestBodyLimitMiddleware``."""
 
 
 class TryAgain(Exception):
@@ -46,9 +46,9 @@ class HTTPExchange(AsyncUnitOfWork):
     _started = False
     _complete = False
     _keeps = True
-    """Whether, by its status, the response keeps the rows that are written with its body."""
+    """Whether what is written while the body is sent is to be committed, as the response's status says."""
     _failure: Exception | None = None
-    """What settling raised. The application may have turned it into another exception on its way through ``send()``."""
+    """What committing before a message raised. The application may turn it into another exception where it sends."""
 
     def __init__(self, receive: Receive, send: Send, commit_on: CommitOn, *, may_retry: bool = False) -> None:
         self._receive = receive
@@ -77,7 +77,7 @@ class HTTPExchange(AsyncUnitOfWork):
             if not self.at_rest:
                 # An incomplete body means that the client left: it keeps nothing of what was written meanwhile.
                 if not self._complete:
-                    self._tell_of_loss([self])
+                    self._log_loss([self])
                 await self.finish_async(commit=self._complete)
         except BaseException:
             self.abandon()
@@ -85,33 +85,33 @@ class HTTPExchange(AsyncUnitOfWork):
             raise
         finally:
             self.close()
-            del self._receive  # a connection keeps the context that it was made in, and so a recorded body
+            del self._receive  # with a recorded body: a pooled connection keeps the context that it was made in, and so us
             if self._started and not self._complete and self.has_inner:
                 left_behind = self._left_behind()
-                self._tell_of_loss(left_behind)
+                self._log_loss(left_behind)
                 await run_to_completion(_roll_back(left_behind))
 
-    # Not a coroutine function: most messages have nothing to settle before them and pass straight through.
+    # Not a coroutine function: before most messages there is nothing to commit, and they pass straight through.
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
             if not self.untouched or self.has_inner:
                 if not self._body_is_under_way(message):
                     return self._settle_and_send(message)
-                self._keeps = self._is_kept_by(message)
+                self._keeps = self._wants_commit(message)
                 for block in self._blocks():
                     block.awaits_response = True
             self._started = True
-        elif kind in _ENDS and not message.get("more_body"):
+        elif kind in _BODY and not message.get("more_body"):
             if (not self.untouched or self.has_inner) and (not self.at_rest or self._has_producer or self._blocks()):
                 return self._settle_and_send(message)
             self._complete = True
         return self._send(message)
 
     async def _settle_and_send(self, message: Message) -> None:
-        starts = message["type"] == _START
-        commit = self._is_kept_by(message) if starts else self._keeps
-        if not starts and self._has_producer:
+        is_start = message["type"] == _START
+        commit = self._wants_commit(message) if is_start else self._keeps
+        if not is_start and self._has_producer:
             # A producer that failed ends the stream one turn of the loop before its task group cancels this task.
             await asyncio.sleep(0)
         try:
@@ -119,38 +119,38 @@ class HTTPExchange(AsyncUnitOfWork):
                 raise TryAgain
             if blocks := self._blocks():
                 # A cancellation comes neither between their commits nor during a sync one's.
-                await run_to_completion(self._finish_with(blocks, commit=commit, starts=starts))
+                await run_to_completion(self._finish_with(blocks, commit=commit, is_start=is_start))
             else:
                 await self.finish_async(commit=commit)
         except Exception as error:
             self._failure = error
             raise
-        if starts:
+        if is_start:
             for session in self._sessions:
                 session.forget_block()
         self._failure = None
         self._keeps = True
         self.rollback_only = False
-        self._started, self._complete = True, not starts
+        self._started, self._complete = True, not is_start
         await self._send(message)
 
-    async def _finish_with(self, blocks: list[UnitOfWork], *, commit: bool, starts: bool) -> None:
+    async def _finish_with(self, blocks: list[UnitOfWork], *, commit: bool, is_start: bool) -> None:
         for block in blocks:
-            block.awaits_response = starts  # what is done from here on
+            block.awaits_response = is_start  # for what is done after this commit
             await finish(block, commit=commit)
         await self.finish_async(commit=commit)
 
-    def _is_kept_by(self, start: Message) -> bool:
+    def _wants_commit(self, start: Message) -> bool:
         if not self._commit_on(start["status"]):
             return False
-        # Starlette's limit, also FastAPI's max_body_size=, stands outside and puts a 413 in place of any response.
+        # Starlette's limit (FastAPI's max_body_size=) is enforced outside of us: a 413 takes the place of any response.
         limit = self._scope.get(_BODY_LIMIT)
         if limit is None:
             return True
         length = Headers(scope=self._scope).get("content-length", "")
         return not (length.isdecimal() and int(length) > limit)
 
-    def _tell_of_loss(self, units: list[UnitOfWork]) -> None:
+    def _log_loss(self, units: list[UnitOfWork]) -> None:
         if any(unit.asks_at_end for unit in units):
             logger.warning(
                 "a response was not completed, since its client left or it was never sent, and what it wrote is "
@@ -159,7 +159,7 @@ class HTTPExchange(AsyncUnitOfWork):
             )
 
     def _body_is_under_way(self, start: Message) -> bool:
-        """Whether another task produces a stream already (FastAPI's server-sent events), whose end then commits."""
+        """Whether another task already produces the body (FastAPI's server-sent events), whose end then commits."""
         if start["status"] in _WITHOUT_BODY:
             return False
         if any(name.lower() == b"content-length" for name, _ in start.get("headers", ())):
@@ -168,17 +168,17 @@ class HTTPExchange(AsyncUnitOfWork):
         return any(unit.in_use or (self._has_producer and unit.asks_at_end) for unit in (self, *self._blocks()))
 
     def _blocks(self) -> list[UnitOfWork]:
-        """The open blocks of dependencies that yield within them, which FastAPI would end after the response."""
+        """The open ``transaction()`` blocks of dependencies with ``yield``, which FastAPI ends after the response."""
         if not self.has_inner:
             return []
         blocks = units_inside(self)
-        # A def dependency's cannot be told from those of a def producer, which ends them itself.
+        # A def dependency's block looks like one of a def producer, which ends its own.
         return [block for block in blocks if block not in self.suspended] if self._has_producer else blocks
 
     @property
     def _has_producer(self) -> bool:
         """Whether FastAPI's task group produces the body: server-sent events."""
-        # Of an included router, the route itself does not have what include_router() was given.
+        # The route of an included router does not know the arguments of include_router(); its context does.
         effective = self._scope.get("fastapi", {}).get("effective_route_context")
         return getattr(effective or self._scope.get("route"), "is_sse_stream", False)
 
@@ -200,8 +200,8 @@ class HTTPExchange(AsyncUnitOfWork):
             while isinstance(error, ExceptionGroup):
                 [error, *_] = error.exceptions
             logger.error("answered 503: %r", error)
-            later = HTTPException(503, "The database gives no connection, try again.", headers={"Retry-After": "1"})
-            await self._ask_handlers(later)
+            busy = HTTPException(503, "The database gives no connection, try again.", headers={"Retry-After": "1"})
+            await self._ask_handlers(busy)
 
     async def _ask_handlers(self, error: Exception) -> None:
         """Answer as the application answers ``error``; raises it when the application has no handler for it."""
@@ -215,14 +215,14 @@ class HTTPExchange(AsyncUnitOfWork):
 
 
 async def _roll_back(left_behind: list[UnitOfWork]) -> None:
-    """End the blocks in a body whose client is gone: Starlette leaves it to the garbage collector."""
+    """Roll back blocks in a body whose client is gone: Starlette leaves its generator to the garbage collector."""
     for block in left_behind:
-        block.shut()  # perhaps it is not the body's, but of a thread that goes on
+        block.shut()  # it may belong to a thread that goes on
         await finish(block, commit=False)
 
 
 def _is_for_want_of_a_connection(error: Exception) -> bool:
-    """Whether none was to be had, for the handler or for branches of its ``TaskGroup``."""
+    """Whether ``error`` says, in a group all of its errors, that no connection was to be had."""
     if isinstance(error, ExceptionGroup):
         return error.split(_NO_CONNECTION)[1] is None
     return isinstance(error, _NO_CONNECTION)

@@ -23,7 +23,7 @@ _ENTERED: Final = "fastapi_chatdify_db.entered"
 
 
 def commit_below_400(status: int) -> bool:
-    """The default rule: a response that tells the client no keeps nothing."""
+    """The default of ``commit_on``: an error response rolls back."""
     return status < 400
 
 
@@ -44,9 +44,9 @@ class DBSessionMiddleware:
     """
 
     def __init__(self, app: ASGIApp, *, commit_on: CommitOn = commit_below_400, retries: int = 0) -> None:
-        asks = getattr(commit_on, "__call__", None)  # noqa: B004  # perhaps an object's, which may be async too
-        if inspect.iscoroutinefunction(commit_on) or inspect.iscoroutinefunction(asks) or asks is None:
-            raise TypeError(  # of a coroutine, every status would be kept: it is true
+        call = getattr(commit_on, "__call__", None)  # noqa: B004  # an object's may be async too
+        if inspect.iscoroutinefunction(commit_on) or inspect.iscoroutinefunction(call) or call is None:
+            raise TypeError(  # a coroutine is truthy: every status would commit
                 f"DBSessionMiddleware's commit_on takes a plain function, not {commit_on!r}; "
                 "write: commit_on=lambda status: status < 400"
             )
@@ -76,21 +76,21 @@ class DBSessionMiddleware:
 
 
 def _base_http_middleware(app: object) -> Iterator[str]:
-    """The names of those in an application, its routes, and what is mounted there so far."""
-    found, seen = [app], set()
-    while found:
-        inside = found.pop()
+    """The names of those in an application, in its routes, and in what is mounted there so far."""
+    to_visit, seen = [app], set()
+    while to_visit:
+        inside = to_visit.pop()
         if inside is None or id(inside) in seen:
             continue
         seen.add(id(inside))
-        own = getattr(inside, "__dict__", {})  # a mock has any attribute, without end
-        found += [own.get("app"), own.get("_app")]
+        own = getattr(inside, "__dict__", {})  # not the attributes: a mock's are mocks, without end
+        to_visit += [own.get("app"), own.get("_app")]
         if isinstance(inside, BaseHTTPMiddleware):
             yield _name(inside.dispatch_func)
         elif isinstance(inside, Router):
-            found += inside.routes
-        elif isinstance(inside, Starlette):  # mounted; it puts its middleware together later
-            found.append(inside.router)
+            to_visit += inside.routes
+        elif isinstance(inside, Starlette):  # mounted; it builds its middleware stack later
+            to_visit.append(inside.router)
             for entry in inside.user_middleware:
                 if isinstance(entry.cls, type) and issubclass(entry.cls, BaseHTTPMiddleware):
                     yield _name(entry.kwargs.get("dispatch", entry.cls))

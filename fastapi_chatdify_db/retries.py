@@ -15,7 +15,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from fastapi_chatdify_db.exchange import CommitOn, HTTPExchange, TryAgain
 
 _PATIENCE: Final = 1.0
-"""Seconds that a request waits for those before it, one of which may be waiting for something slow."""
+"""Seconds that a repeated request waits for those before it, one of which may be slow; and the longest pause."""
 
 
 class Retries:
@@ -36,7 +36,7 @@ class Retries:
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
         request = _RecordedRequest(receive)
-        make_as_before = _remember(scope)
+        restore = _snapshot(scope)
         path = self._paths.setdefault((scope["method"], scope["path"]), _Path())
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(TryAgain),
@@ -49,12 +49,12 @@ class Retries:
                     await unanswered.enter_async_context(path.beside_others() if number == 1 else path.alone())
                     exchange = HTTPExchange(
                         request.replay(),
-                        _leaving(unanswered, send),
+                        _leave_at_start(unanswered, send),
                         self._commit_on,
                         may_retry=number <= self._limit,
                     )
                     if number > 1:
-                        make_as_before()
+                        restore()
                     await exchange.run(self._app, scope)
 
 
@@ -71,7 +71,7 @@ class _Path:
 
     @asynccontextmanager
     async def beside_others(self) -> AsyncIterator[None]:
-        """Enter when nobody is here alone."""
+        """Enter once no repeated request has the path to itself."""
         async with self._turn:
             self._under_way += 1
             self._free.clear()
@@ -84,7 +84,7 @@ class _Path:
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
-        """Keep others out, and enter when those who are here have left, or have not for too long."""
+        """Keep new requests out, and enter once those under way are answered, or after ``_PATIENCE`` seconds."""
         async with self._turn:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_PATIENCE):
@@ -92,14 +92,14 @@ class _Path:
             yield
 
 
-def _remember(scope: Scope) -> Callable[[], None]:
-    """Note what a run writes into; returns what undoes that, in place: whoever is around us looks there, too."""
+def _snapshot(scope: Scope) -> Callable[[], None]:
+    """Copy what a run may change; returns what restores it, in place, since outer middleware has the same mappings."""
     scope_before = dict(scope)
     state, session = scope.get("state", {}), scope.get("session", {})
-    state_before = dict(state)  # its values, e.g. the lifespan's, are no copies
+    state_before = dict(state)  # shallow: its values, e.g. the lifespan's, are shared
     session_before = deepcopy(dict(session))
 
-    def make_as_before() -> None:
+    def restore() -> None:
         for written, before in ((scope, scope_before), (state, state_before)):
             written.clear()
             written.update(before)
@@ -107,12 +107,12 @@ def _remember(scope: Scope) -> Callable[[], None]:
             session.clear()
             session.update(deepcopy(session_before))
 
-    return make_as_before
+    return restore
 
 
-def _leaving(unanswered: AsyncExitStack, send: Send) -> Send:
+def _leave_at_start(unanswered: AsyncExitStack, send: Send) -> Send:
     async def send_answer(message: Message) -> None:
-        if message["type"] == "http.response.start":  # committed; its body may take long
+        if message["type"] == "http.response.start":  # committed: the others need not wait for the body
             await unanswered.aclose()
         await send(message)
 

@@ -25,7 +25,7 @@ logger: Final = logging.getLogger(__name__)
 # Any number serves as long as all processes use the same one and nobody else does.
 _TABLES_LOCK: Final = crc32(b"fastapi_chatdify_db.create_tables")
 
-# Those that the server has: the last one came with PostgreSQL 17.
+# Only those that the server knows: transaction_timeout came with PostgreSQL 17.
 _NO_TIME_LIMITS: Final = text(
     """
     SELECT set_config(name, '0', true) FROM pg_settings
@@ -35,9 +35,9 @@ _NO_TIME_LIMITS: Final = text(
 
 # connection_exception, too_many_connections, cannot_connect_now, invalid_catalog_name (a server that is being set up):
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-_PASSING: Final = ("08", "53300", "57P03", "3D000")
+_TRANSIENT: Final = ("08", "53300", "57P03", "3D000")
 
-_SHORTEST_TRY: Final = 1.0  # second, so that the last try can still fail for a reason of its own
+_SHORTEST_TRY: Final = 1.0  # second; with less time, the last try would fail for the time limit and hide the cause
 
 
 async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
@@ -45,14 +45,14 @@ async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
 
     Parameters:
         engine: Which database to wait for.
-        timeout: Seconds after which no further try is made; 0 is one try. A server that accepts the connection and
-            then says nothing is given what is left of them, but at least ``_SHORTEST_TRY``.
+        timeout: Seconds after which no further try is made; 0 is one try. A server may accept the connection and then
+            say nothing: each try may last for the seconds that are left, at least for ``_SHORTEST_TRY``.
 
     Raises:
         DatabaseUnavailable: No try succeeded, or the server refused for good, e.g. because of a wrong password.
     """
     retrying = AsyncRetrying(
-        retry=retry_if_exception(_may_pass),
+        retry=retry_if_exception(_is_transient),
         stop=stop_after_delay(timeout),
         wait=wait_random_exponential(multiplier=0.1, max=2.0),
         before_sleep=lambda state: _log_try(engine, state),
@@ -64,7 +64,7 @@ async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
 async def create_tables(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> None:
     """Create the tables that do not exist; safe in any number of processes at once."""
     async with engine.begin() as connection:
-        await connection.run_sync(_locked)
+        await connection.run_sync(_take_lock)
         for metadata in _of_dialect(engine, metadatas):
             await connection.run_sync(metadata.create_all)
 
@@ -72,18 +72,18 @@ async def create_tables(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> N
 async def drop_tables(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> None:
     """Drop the tables that exist; safe beside processes that create them."""
     async with engine.begin() as connection:
-        await connection.run_sync(_locked)
+        await connection.run_sync(_take_lock)
         for metadata in _of_dialect(engine, metadatas):
             await connection.run_sync(metadata.drop_all)
 
 
 @asynccontextmanager
-async def services(enter: Iterable[Callable[[], AbstractContextManager[object]]]) -> AsyncIterator[None]:
-    """Run services for the duration of the block, entered and left in threads, where waiting is free."""
+async def services(factories: Iterable[Callable[[], AbstractContextManager[object]]]) -> AsyncIterator[None]:
+    """Run services for the duration of the block; they are entered and left in threads, since they may wait."""
     with ExitStack() as running:
         try:
-            for service in enter:
-                await to_thread.run_sync(running.enter_context, service())
+            for make_service in factories:
+                await to_thread.run_sync(running.enter_context, make_service())
             yield
         finally:
             await to_thread.run_sync(running.close)
@@ -93,8 +93,8 @@ def _of_dialect(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> list[Meta
     return [each for each in metadatas if each.info.get("dialect") in (None, engine.dialect.name)]
 
 
-def _locked(connection: Connection) -> None:
-    # CREATE TABLE IF NOT EXISTS is not enough: two at once fail on the catalog's unique indexes.
+def _take_lock(connection: Connection) -> None:
+    # CREATE TABLE IF NOT EXISTS is not enough: of two at once, one fails on the catalog's unique indexes.
     if connection.dialect.name == "postgresql":
         connection.execute(_NO_TIME_LIMITS)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _TABLES_LOCK})
@@ -106,11 +106,11 @@ async def _connect(engine: AsyncEngine, deadline: float) -> None:
         await connection.execute(text("SELECT 1"))
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     original = getattr(error, "orig", error)
     state = sqlstate(original)
     if state is not None:
-        return state.startswith(_PASSING)
+        return state.startswith(_TRANSIENT)
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
     return lost or isinstance(error, (OSError, DatabaseUnavailable))
 

@@ -42,7 +42,7 @@ def current_unit(engines: Engines) -> UnitOfWork | None:
 def innermost_unit() -> UnitOfWork | None:
     """The open unit of work around the running code, whichever database it is for, or None."""
     unit = _current.get()
-    while unit is not None and unit.closed:  # by a generator that is finalized elsewhere
+    while unit is not None and unit.closed:  # in another context, by a generator finalized there
         unit = unit.outer
     return unit
 
@@ -63,8 +63,8 @@ def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
     return [*(found if unit is outer else ()), *outer.suspended]
 
 
-def note_error(context: ExceptionContext) -> None:
-    """Remember, in the units around a statement, that PostgreSQL asked for the transaction to be run again."""
+def note_retryable_error(context: ExceptionContext) -> None:
+    """Note in the units around a statement that it failed with a serialization failure or deadlock, worth a retry."""
     if asks_to_retry(context.original_exception):
         unit = _current.get()
         while unit is not None:
@@ -79,7 +79,7 @@ class UnitOfWork:
         only: The database that the unit is for; None serves every database.
     """
 
-    # Values of the class, so that a unit which nobody asks for anything costs little.
+    # Defaults on the class, so that a unit that nobody uses costs little.
     only: Engines | None = None
     stands_alone: bool = False
     """Whether code that outlives the unit is left without one, even if another was open where this one began."""
@@ -147,12 +147,12 @@ class UnitOfWork:
         return any(map(in_use, self._sessions))
 
     def abandon(self) -> None:
-        """Before the rollback that ends the unit: refuse the commit of whoever is in the middle of an operation."""
+        """Before the rollback that ends the unit: refuse the commit of a task or thread amid an operation."""
         for session in self._sessions:
             session.abandoned = in_use(session)
 
     def shut(self) -> None:
-        """Before a rollback from outside of the unit's code: refuse what that code does from here on."""
+        """Before a rollback from outside the unit's code: refuse whatever that code does with the sessions later."""
         for session in self._sessions:
             session.abandoned = True
 
@@ -172,7 +172,7 @@ class UnitOfWork:
         if outer is not None and not self.stands_alone:
             self.outer = outer
             outer.has_inner = True
-            # FastAPI runs a def dependency that yields in a thread, whose context nobody sees again.
+            # FastAPI runs a def dependency with yield in a thread, and drops that thread's context.
             if not in_event_loop() and in_generator():
                 self.suspended = outer.suspended  # one list for blocks within each other, too
                 self.suspended.insert(0, self)
@@ -187,7 +187,7 @@ class UnitOfWork:
         self.closed = True
         for session in self._sessions:
             session.end()
-        # Not reset by a token: a generator that is finalized late runs in another context than it began in.
+        # Without a token: a generator that is finalized late runs in another context than it began in.
         if _current.get() is self:
             _current.set(self._before)
 
@@ -222,11 +222,11 @@ class UnitOfWork:
             self.close()
 
     def is_kept(self, error: BaseException | None) -> bool:
-        """Whether the unit's block, which ended in ``error`` or None, has earned its commit."""
+        """Whether the unit, whose block ended in ``error`` or None, may commit; logs what is lost unexpectedly."""
         if error is None and self.awaits_response and self.asks_at_end:
             logger.warning("a response was cut short, and what it wrote in a transaction() around it is rolled back")
         if isinstance(error, GeneratorExit) and (self.asks_at_end or self._callbacks is not None):
-            # Whoever left it by ``break`` was still in its block, and may have gone on there with db.session.
+            # After a ``break`` the unit stayed the current one: the code that went on may have used its db.session.
             logger.warning(
                 "a generator was left within its transaction(), which is rolled back, with what was done through "
                 "db.session since; close the generator before you go on: async with contextlib.aclosing(...)"
@@ -234,7 +234,7 @@ class UnitOfWork:
         return error is None and not self.awaits_response
 
     def _first_sync_session(self, engines: Engines) -> Session:
-        # Threads that ask at the same time get the same session; setdefault() keeps the first of their locks.
+        # Threads that ask at the same time get one session: setdefault() gives all of them the first lock.
         with self.__dict__.setdefault("_making", Lock()):
             session = self._sync_sessions.get(engines)
             if session is None:
@@ -242,13 +242,13 @@ class UnitOfWork:
                 self._sync_sessions = {**self._sync_sessions, engines: session}
                 self._sessions = (*self._sessions, session)
                 self.untouched = False
-                if self.closed:  # while this thread was on its way here
+                if self.closed:  # while this thread waited for the lock or made the session
                     session.end()
         return session
 
     def _add_callback(self, callback: AfterCommit, session: Session | None) -> None:
         self.untouched = False
-        # Threads may register their first ones at the same time.
+        # Atomic: threads may register their first callbacks at the same time.
         self.__dict__.setdefault("_callbacks", CallbackQueue()).add(callback, session)
 
     def _settle_callbacks(self, *, committed: bool) -> None:
@@ -278,7 +278,7 @@ class UnitOfWork:
         self._settle_callbacks(committed=False)
 
     def _run_due_callbacks(self) -> None:
-        told: AfterCommitError | None = None
+        to_raise: AfterCommitError | None = None
         while callback := self._next_callback():
             try:
                 if inspect.iscoroutine(result := callback()):
@@ -287,12 +287,12 @@ class UnitOfWork:
                 self._commit()
             except AfterCommitError as error:
                 self._rollback()
-                told = told or error
+                to_raise = to_raise or error
             except Exception as error:
                 self._rollback()
                 log_failed_callback(callback, error)
-        if told is not None:
-            raise told
+        if to_raise is not None:
+            raise to_raise
 
 
 @in_forked_child

@@ -1,4 +1,4 @@
-"""A websocket under a unit of work: when it commits, and who may do so."""
+"""A websocket under a unit of work: when it commits, and which tasks' messages make it commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WebSocketExchange(AsyncUnitOfWork):
     """The unit of work of a websocket, from its handshake to its closing.
 
     Commits when the handler waits for the client, and before it answers. A task is answering if it sends after it asked
-    for the session or read from the client. Messages that other tasks push leave the session alone.
+    for the session or read from the client. Messages that other tasks push do not commit.
     """
 
     stands_alone = True
@@ -42,9 +42,9 @@ class WebSocketExchange(AsyncUnitOfWork):
         self._commit_on = commit_on
         self._handler = self._reader = asyncio.current_task()
         self._workers: set[asyncio.Task[Any] | None] = set()
-        """Who asked for something since the last commit; None is a thread, of which task is unknown."""
+        """The tasks that used the unit since the last commit; None stands for a thread, whose task is unknown."""
         self._undone: WeakSet[asyncio.Task[Any]] = WeakSet()
-        """Whose work was rolled back under them, with that of a task that failed; they have not been told yet."""
+        """Tasks whose work was rolled back because another one failed, and that have not been told yet."""
 
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database; the task that asks for it is at work until the next commit."""
@@ -70,7 +70,7 @@ class WebSocketExchange(AsyncUnitOfWork):
     async def _receive_settled(self) -> Message:
         self._reader = asyncio.current_task()
         await self._undo_failures()
-        # A task whose messages another one reads settles when it answers.
+        # Else a task is at work on what this one has read, and settles when it answers.
         if not (self.in_use or (self.rollback_only and self._others_at_work())):
             await self._settle(commit=True)
         self._receiving = True
@@ -79,16 +79,16 @@ class WebSocketExchange(AsyncUnitOfWork):
                 self._unread = await self._receive()
         finally:
             self._receiving = False
-        await self._undo_failures()  # before a task for this message begins; whoever waits for it may give up
+        await self._undo_failures()  # before a task for this message begins; if cancelled, the message stays unread
         message, self._unread = self._unread, None
         return message
 
     async def _send_settled(self, message: Message) -> None:
         if self._receiving:
             await self._undo_failures()
-        self._tell_of_loss()
+        self._raise_if_undone()
         if self._is_answering():
-            await self._settle(commit=self._is_yes(message))
+            await self._settle(commit=self._wants_commit(message))
         self._accepted |= message["type"] == "websocket.accept"
         await self._send(message)
 
@@ -99,17 +99,17 @@ class WebSocketExchange(AsyncUnitOfWork):
             return True
         if None in self._workers:
             return not self.in_use
-        # While the handler waits for the next message, another task may tell the client of those that are done.
+        # While the handler waits for the next message, another task may send the answers of tasks that are done.
         return self._receiving and bool(self._workers) and all(map(_is_done, self._workers))
 
     def _note_worker(self) -> None:
         if not in_event_loop():
             self._workers.add(None)
             return
-        self._tell_of_loss()
+        self._raise_if_undone()
         self._workers.add(asyncio.current_task())
 
-    def _tell_of_loss(self) -> None:
+    def _raise_if_undone(self) -> None:
         if (task := asyncio.current_task()) is not None and task in self._undone:
             self._undone.discard(task)
             raise TransactionAborted(
@@ -119,19 +119,19 @@ class WebSocketExchange(AsyncUnitOfWork):
 
     async def _undo_failures(self) -> None:
         """Keep nothing of a task that ended in an exception which nobody has asked it for."""
-        if self._has_failed():
+        if self._has_failed_task():
             await asyncio.sleep(0)  # whoever awaits the task gets its exception in this turn of the loop
-            if self._has_failed():
+            if self._has_failed_task():
                 logger.warning("a task of a websocket failed, and what was done since the last commit is rolled back")
                 self._undone.update(self._others_at_work())
                 await self._settle(commit=False)
 
-    def _has_failed(self) -> bool:
-        # By asyncio's own mark: whether a task's exception is still to be asked for, nothing public tells.
+    def _has_failed_task(self) -> bool:
+        # asyncio's own mark of an exception that nobody has retrieved; nothing public tells.
         return any(_is_done(worker) and worker._log_traceback for worker in self._workers)
 
     def _others_at_work(self) -> list[asyncio.Task[Any]]:
-        """All but who reads, which has told the client what it had to tell."""
+        """All but the task that reads, which has sent what it had to send."""
         return [task for task in self._workers if task not in (None, self._reader) and not task.done()]
 
     async def _settle(self, *, commit: bool) -> None:
@@ -139,7 +139,7 @@ class WebSocketExchange(AsyncUnitOfWork):
         self.rollback_only = False
         self._workers.clear()
 
-    def _is_yes(self, message: Message) -> bool:
+    def _wants_commit(self, message: Message) -> bool:
         if message["type"] == "websocket.close":  # before it was accepted, the client gets a 403
             return self._accepted and message.get("code", 1000) in _NORMAL_CLOSURES
         if message["type"] == "websocket.http.response.start":

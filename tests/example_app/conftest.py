@@ -22,7 +22,7 @@ from example_app.settings import get_settings
 from example_app.worker import app as celery_app
 from fastapi_chatdify_db import db
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.unit_of_work import note_error
+from fastapi_chatdify_db.unit_of_work import note_retryable_error
 from tests.serving import serve
 
 API_TOKEN = "api-token"
@@ -65,7 +65,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Co
     )
     # What the application tells the one database is not for the tests that follow, nor theirs for it.
     monkeypatch.setattr(db, "_settings", get_settings())
-    monkeypatch.setattr(db, "engines", Engines(lambda: db.settings, on_error=note_error))
+    monkeypatch.setattr(db, "engines", Engines(lambda: db.settings, on_error=note_retryable_error))
     monkeypatch.setattr(db, "services", {})
     monkeypatch.setattr(db, "creates_tables", False)
     assert celery_app.conf.broker_url == "memory://localhost"
