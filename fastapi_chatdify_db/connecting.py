@@ -10,16 +10,16 @@ from typing import Any
 from sqlalchemy import URL, Dialect, Engine
 
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
-from fastapi_chatdify_db.liveness import errors_of
+from fastapi_chatdify_db.liveness import driver_errors
 from fastapi_chatdify_db.sqlstates import sqlstate
 
 
-def tell_of_refusals(engine: Engine) -> None:
+def translate_connect_errors(engine: Engine) -> None:
     """Let every connect that fails raise ``DatabaseUnavailable``.
 
-    Of psycopg2's errors SQLAlchemy would make its own; asyncpg's, and the operating system's, it passes on as they are.
+    SQLAlchemy wraps only psycopg2's errors in its own; asyncpg's and the operating system's it passes on as they are.
     """
-    # A do_connect listener would keep the application's own from being called.
+    # Not by a do_connect listener, which would keep the application's own from being called.
     dialect: Any = engine.dialect
     dialect.connect = partial(_connect, engine.url, dialect, dialect.connect)
 
@@ -34,19 +34,19 @@ def place(url: URL) -> str:
 
 def reason(error: BaseException) -> str:
     """What an error says, in one line, with its class."""
-    # asyncpg's own error is the cause of what SQLAlchemy's adapter calls Error
+    # SQLAlchemy's adapter of asyncpg raises a mere Error, whose cause is asyncpg's own
     named = error.__cause__ if error.__cause__ is not None and sqlstate(error) else error
     # SQLAlchemy appends a line with a link
     return f"{type(named).__name__}: {error}".partition("\n")[0].removesuffix(": ")
 
 
 @contextmanager
-def telling(url: URL, dialect: Dialect) -> Iterator[None]:
-    """Let what is asked of a new connection, before anybody has it, raise ``DatabaseUnavailable`` if that fails."""
+def connect_errors_translated(url: URL, dialect: Dialect) -> Iterator[None]:
+    """Let a connect in the block, or a first statement on a new connection, raise ``DatabaseUnavailable``."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, errors_of(dialect)) or sqlstate(error) is not None:
+        if isinstance(error, driver_errors(dialect)) or sqlstate(error) is not None:
             raise unavailable(url, error) from error
         raise
 
@@ -57,5 +57,5 @@ def unavailable(url: URL, error: Exception) -> DatabaseUnavailable:
 
 
 def _connect(url: URL, dialect: Dialect, connect: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    with telling(url, dialect):
+    with connect_errors_translated(url, dialect):
         return connect(*arguments, **options)

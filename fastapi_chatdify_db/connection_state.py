@@ -34,11 +34,11 @@ class ConnectionState:
     has_effects: bool = False
     """Whether anything but plain reads has succeeded since the checkout, which a rollback would undo."""
     failure: str | None = None
-    """What a later statement failed with: PostgreSQL may have given up the transaction."""
-    failed_in_vain: bool = False
-    """Whether one of our statements failed before there were effects."""
+    """What a statement failed with after effects, or in a given-up transaction; an error at the commit names it."""
+    failed_without_loss: bool = False
+    """Whether a statement of ours failed before there were effects to lose."""
     given_up: Callable[[], bool] = bool
-    """Whether PostgreSQL has given up the transaction. Only psycopg2 knows without asking."""
+    """Whether PostgreSQL has given up the transaction. Only psycopg2 knows without asking; else it is False."""
     was_cut_off: bool = False
     """Whether we ended the connection during a statement, which must then not be run again on another one."""
     idle_since: float = math.inf
@@ -47,16 +47,16 @@ class ConnectionState:
     @property
     def lost_something(self) -> bool:
         """Whether PostgreSQL, which answered the commit with a rollback, has undone anything."""
-        # If none of our statements failed it was one of the driver's own cursor, and its others are not known.
-        return self.has_effects or self.failure is not None or not self.failed_in_vain
+        # If no statement of ours failed, one of the driver's own cursor did, whose other statements are unknown.
+        return self.has_effects or self.failure is not None or not self.failed_without_loss
 
     @property
     def adapter_began_none(self) -> bool:
-        """Whether SQLAlchemy's adapter of asyncpg has begun no transaction: one under way is the driver's own."""
+        """Whether SQLAlchemy's adapter of asyncpg began no transaction, so that one under way is the driver's own."""
         return getattr(self.connection, "_transaction", ...) is None
 
     def note_drivers_work(self) -> None:
-        """Take a transaction that none of our statements began for one with effects: the driver's cursor did it."""
+        """Assume effects of a transaction that no statement of ours began: the driver's own cursor began it."""
         if not self.started and self.in_transaction():
             self.has_effects = True
 
@@ -75,7 +75,7 @@ def follow(engine: Engine) -> None:
     """Track the state of every connection that the engine's pool makes from now on.
 
     Listeners to ``connect`` that ask for the state have to be added after this. A connection that is given back in the
-    middle of a statement or transaction is closed, or else the next unit of work would go on in it.
+    middle of a statement or transaction is closed: the next unit of work would go on in it.
     """
     event.listen(engine, "connect", _note_connect)
     event.listen(engine, "checkin", _note_return)
@@ -112,7 +112,7 @@ def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:
     state = state_in(record)
     if connection is not None and (state.in_flight() or state.in_transaction()):
         record.invalidate()
-    state.started = state.has_effects = state.failed_in_vain = False
+    state.started = state.has_effects = state.failed_without_loss = False
     state.failure = None
     state.idle_since = time.monotonic()
 

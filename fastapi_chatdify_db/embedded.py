@@ -1,4 +1,4 @@
-"""A PostgreSQL of one's own, out of a wheel: for demos and tests on a machine that has none. Needs ``[embedded]``."""
+"""A PostgreSQL server out of a wheel, for demos and tests on a machine without one. Needs the extra ``[embedded]``."""
 
 from __future__ import annotations
 

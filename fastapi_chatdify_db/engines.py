@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 
 from fastapi_chatdify_db.closing import cut_off, within_one_limit
-from fastapi_chatdify_db.connecting import tell_of_refusals
+from fastapi_chatdify_db.connecting import translate_connect_errors
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
 from fastapi_chatdify_db.forks import in_forked_child
@@ -35,7 +35,7 @@ from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeout
 T = TypeVar("T")
 
 _all: Final[WeakSet[Engines]] = WeakSet()
-# Pools inherited by a fork. Garbage collection would close the parent's connections.
+# Pools inherited by a fork, kept for good: garbage collection would close the parent's connections.
 _inherited: Final[list[object]] = []
 
 
@@ -47,7 +47,7 @@ class PerLoopAsyncEngine(AsyncEngine):
     "attached to a different loop". ``sync_engine``, which everything in ``AsyncEngine`` goes through, is the running
     loop's.
 
-    Where no loop runs, and none waits for the thread, it is the model, whose listeners also hear of the loops to come.
+    Where no loop runs, and none waits for the thread, it is the model: listeners added to it serve the loops to come.
     The first loop gets the model itself, and so shares a pool with engines that were derived from it before
     (``execution_options``).
     """
@@ -84,7 +84,7 @@ class PerLoopAsyncEngine(AsyncEngine):
         """For ``def`` dependencies that return ``db.session``: the engine of the loop that waits for this thread."""
         try:
             return from_thread.run_sync(lambda: self.sync_engine)
-        except RuntimeError:  # none does
+        except RuntimeError:  # no loop waits for it
             return self._model
 
     def _claim(self, loop: AbstractEventLoop) -> Engine:
@@ -98,7 +98,7 @@ class PerLoopAsyncEngine(AsyncEngine):
             else:
                 engine = self._model
                 if self._owner is not None:
-                    engine.dispose(close=False)  # what is left in its pool is the closed loop's
+                    engine.dispose(close=False)  # its pool's connections are the closed loop's
                 self._owner = ref(loop)
             self._by_loop[loop] = engine
             return engine
@@ -129,7 +129,7 @@ def connect_beside(engine: Engine, on_connect: Callable[[Any, ConnectionPoolEntr
     if on_connect is not None:
         event.listen(beside.pool, "connect", on_connect, insert=True)
     connection = beside.connect().execution_options(isolation_level="AUTOCOMMIT")
-    connection.detach()  # it is closed when it is given back
+    connection.detach()  # from the pool: when it is given back, it is closed
     return connection
 
 
@@ -155,12 +155,12 @@ class Engines:
             from fastapi_chatdify_db.watched_asyncpg import WatchedConnection  # no driver before it is used
 
             target.connect_args["connection_class"] = WatchedConnection
-        # Tracing tools (OpenTelemetry) put functions of their own in the place of these two, perhaps after our import.
+        # Looked up only now, like create_engine: tracing tools (OpenTelemetry) replace it, perhaps after our import.
         engine = sqlalchemy_asyncio.create_async_engine(
             target.url, **_engine_options(settings, target, AsyncAdaptedQueuePool)
         )
         self._listen(engine.sync_engine)
-        return self._first("async_engine", PerLoopAsyncEngine(engine))
+        return self._keep_first("async_engine", PerLoopAsyncEngine(engine))
 
     @cached_property
     def sync_engine(self) -> Engine:
@@ -169,7 +169,7 @@ class Engines:
         target = sync_target(settings)
         engine = sqlalchemy.create_engine(target.url, **_engine_options(settings, target, ThreadLendingPool))
         self._listen(engine)
-        return self._first("sync_engine", engine)
+        return self._keep_first("sync_engine", engine)
 
     @property
     def are_made(self) -> bool:
@@ -210,7 +210,7 @@ class Engines:
         if "sync_engine" in self.__dict__:
             _forget_connections(self.sync_engine)
 
-    def _first(self, name: str, made: T) -> T:
+    def _keep_first(self, name: str, made: T) -> T:
         """Threads that make an engine at the same time all get the first one; the others have never connected."""
         first: T = self.__dict__.setdefault(name, made)
         return first
@@ -222,13 +222,13 @@ class Engines:
             event.listen(engine, "connect", _leave_transactions_to_sqlalchemy)
             event.listen(engine, "begin", _begin_explicitly)
             return
-        # PgBouncer may give every statement outside a transaction to another server.
+        # Outside a transaction, PgBouncer may give each statement to another server connection.
         begin_lazily = settings.db_lazy_begin and not settings.db_pgbouncer
-        tell_of_refusals(engine)
+        translate_connect_errors(engine)
         if not engine.dialect.is_async:
             keep_threads_off(engine)
         follow(engine)
-        FirstStatements(engine, begin_lazily=begin_lazily, survive=settings.db_pool_pre_ping)
+        FirstStatements(engine, begin_lazily=begin_lazily, replace_dead=settings.db_pool_pre_ping)
         note_failures(engine)
         if settings.db_pool_pre_ping:
             ping_when_idle(engine, settings.db_ping_after)
@@ -246,7 +246,7 @@ def _engine_options(settings: DatabaseSettings, target: DriverTarget, poolclass:
     if target.url.get_backend_name() == "sqlite" and target.url.database in (None, "", ":memory:"):
         return options  # SQLAlchemy keeps a database in memory on a pool of one connection, which takes no options
     return options | {
-        "poolclass": poolclass,  # SQLite's dialect would take another for mode=memory
+        "poolclass": poolclass,  # for mode=memory, SQLite's dialect would choose another
         "pool_size": settings.db_pool_size,
         "max_overflow": settings.db_max_overflow,
         "pool_timeout": settings.db_pool_timeout,

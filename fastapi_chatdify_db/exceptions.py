@@ -16,7 +16,7 @@ class InvalidSettings(ChatdifyDBError):
 
 
 class NameTaken(ChatdifyDBError, ValueError):
-    """Two databases have the same name where names have to tell them apart."""
+    """Two databases of one health router have the same name, by which it tells them apart."""
 
 
 class OutsideUnitOfWork(ChatdifyDBError):

@@ -10,15 +10,15 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from fastapi_chatdify_db.connecting import telling, unavailable
+from fastapi_chatdify_db.connecting import connect_errors_translated, unavailable
 from fastapi_chatdify_db.connection_state import ConnectionState, state_in, state_of
-from fastapi_chatdify_db.liveness import errors_of, has_died, replace_connection, wants_another_connection
+from fastapi_chatdify_db.liveness import driver_errors, has_died, replace_connection, wants_another_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
 from fastapi_chatdify_db.sqlstates import timed_out
 
-# Of a connection without a level of its own, or whose level was reset by asyncpg's adapter, or by psycopg2's
+# The isolation level of a connection that has none of its own, or whose level asyncpg's adapter or psycopg2's has reset
 # (https://www.psycopg.org/docs/extensions.html#isolation-level-constants).
-_ORDINARY: Final = (None, "read_committed")
+_ORDINARY_LEVELS: Final = (None, "read_committed")
 _PSYCOPG2_READ_COMMITTED: Final = 1
 
 
@@ -34,20 +34,20 @@ class FirstStatements:
     Parameters:
         engine: One of PostgreSQL, with asyncpg or psycopg2.
         begin_lazily: Whether plain reads run without a transaction.
-        survive: Whether a dead connection is replaced.
+        replace_dead: Whether a dead connection is replaced.
     """
 
-    def __init__(self, engine: Engine, *, begin_lazily: bool, survive: bool) -> None:
-        self._survive = survive
-        self._errors = errors_of(engine.dialect)
+    def __init__(self, engine: Engine, *, begin_lazily: bool, replace_dead: bool) -> None:
+        self._replaces = replace_dead
+        self._errors = driver_errors(engine.dialect)
         if begin_lazily:
             event.listen(engine, "connect", partial(_allow_reads_alone, engine))
-        # A do_execute listener that runs the statement would keep the application's own from being called.
+        # Not by a do_execute listener: one that runs the statement keeps the application's own from being called.
         dialect: Any = engine.dialect
         self._do_execute = dialect.do_execute
         dialect.do_execute = self._execute
-        event.listen(engine, "do_executemany", _start)
-        event.listen(engine, "do_execute_no_params", _start)
+        event.listen(engine, "do_executemany", _note_start)
+        event.listen(engine, "do_execute_no_params", _note_start)
 
     def _execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None = None) -> None:
         """In place of the dialect's ``do_execute``."""
@@ -63,7 +63,7 @@ class FirstStatements:
         except self._errors as error:
             # An INSERT of many rows goes on with the cursor that it began with.
             replaceable = ordinary and context.execute_style is not ExecuteStyle.INSERTMANYVALUES
-            if state.was_cut_off or not (self._survive and replaceable and wants_another_connection(context, error)):
+            if state.was_cut_off or not (self._replaces and replaceable and wants_another_connection(context, error)):
                 raise
             self._run_again(error, statement, parameters, context)
 
@@ -99,23 +99,23 @@ class FirstStatements:
         state.has_effects |= not is_read
 
     def _run_in_autocommit(self, connection: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-        # Only for the statement: whoever uses the driver's connection directly finds it as always.
+        # Only during the statement: code that uses the driver's connection directly finds it as always.
         connection.autocommit = True
         try:
             self._do_execute(context.cursor, statement, parameters, context)
         finally:
-            if not getattr(connection, "closed", False):  # psycopg2 would raise that in place of the error under way
+            if not getattr(connection, "closed", False):  # there psycopg2 would raise, and hide the error under way
                 connection.autocommit = False
 
 
-def _start(*arguments: Any) -> None:
-    *_, context = arguments  # before it parameters, or none
+def _note_start(*arguments: Any) -> None:
+    *_, context = arguments  # the parameters before it may be missing
     if state := state_of(context.root_connection):
         state.started = state.has_effects = True
 
 
 def _allow_reads_alone(engine: Engine, connection: Any, record: ConnectionPoolEntry) -> None:
-    with telling(engine.url, engine.dialect):
+    with connect_errors_translated(engine.url, engine.dialect):
         state_in(record).reads_alone = _default_isolation(connection) == "read committed"
 
 
@@ -125,7 +125,7 @@ def _begins_ordinarily(state: ConnectionState) -> bool:
     return (
         not connection.autocommit
         and (
-            connection.isolation_level in _ORDINARY
+            connection.isolation_level in _ORDINARY_LEVELS
             or (connection.isolation_level == _PSYCOPG2_READ_COMMITTED and state.reads_alone)
         )
         and not connection.readonly
@@ -134,7 +134,7 @@ def _begins_ordinarily(state: ConnectionState) -> bool:
 
 
 def _took_too_long(error: Exception) -> bool:
-    """Whether to run a statement again would wait as long again."""
+    """Whether a statement ran into a time limit: run again, it would only take as long again."""
     return isinstance(error, TimeoutError) or timed_out(error)  # asyncpg's command_timeout is the former
 
 

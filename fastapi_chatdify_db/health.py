@@ -96,7 +96,7 @@ async def _check(database: Database) -> DatabaseReadiness:
     except DatabaseUnavailable as error:
         logger.warning("database %s is not ready: %s", database.name, error)
         reason = "no answer in time" if isinstance(error.orig, TimeoutError) else "unavailable"
-    except Exception:  # whatever it is, the answer is that the database does not
+    except Exception:  # whatever failed, the database is not ready
         logger.warning("database %s is not ready", database.name, exc_info=True)
         reason = "unavailable"
     status: Literal["ok", "unavailable"] = "ok" if reason is None else "unavailable"

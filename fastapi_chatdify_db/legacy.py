@@ -39,7 +39,7 @@ def SessionLocal() -> Session:  # noqa: N802  # the name is what this module is 
 
 class _SelfCommittingSession(FollowedSession):
     def close(self) -> None:
-        Session.close(self)  # here it is the caller's to do, and what it drops is dropped on purpose
+        Session.close(self)  # no warning: here the caller closes, and drops on purpose
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Whether a pooled connection is alive: asked only when it was idle for a while, and what to do when it is dead."""
+"""Whether a pooled connection is alive, tested only after it was idle; a dead one is replaced."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
     event.listen(engine, "checkout", test, insert=True)
 
 
-def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
-    """What a statement, or a connect, may raise when there is no living connection, among much else."""
+def driver_errors(dialect: Dialect) -> tuple[type[Exception], ...]:
+    """The error classes that a statement or a connect may raise for want of a living connection, among other causes."""
     return (dialect.loaded_dbapi.Error, OSError, *_internal_error(dialect))
 
 
 def wants_another_connection(context: ExecutionContext, error: Exception) -> bool:
     """Whether a statement failed because its connection died, or had prepared it before its table was altered."""
-    return has_died(context, error) or is_outdated(error)
+    return has_died(context, error) or is_outdated_statement(error)
 
 
 def has_died(context: ExecutionContext, error: Exception) -> bool:
@@ -73,18 +73,18 @@ def has_died(context: ExecutionContext, error: Exception) -> bool:
     )
 
 
-def is_outdated(error: BaseException | None) -> bool:
-    """Whether asyncpg had prepared a statement before a migration; it prepares it anew for the next transaction."""
+def is_outdated_statement(error: BaseException | None) -> bool:
+    """Whether a statement failed that asyncpg had prepared before a migration; the next transaction does so anew."""
     if isinstance(error, AsyncAdapt_asyncpg_dbapi.InvalidCachedStatementError):
         return True
-    # So PostgreSQL calls the type of a parameter, e.g. an enumeration, that was dropped and made anew.
+    # PostgreSQL's words for a parameter's type, e.g. an enumeration, that was dropped and made anew.
     return sqlstate(error) == _INTERNAL and "cache lookup failed for type" in str(error)
 
 
 def replace_connection(context: ExecutionContext, error: Exception) -> None:
     """Put a new connection, and a new cursor, under a statement that wants another one.
 
-    What SQLAlchemy does itself when a checkout finds one dead (``_ConnectionFairy._checkout``). It has no public name:
+    SQLAlchemy does the same when a checkout finds one dead (``_ConnectionFairy._checkout``), but nothing public does:
     invalidating a ``Connection`` makes its transaction unusable, and with it the session and the objects that were
     read.
 
@@ -92,7 +92,7 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
         DatabaseUnavailable: There is no new connection to be had.
         Exception: ``error``, when the new one is dead as well; else what the application's preparation of it raised.
     """
-    # By which asyncpg's dialect has all connections prepare their statements anew, if that is what failed.
+    # If an outdated statement failed, this lets asyncpg's dialect prepare anew on all connections.
     context.handle_dbapi_exception(error)
     proxy: Any = context.root_connection.connection
     record = proxy._connection_record
@@ -102,12 +102,12 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
     except (context.dialect.loaded_dbapi.Error, OSError):  # it died at once
         raise error from None
     try:
-        # Who counts the connections in use hears of the end of the dead one, as of any that is invalidated.
+        # Tools that count the connections in use are told that the dead one ended, as of any that is invalidated.
         proxy._pool.dispatch.checkin(None, record)
         # What the application prepares (a tenant, a search_path), it prepares at the checkout.
         proxy._pool.dispatch.checkout(proxy.dbapi_connection, record, proxy)
     except BaseException as unprepared:
-        record.invalidate(unprepared)  # or somebody would go on with a half-prepared one
+        record.invalidate(unprepared)  # or the session would go on with one that is half prepared
         if isinstance(unprepared, DisconnectionError):  # dead as well
             raise error from None
         raise

@@ -40,25 +40,25 @@ _FUNCTIONS: Final = """
 _HARMLESS: Final = frozenset(f"{_KEYWORDS} {_TYPES} {_FUNCTIONS}".split()) | {""}
 
 
-_REMEMBERED: Final = 65_536
-"""Characters up to which a SELECT is remembered: longer ones have lists of values, and seldom come again."""
+_LONGEST_CACHED: Final = 65_536
+"""Characters up to which the answer for a SELECT is cached: longer ones have lists of values, and seldom recur."""
 
 
 def is_plain_read(select: str) -> bool:
-    """Whether a SELECT takes no locks, writes nothing, calls nothing with effects and asks for no transaction's time.
+    """Whether a SELECT takes no locks, has no effects, and does not show when the transaction began.
 
-    In doubt it is not.
+    False when in doubt.
 
     Parameters:
         select: The text of a SELECT as SQLAlchemy compiled it.
     """
-    return _judge_once(select) if len(select) <= _REMEMBERED else _judge(select)
+    return _is_harmless_cached(select) if len(select) <= _LONGEST_CACHED else _is_harmless(select)
 
 
-def _judge(select: str) -> bool:
+def _is_harmless(select: str) -> bool:
     if _EFFECTS.search(select):
         return False
     return all(name.lower() in _HARMLESS for name in _BEFORE_PARENTHESIS.findall(select))
 
 
-_judge_once = lru_cache(maxsize=1024)(_judge)
+_is_harmless_cached = lru_cache(maxsize=1024)(_is_harmless)

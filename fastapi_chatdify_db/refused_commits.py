@@ -39,7 +39,7 @@ def _note_failure(context: ExceptionContext) -> None:
     if is_refused and state.failure is not None:
         return
     # A transaction that has done nothing yet loses nothing, until a later statement is refused.
-    state.failed_in_vain |= not state.has_effects
+    state.failed_without_loss |= not state.has_effects
     if state.has_effects or is_refused:
         kind = type(context.sqlalchemy_exception or context.original_exception).__name__
         code = sqlstate(context.original_exception)
@@ -47,7 +47,7 @@ def _note_failure(context: ExceptionContext) -> None:
 
 
 def prepare_commit(session: Session) -> None:
-    """Do, and raise, before any of several sessions commits, what would fail this one's commit but for COMMIT itself.
+    """Flush one of several sessions before any commits, and raise whatever but the COMMIT itself would fail its commit.
 
     Raises:
         SessionInUse: A task or thread is in the middle of an operation of it.
@@ -61,26 +61,26 @@ def prepare_commit(session: Session) -> None:
     if not session.is_active:
         session.connection()  # raises what the commit would
     for state in states(session):
-        _refuse_on(state)
-        if state.failure is not None:  # perhaps in a savepoint; asyncpg does not know without asking
+        _refuse_if_doomed(state)
+        if state.failure is not None:  # perhaps only in a savepoint, which asyncpg cannot tell without asking
             try:
                 session.execute(text("SELECT 1"))
             except DBAPIError as error:
                 raise (refusal(state) if was_given_up(error.orig) else error) from None
 
 
-def _refuse(session: FollowedSession) -> None:
+def _refuse_doomed_commit(session: FollowedSession) -> None:
     if session.in_nested_transaction():
-        return  # PostgreSQL refuses to release a savepoint itself
+        return  # a savepoint's release, which PostgreSQL refuses itself
     if session.abandoned:
         raise OutsideUnitOfWork("the unit of work of this thread was cancelled, and is rolled back")
     if (transaction := session.get_transaction()) is not None:
         session.committing = ref(transaction)
     for state in states(session):
-        _refuse_on(state)
+        _refuse_if_doomed(state)
 
 
-def _refuse_on(state: ConnectionState) -> None:
+def _refuse_if_doomed(state: ConnectionState) -> None:
     if state.in_flight():
         # The driver does not know yet that the other statement began a transaction, and would not send the COMMIT.
         raise SessionInUse(IN_USE)
@@ -90,7 +90,7 @@ def _refuse_on(state: ConnectionState) -> None:
             "end there: async with connection.transaction(): ..."
         )
     state.note_drivers_work()
-    if state.given_up() and state.lost_something:  # for asyncpg, WatchedConnection tells
+    if state.given_up() and state.lost_something:  # for asyncpg, WatchedConnection finds out
         raise refusal(state)
 
 
@@ -103,5 +103,5 @@ def refusal(state: ConnectionState) -> TransactionAborted:
     )
 
 
-# Not the engine's "commit": to have any listener of that kind makes every statement slower.
-event.listen(FollowedSession, "before_commit", _refuse)
+# Not the engine's "commit" event: an engine with any such listener is slower in every statement.
+event.listen(FollowedSession, "before_commit", _refuse_doomed_commit)

@@ -12,14 +12,14 @@ _carried: Final[ContextVar[str | None]] = ContextVar("fastapi_chatdify_db.reques
 
 
 def current_request_id() -> str | None:
-    """asgi-correlation-id's, in an application that uses it, or the one that a task was sent with."""
+    """The id that asgi-correlation-id has set, if it is in use, or else the one that the running task was sent with."""
     variable = _of_asgi_correlation_id()
     return (variable and variable.get()) or _carried.get()
 
 
 @contextmanager
 def carried_request_id(request_id: str) -> Iterator[None]:
-    """Let another process serve that request for the duration of the block."""
+    """Make a sender's ``request_id`` the current one for the duration of the block."""
     variables = [each for each in (_carried, _of_asgi_correlation_id()) if each is not None]
     tokens = [variable.set(request_id) for variable in variables]
     try:

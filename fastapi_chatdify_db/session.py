@@ -73,7 +73,7 @@ class _GeneratorUnit(AsyncUnitOfWork):
     """The unit of a ``get_session()`` that has none around it; nobody joins it.
 
     Whoever leaves ``async for session in get_session()`` by ``break`` goes on at once, and the event loop rolls the
-    unit back some time later: until then it looks open, but what is written to it is lost.
+    unit back some time later. Until then it looks open, but what is written to it is lost.
     """
 
 

@@ -1,4 +1,4 @@
-"""The end of a session's transaction: has the server anything to do, is anybody else using the session?"""
+"""The end of a session's transaction: whether the server has anything to do, and whether the session is in use."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ IN_USE: Final = (
 )
 
 _IN_USE_ELSEWHERE: Final = "isce"
-"""SQLAlchemy's code for it: https://docs.sqlalchemy.org/en/20/errors.html#illegalstatechangeerror-and-concurrency-exceptions."""
+"""SQLAlchemy's code of the error: https://docs.sqlalchemy.org/en/20/errors.html#illegalstatechangeerror-and-concurrency-exceptions."""
 
-_OURS: Final = 1
+_OUR_HOOKS: Final = 1
 """How many listeners to a session's ``before_commit``, and to its ``after_commit``, are ours; they ask nothing."""
 
 
@@ -37,7 +37,7 @@ class FollowedSession(Session):
     """A session of a unit of work, whose connections are remembered."""
 
     connections: tuple[Connection, ...] = ()
-    """Those on which its transactions began; some may be closed by now."""
+    """The connections on which its transactions began; some may be closed by now."""
     has_committed: bool = False
     """Whether one of its transactions did more than read and was committed, by the unit or by the application."""
     abandoned: bool = False
@@ -72,7 +72,7 @@ class FollowedSession(Session):
 
         Whoever is in the middle of an operation of it, e.g. waits for a connection, gets an error.
         """
-        self._close_state = _SessionCloseState.ACTIVE  # which close_resets_only=False gives it from the start
+        self._close_state = _SessionCloseState.ACTIVE  # as close_resets_only=False makes it: close() is final
         try:
             super().close()
         except IllegalStateChangeError:
@@ -80,30 +80,30 @@ class FollowedSession(Session):
             self.abandoned = True
 
     def forget_block(self) -> None:
-        """Let a ``with session.begin():`` around the running code go on in another transaction, after ours ended."""
+        """After our commit, let a ``with session.begin():`` that is still open go on in a new transaction."""
         self._trans_context_manager = None
 
 
 def states(session: FollowedSession) -> Iterator[ConnectionState]:
     """The states of the connections that the session holds."""
-    return (state for connection in _held(session) if (state := state_of(connection)) is not None)
+    return (state for connection in _open_connections(session) if (state := state_of(connection)) is not None)
 
 
 def asks_at_end(session: FollowedSession) -> bool:
     """Whether a commit or a rollback of the session may have to wait for the server; True when in doubt."""
     hooks = session.dispatch
     return (
-        any(map(_asks, session.connections))
-        or not session._is_clean()  # as the commit asks; its public parts are properties that copy
+        any(map(_connection_asks, session.connections))
+        or not session._is_clean()  # as commit() asks; session.new, dirty and deleted are copies
         or not session.is_active
         or session.in_nested_transaction()
-        or len(hooks.before_commit) > _OURS  # the application's may write
-        or len(hooks.after_commit) > _OURS
+        or len(hooks.before_commit) > _OUR_HOOKS  # the application's hooks may write
+        or len(hooks.after_commit) > _OUR_HOOKS
     )
 
 
 def asks_at_rollback(session: FollowedSession) -> bool:
-    """Whether handlers of the application's may ask the server when the session is rolled back."""
+    """Whether the application has hooks that may ask the server when the session is rolled back."""
     return bool(session.dispatch.after_rollback) or bool(session.dispatch.after_soft_rollback)
 
 
@@ -115,16 +115,16 @@ def in_use(session: FollowedSession) -> bool:
     return (
         session._flushing
         or transaction._next_state is _StateChangeStates.CHANGE_IN_PROGRESS  # e.g. waits for a connection
-        or any(_in_flight(session))
+        or any(_states_in_flight(session))
     )
 
 
 def roll_back_or_discard(session: Session) -> None:
     """Roll back; where even that fails the connection is broken, and closing it rolls back as well."""
     assert isinstance(session, FollowedSession)
-    for connection in _held(session):
+    for connection in _open_connections(session):
         end_turn(connection)
-    for state in _in_flight(session):
+    for state in _states_in_flight(session):
         state.cut_off()
     was_cut_off = any(state.was_cut_off for state in states(session))
     had_started = any(state.started for state in states(session))
@@ -134,7 +134,7 @@ def roll_back_or_discard(session: Session) -> None:
         if was_cut_off:
             logger.warning("a rollback came in the middle of a statement, whose connection is discarded")
         elif getattr(error, "code", None) == _IN_USE_ELSEWHERE:
-            pass  # the end of the unit tells of it
+            pass  # the end of the unit logs it
         elif had_started or not isinstance(error, DBAPIError):  # a handler of the application's may have raised it
             logger.warning("rollback failed; its connection is discarded", exc_info=True)
         with suppress(IllegalStateChangeError):  # in use elsewhere, which the end of the unit deals with
@@ -148,7 +148,7 @@ def end_reads(session: Session) -> None:
         transaction.close()
 
 
-def _asks(connection: Connection) -> bool:
+def _connection_asks(connection: Connection) -> bool:
     if connection.closed:
         return False
     if has_begun(connection):
@@ -166,15 +166,15 @@ def _asks(connection: Connection) -> bool:
     )
 
 
-def _held(session: FollowedSession) -> Iterator[Connection]:
+def _open_connections(session: FollowedSession) -> Iterator[Connection]:
     return (each for each in session.connections if not (each.closed or each.invalidated))
 
 
-def _in_flight(session: FollowedSession) -> Iterator[ConnectionState]:
+def _states_in_flight(session: FollowedSession) -> Iterator[ConnectionState]:
     return (state for state in states(session) if state.in_flight())
 
 
-def _remember(session: FollowedSession, _: SessionTransaction, connection: Connection) -> None:
+def _note_begin(session: FollowedSession, _: SessionTransaction, connection: Connection) -> None:
     if session.abandoned:
         connection.close()
         raise OutsideUnitOfWork(
@@ -198,5 +198,5 @@ def _has_effects(connection: Connection) -> bool:
     return state is None or state.has_effects
 
 
-event.listen(FollowedSession, "after_begin", _remember)
+event.listen(FollowedSession, "after_begin", _note_begin)
 event.listen(FollowedSession, "after_commit", _note_commit, insert=True)  # the application's may raise

@@ -94,7 +94,7 @@ class DatabaseSettings(BaseSettings):
         try:
             return handler(data)
         except ValidationError as error:
-            # What a validator of a subclass says of the whole has no place.
+            # An error of a subclass's model validator has an empty loc.
             problems = [": ".join([*(str(part).upper() for part in e["loc"][:1]), e["msg"]]) for e in error.errors()]
         raise InvalidSettings("; ".join(problems))
 
@@ -111,8 +111,8 @@ class DatabaseSettings(BaseSettings):
         super().__setattr__(name, value)
 
     def make_same_engines_as(self, other: DatabaseSettings) -> bool:
-        """Whether both say the same of the database; they may differ in what an application's subclass adds."""
-        # The others make the URL, or nothing beside DATABASE_URL.
+        """Whether all fields that engines are made from are equal; what an application's subclass adds may differ."""
+        # The other fields make the URL, or count for nothing beside DATABASE_URL.
         fields = {name for name in DatabaseSettings.model_fields if name.startswith("db_")}
         return self.url() == other.url() and self.model_dump(include=fields) == other.model_dump(include=fields)
 
@@ -146,7 +146,7 @@ class DatabaseSettings(BaseSettings):
 
 
 def _without_open_password(url: URL) -> URL:
-    """libpq takes a password in the query too, where a repr shows it; it means the same in its own place."""
+    """Move a password out of the query, where libpq takes it too but a repr shows it, into its own place."""
     if passwords := url.normalized_query.get("password"):
         return url.set(password=passwords[-1]).difference_update_query(["password"])
     return url

@@ -23,7 +23,7 @@ def asks_to_retry(error: BaseException | None) -> bool:
 
 
 def was_given_up(error: BaseException | None) -> bool:
-    """Whether a driver's error says that an earlier one has already failed the transaction."""
+    """Whether a driver's error says that the transaction has failed already, by an earlier error."""
     return sqlstate(error) == _IN_FAILED_TRANSACTION
 
 

@@ -19,7 +19,7 @@ def in_event_loop() -> bool:
 
 
 def in_generator() -> bool:
-    """Whether a generator is on the stack that is not of this package, whose context managers are made of some."""
+    """Whether a generator is on the stack; those of this package do not count, which are context managers."""
     frame = inspect.currentframe()
     while frame is not None:
         is_ours = frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE

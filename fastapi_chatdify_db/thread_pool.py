@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from anyio import from_thread, to_thread
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
-# SQLAlchemy does the same for its own pools' loggers. A worker makes a pool with each lease, and each tells of it.
+# As SQLAlchemy does for its own pools: a worker makes a pool for each lease, and each would log that.
 logging.getLogger(__name__).setLevel(logging.WARNING)
 
 

@@ -22,12 +22,12 @@ class _Turn:
     def __init__(self) -> None:
         self.lock = Lock()
         self.holder: ReferenceType[PoolProxiedConnection] | None = None
-        """What the pool has lent it as, None while it is there. Weak, as the pool's own: what is lost goes back."""
+        """The pool's proxy that has it; None in the pool. Weak, as the pool's own: a lost proxy gives it back."""
         self.ended_by: int | None = None
-        """The thread that rolls back what the holder did, None before that."""
+        """The thread that rolls back what the holder did; None before a rollback."""
 
     def is_over(self, proxy: PoolProxiedConnection) -> bool:
-        """Whether the running thread's statements have come too late for a connection that it was lent as ``proxy``."""
+        """Whether the running thread may use a connection that it was lent as ``proxy`` no longer."""
         is_lent = self.holder is not None and self.holder() is proxy
         return not is_lent or self.ended_by not in (None, get_ident())
 
@@ -40,7 +40,7 @@ def keep_threads_off(engine: Engine) -> None:
     connection that the pool has lent to the next request by then.
 
     Parameters:
-        engine: A synchronous one; on an event loop nothing comes between.
+        engine: A synchronous one; on an event loop no statement comes between.
     """
     event.listen(engine, "connect", _note_connect)
     event.listen(engine, "checkout", _lend)
@@ -68,7 +68,7 @@ def _turn_of(connection: Connection) -> _Turn | None:
 def _in_turn(execute: Callable[..., None], cursor: Any, statement: str, *arguments: Any) -> None:
     *_, context = arguments
     turn = None if context is None else _turn_of(context.root_connection)
-    if turn is None:  # a connection that is being made, or does not come back
+    if turn is None:  # a connection that is being made, or is detached
         execute(cursor, statement, *arguments)
         return
     with turn.lock:

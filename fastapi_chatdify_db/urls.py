@@ -36,11 +36,11 @@ _LIBPQ_ONLY: Final = {
     "sslsni",
     "tcp_user_timeout",
 }
-_LEAST_CONNECT_TIMEOUT: Final = 2  # seconds; of less libpq makes as much
-# Milliseconds that what was sent may wait for TCP's acknowledgement; on Linux it would be a quarter of an hour.
+_LEAST_CONNECT_TIMEOUT: Final = 2  # seconds; libpq raises a lower value to this
+# Milliseconds that sent data may wait for TCP's acknowledgement; Linux would wait for a quarter of an hour.
 # https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-TCP-USER-TIMEOUT
-_UNANSWERED: Final = "30000"
-# What libpq is asked to insist on and asyncpg cannot: leaving it out would be less safe than the URL says.
+_TCP_USER_TIMEOUT: Final = "30000"
+# What libpq can insist on and asyncpg cannot: to drop it would be less safe than the URL says.
 _LIBPQ_DEMANDS: Final = ("channel_binding", "gssencmode", "requirepeer")
 
 
@@ -94,7 +94,7 @@ def sync_target(settings: DatabaseSettings) -> DriverTarget:
     place, options = _split_query(url, settings)
     server_settings = _server_settings(settings, options)
     connect_args: dict[str, Any] = {name: value for name, value in options.items() if name not in _ASYNCPG_ONLY}
-    connect_args.setdefault("tcp_user_timeout", _UNANSWERED)
+    connect_args.setdefault("tcp_user_timeout", _TCP_USER_TIMEOUT)
     connect_args.setdefault("client_encoding", "utf8")  # as asyncpg's always is, whatever the role's
     connect_args["application_name"] = server_settings.pop("application_name")
     flags = [connect_args.get("options", ""), *(f"-c {name}={value}" for name, value in server_settings.items())]

@@ -8,15 +8,15 @@ from typing import Any
 
 import asyncpg
 
-from fastapi_chatdify_db.closing import note, seconds_left
+from fastapi_chatdify_db.closing import note_transport, seconds_left
 from fastapi_chatdify_db.connection_state import ConnectionState
 from fastapi_chatdify_db.refused_commits import refusal
 
 
 class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
-    """Tells a COMMIT that was none, whoever's statement failed: also one of the driver's own (``copy_to_table``).
+    """Raises where a COMMIT became a ROLLBACK, also for a failed statement of the driver's own (``copy_to_table``).
 
-    Where nobody sets a time limit, as SQLAlchemy's pools do not, its end is waited for as ``closing`` says.
+    Without a ``timeout``, as SQLAlchemy's pools call it, ``close()`` has the limit of the module ``closing``.
     """
 
     state: ConnectionState | None = None
@@ -25,7 +25,7 @@ class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ha
         self, protocol: Any, transport: Transport, loop: AbstractEventLoop, *rest: Any, **options: Any
     ) -> None:
         super().__init__(protocol, transport, loop, *rest, **options)
-        note(transport, loop)
+        note_transport(transport, loop)
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         """The answer to a query, as asyncpg gives it."""

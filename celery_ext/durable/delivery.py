@@ -22,7 +22,7 @@ from celery_ext.durable.row import HEADER, check_accepted, due_of, seconds_until
 from celery_ext.errors import portable
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
 from fastapi_chatdify_db.exceptions import AfterCommitError, DatabaseUnavailable
-from fastapi_chatdify_db.liveness import is_outdated
+from fastapi_chatdify_db.liveness import is_outdated_statement
 from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate, timed_out
 from fastapi_chatdify_db.surroundings import in_event_loop
 
@@ -216,7 +216,7 @@ def _is_passing(error: BaseException | None) -> bool:
         return (
             error.connection_invalidated
             or asks_to_retry(original)
-            or is_outdated(original)
+            or is_outdated_statement(original)
             or _is_of_the_server(original)
             or (statements.waits_for_a_key(error.statement) and timed_out(original))
         )
