@@ -1,4 +1,4 @@
-"""``init_app``: what a Celery application needs of its task classes, its signals and the end of its processes."""
+"""``init_app``: adopts an application's task classes, connects signals, and closes connections at a process's end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
         app: The Celery application, before its worker starts.
         db: The database whose savepoints decide about ``delay_on_commit``, and which keeps the durable tasks; a
             task's unit serves every database.
-        relay: Whether a web application relays durable tasks itself, within the database's lifespan.
+        relay: Whether this process, a web application, sends durable tasks itself, within the database's lifespan.
 
     Raises:
         TypeError: ``app`` is something else, e.g. a web application.
@@ -45,7 +45,7 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
         raise TypeError(
             f"celery_ext.init_app() takes the Celery application, not {app!r}. For the web: {db.name}.init_app(app)"
         )
-    app = _behind_proxy(app)
+    app = _unproxied(app)
     is_new = app not in _databases
     _databases[app] = db
     if metadata not in db.metadatas:
@@ -55,8 +55,8 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
         db.services[app] = partial(relaying, app, db)
     _adopt(app.Task, db)
     if is_new:
-        _adopt_bases(app)
-        _adopt_made(app)
+        _adopt_later_tasks(app)
+        _adopt_present_tasks(app)
     app.on_after_finalize.connect(_adopt_all, weak=False)
     if app.finalized:  # type: ignore[attr-defined]  # missing in the stubs
         _adopt_all(app)
@@ -69,23 +69,23 @@ def database_of(app: Celery[Any]) -> Database:
         NotInitialized: It was not called.
     """
     try:
-        return _databases[_behind_proxy(app)]
+        return _databases[_unproxied(app)]
     except KeyError:
         raise NotInitialized(f"{app!r} has no database; call celery_ext.init_app(app) where it is made") from None
 
 
-def _behind_proxy(app: Any) -> Any:
-    """The application itself where ``celery.current_app`` is given, which no weak reference takes."""
+def _unproxied(app: Any) -> Any:
+    """The application itself, also for ``celery.current_app``: no weak reference takes that proxy."""
     return app._get_current_object() if isinstance(app, Proxy) else app
 
 
-def _adopt_bases(app: Any) -> None:
-    """Adopt whatever a task is made of before it is made, as late as that may be: Celery has no signal for it."""
+def _adopt_later_tasks(app: Any) -> None:
+    """Adopt the classes of tasks that are defined from now on. Celery has no signal for it, so wrap its two methods."""
     task_from_function, register_task = app._task_from_fun, app.register_task
 
     def _task_from_fun(fun: Any, name: str | None = None, base: Any = None, **options: Any) -> Any:
         if base is not None:
-            _rebase(base)  # perhaps another application's base too, so that only the task's class gets the database
+            _rebase(base)  # only: another application may share the base, so the database is set on the task's class
         task = task_from_function(fun, name, base, **options)
         _adopt(type(task), _databases[app])
         put_in_unit(task)
@@ -106,8 +106,8 @@ def _adopt_all(sender: Any, **_: object) -> None:
         put_in_unit(task)
 
 
-def _adopt_made(app: Any) -> None:
-    """Adopt the tasks that are there already, and tell ``autoretry_for`` what our class leaves alone."""
+def _adopt_present_tasks(app: Any) -> None:
+    """Adopt the tasks that exist already, and have ``autoretry_for`` leave alone what our class does."""
     for task in app._tasks.values():
         _adopt(type(task), _databases[app])
         code = getattr(task.run, "__code__", None)
@@ -123,7 +123,7 @@ def _adopt(task_class: Any, database: Database) -> None:
 
 
 def _rebase(task_class: Any) -> None:
-    """Put our class between Celery's and those that derive from it, user-defined bases included."""
+    """Make our class the base of whatever derives directly from Celery's, user-defined bases included."""
     if not issubclass(task_class, Task):
         for each in task_class.__mro__:
             if celery.Task in each.__bases__:
@@ -131,13 +131,13 @@ def _rebase(task_class: Any) -> None:
 
 
 @signals.task_prerun.connect(weak=False)
-def _begin(task_id: str, task: celery.Task[..., Any], **_: object) -> None:
+def _begin_execution(task_id: str, task: celery.Task[..., Any], **_: object) -> None:
     if isinstance(task, Task):
         Execution(task, task_id)
 
 
 @signals.task_postrun.connect(weak=False)
-def _end(task: celery.Task[..., Any], state: str, retval: object, **_: object) -> None:
+def _end_execution(task: celery.Task[..., Any], state: str, retval: object, **_: object) -> None:
     if (execution := Execution.current()) is not None and execution.task == task:
         execution.end(retval if state != SUCCESS and isinstance(retval, Exception) else None)
 
@@ -148,7 +148,7 @@ def _send_context(headers: dict[str, Any], **_: object) -> None:
 
 
 @signals.worker_init.connect(weak=False)
-def _make_cooperative(**_: object) -> None:
+def _let_psycopg2_yield(**_: object) -> None:
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("select"):
         # libpq waits in C, where gevent cannot switch greenlets; with this callback psycopg2 waits in select().

@@ -32,21 +32,21 @@ logger: Final = logging.getLogger(__name__)
 
 Body = Callable[..., Any]
 
-_ENDS_OF_THE_WORKER: Final = (KeyboardInterrupt, SystemExit, GreenletExit)
-"""Which say nothing about the task: it is run again."""
+_WORKER_EXITS: Final = (KeyboardInterrupt, SystemExit, GreenletExit)
+"""Exceptions that say nothing about the task, which is run again."""
 
 _lock: Final = Lock()
 
 
 def put_in_unit(task: Task) -> None:
-    """Let a task's ``run`` open, join and end units of work, whoever calls it: also a ``__call__`` of the user's."""
+    """Wrap a task's ``run`` so that it has a unit of work, whoever calls it: also a ``__call__`` of the user's."""
     with _lock:
         if task.runs_in_unit:
             return
-        # Inside the wrapper that autoretry_for put around it: a failed commit is retried like a failed body.
+        # Inside autoretry_for's wrapper, so that a failed commit is retried like a failed body.
         name = "_orig_run" if "_orig_run" in vars(task) else "run"
         setattr(task, name, _in_unit(task, getattr(task, name)))
-        setattr(task, "run", _told(task, task.run))  # noqa: B010
+        setattr(task, "run", _translating(task, task.run))  # noqa: B010
         task.runs_in_unit = True
 
 
@@ -59,34 +59,34 @@ def _in_unit(task: Task, body: Body) -> Body:
             return run_in_unit(task, body, args, kwargs)
         except DBAPIError as error:
             if task.db_retry and asks_to_retry(error.orig):
-                raise _retry(task, error) from None
+                raise _retry_exception(task, error) from None
             raise
 
     return run
 
 
-def _told(task: Task, run: Body) -> Body:
-    """End a worker's task with an exception that its result can carry, and that a durable task's row has noted."""
+def _translating(task: Task, run: Body) -> Body:
+    """Turn what a worker's task raises into what a result can carry; a durable task's row has it first."""
 
     @wraps(run)
-    def told(*args: Any, **kwargs: Any) -> Any:
+    def run_translated(*args: Any, **kwargs: Any) -> Any:
         execution = Execution.beginning(task)
         try:
             return run(*args, **kwargs)
-        except _ENDS_OF_THE_WORKER:
+        except _WORKER_EXITS:
             raise
         except BaseException as error:  # e.g. gevent.Timeout
             if execution is None:
                 raise
             if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-                # For Celery, what is no Exception is the end of the worker.
+                # Celery takes a BaseException for the end of the worker.
                 cancelled = TaskCancelled(f"{task.name} let out a {type(error).__name__}; catch it where it was meant")
                 error = cancelled.with_traceback(error.__traceback__)
             if execution.delivery is not None:
                 error = execution.delivery.ended_by(error)
             raise portable(error)  # noqa: B904  # it has its cause, or hides it
 
-    return told
+    return run_translated
 
 
 def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,7 +129,7 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _commit(unit: UnitOfWork, task: Task) -> None:
     """Commit; a soft time limit that passes meanwhile does not make a committed task a failure."""
     if unit.untouched:
-        return  # to hold the limit back costs more than the rest
+        return  # nothing to commit; holding the limit back would cost more than the rest
     committed = False
     try:
         with soft_limit_held_back:
@@ -145,13 +145,13 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
     execution = Execution.beginning(task)
     if execution is None:
         if in_event_loop():
-            return _joined(task, body, args, kwargs) if task.db_session else body(*args, **kwargs)
-        return event_loop.run(_alone(task, body, args, kwargs) if task.db_session else body(*args, **kwargs))
+            return _run_joining(task, body, args, kwargs) if task.db_session else body(*args, **kwargs)
+        return event_loop.run(_run_in_own_unit(task, body, args, kwargs) if task.db_session else body(*args, **kwargs))
     if (unit := execution.begin()) is None:
         return event_loop.run(body(*args, **kwargs))
     assert isinstance(unit, AsyncUnitOfWork)
     try:
-        result = event_loop.run(_finished(unit, execution, partial(body, *args, **kwargs)))
+        result = event_loop.run(_committed(unit, execution, partial(body, *args, **kwargs)))
         if execution.delivery is not None and unit.rollback_only:
             execution.delivery.finish_without_effects()
         return result
@@ -159,7 +159,7 @@ def _run_async(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, 
         execution.body_ended()
 
 
-async def _finished(unit: AsyncUnitOfWork, execution: Execution, body: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+async def _committed(unit: AsyncUnitOfWork, execution: Execution, body: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     task, delivery = execution.task, execution.delivery
     try:
         if delivery is not None:
@@ -182,21 +182,21 @@ async def _finished(unit: AsyncUnitOfWork, execution: Execution, body: Callable[
     return result
 
 
-async def _joined(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+async def _run_joining(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(joinable_unit(), AsyncUnitOfWork):
         return await body(*args, **kwargs)
-    return await _alone(task, body, args, kwargs)
+    return await _run_in_own_unit(task, body, args, kwargs)
 
 
-async def _alone(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """In a unit of its own; also in the thread of a request, whose session belongs to the server's loop."""
+async def _run_in_own_unit(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In a unit of its own; also when called in a request's thread, whose session belongs to the server's loop."""
     unit = AsyncUnitOfWork()
     unit.isolation_level = task.db_isolation_level
     async with unit:
         return await body(*args, **kwargs)
 
 
-def _retry(task: Task, error: DBAPIError) -> Exception:
+def _retry_exception(task: Task, error: DBAPIError) -> Exception:
     backoff = float(getattr(task, "retry_backoff", 0))
     countdown = None
     if backoff:

@@ -1,4 +1,4 @@
-"""What a task inherits from who sent it: the request's id and OpenTelemetry's context, in the message's headers."""
+"""What a task inherits from its sender through the message's headers: the request's id, OpenTelemetry's context."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REQUEST_ID: Final = "CORRELATION_ID"
 
 
 def inject(headers: dict[str, Any]) -> None:
-    """Write the current context into a message's headers, unless somebody else has."""
+    """Write the current context into a message's headers, except for headers that are there already."""
     if (request_id := current_request_id()) is not None:
         headers.setdefault(_REQUEST_ID, request_id)
     if propagate is not None:
@@ -36,7 +36,7 @@ def inject(headers: dict[str, Any]) -> None:
 
 
 def restore(request: Context) -> Callable[[], None] | None:
-    """Make the sender's context the current one; returns what ends that, or None where there is nothing to change."""
+    """Make the sender's context the current one; returns what undoes that, or None where there is nothing to change."""
     sent = vars(request)
     carrier = {name: value for name in _trace_headers() if (value := sent.get(name)) is not None}
     has_another_trace = _has_another_trace(request, carrier)
@@ -53,7 +53,7 @@ def restore(request: Context) -> Callable[[], None] | None:
 
 @contextmanager
 def senders_trace(headers: Mapping[str, Any]) -> Iterator[None]:
-    """Make the trace that headers carry the current one, so that a span which instrumentation makes belongs to it.
+    """Make the trace of some headers the current one: instrumentation's span of the sending then belongs to it.
 
     Parameters:
         headers: A message's, before it is sent for somebody else.
@@ -75,8 +75,8 @@ def _has_another_trace(request: Context, carrier: dict[str, str]) -> bool:
         return False
     current = trace.get_current_span().get_span_context()
     if current.is_valid and not current.is_remote:
-        return False  # a span is open: of a sender that runs the task itself, or of an instrumentation that came first
-    # OpenTelemetry's own instrumentation ends its span after ours, which brings back the thread's last task's sender.
+        return False  # a span is open: of a sender that runs the task in place, or of instrumentation that came first
+    # OpenTelemetry's instrumentation ends after us, and restores the trace of the sender of the thread's last task.
     return bool(carrier) or (current.is_valid and not request.is_eager)
 
 

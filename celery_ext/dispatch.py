@@ -28,14 +28,14 @@ logger: Final = logging.getLogger(__name__)
 
 OnError = Literal["log", "raise"]
 
-_ALIKE: Final = 0.8
-"""How much like one of ours an option is misspelt: ``order_key`` is (0.86), ``routing_key`` (0.70) is another."""
+_SIMILARITY: Final = 0.8
+"""From which likeness an option is one of ours misspelt: ``order_key`` (0.86) is, ``routing_key`` (0.70) is not."""
 
 _TIME_LIMIT: Final = 4.0
-"""Seconds: Celery's default for ``broker_connection_timeout``, which a worker of the pool gevent has unset."""
+"""Seconds where ``broker_connection_timeout`` is unset, as in a worker of the pool gevent; Celery's default."""
 
-_gave_up: Final[WeakKeyDictionary[UnitOfWork, float]] = WeakKeyDictionary()
-"""When the broker last failed a unit, in seconds of the monotonic clock: its other tasks would wait as long, each."""
+_broker_failed_at: Final[WeakKeyDictionary[UnitOfWork, float]] = WeakKeyDictionary()
+"""When the broker last failed a unit's send, on the monotonic clock: its next sends would each wait as long."""
 
 
 def send_on_commit(
@@ -52,7 +52,7 @@ def send_on_commit(
         raise TypeError(f"on_error={on_error!r} is unknown; write on_error='log' or on_error='raise'")
     check_arguments(task, args, kwargs)
     task_id = str(options.get("task_id") or uuid())
-    options = {**inherited(task), **options, "task_id": task_id}
+    options = {**inherited_options(task), **options, "task_id": task_id}
     _check_serializable(task, args, kwargs, options)
     send = partial(copy_context().run, task.apply_async, tuple(args), dict(kwargs), **options)
     unit = innermost_unit()
@@ -65,7 +65,7 @@ def send_on_commit(
 
 
 def check_arguments(task: Task, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Check now what Celery checks when it sends, when there is nobody left to tell.
+    """Check now what Celery checks at the send, when it is too late to raise.
 
     Raises:
         TypeError: The task does not take these arguments.
@@ -76,13 +76,13 @@ def check_arguments(task: Task, args: Sequence[object], kwargs: Mapping[str, obj
 
 
 def refuse_durable_options(task: Task, options: Mapping[str, object], instead: str) -> None:
-    """Refuse what Celery would take for an option of the broker's, and drop: ``apply_durably``'s own or its like.
+    """Refuse options of ``apply_durably``, or misspellings: Celery would pass them to the broker, which ignores them.
 
     Raises:
         TypeError: There is such an option.
     """
     for name in options:
-        if meant := get_close_matches(name, ("ordering_key", "idempotency_key"), 1, _ALIKE):
+        if meant := get_close_matches(name, ("ordering_key", "idempotency_key"), 1, _SIMILARITY):
             raise TypeError(f"{task.name} got the unknown option {name}; write {instead.format(*meant)}")
 
 
@@ -100,10 +100,10 @@ def _check_serializable(
         ) from error
 
 
-def inherited(task: Task) -> dict[str, Any]:
+def inherited_options(task: Task) -> dict[str, Any]:
     """The options that ``task`` inherits from its sender: the lineage and, where Celery is set so, the priority.
 
-    Celery would ask by thread who sends, and the publishing one and the event loop's do not know.
+    Celery would look for the sender by thread, in vain: in the thread that publishes, or the event loop's.
     """
     execution = Execution.current()
     if execution is None:
@@ -119,12 +119,12 @@ def inherited(task: Task) -> dict[str, Any]:
 
 def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError, unit: UnitOfWork | None) -> None:
     if task.app.conf.task_always_eager:
-        _run_in_place(task, task_id, send, unit)
+        _run_eagerly(task, task_id, send, unit)
         return
     error = _send(task, send, unit)
     if error is None:
         execution = Execution.current()
-        if execution is not None and execution.task.trail:  # as Celery does, by thread
+        if execution is not None and execution.task.trail:  # as Celery does for the task of its thread
             execution.request.children.append(task.AsyncResult(task_id))  # type: ignore[arg-type]  # wrong in the stubs
         return
     message = f"task {task.name}[{task_id}] was not sent: {type(error).__name__}: {error}"
@@ -133,7 +133,7 @@ def _publish(task: Task, task_id: str, send: partial[Any], on_error: OnError, un
     logger.error(message)
 
 
-def _run_in_place(task: Task, task_id: str, send: partial[Any], unit: UnitOfWork | None) -> None:
+def _run_eagerly(task: Task, task_id: str, send: partial[Any], unit: UnitOfWork | None) -> None:
     try:
         send()
     except Exception as error:  # the task's own, with task_eager_propagates
@@ -144,9 +144,9 @@ def _run_in_place(task: Task, task_id: str, send: partial[Any], unit: UnitOfWork
 
 def _send(task: Task, send: partial[Any], unit: UnitOfWork | None) -> BaseException | None:
     limit = float(task.app.conf.broker_connection_timeout or _TIME_LIMIT)
-    if unit is not None and time.monotonic() < _gave_up.get(unit, -math.inf) + limit:
+    if unit is not None and time.monotonic() < _broker_failed_at.get(unit, -math.inf) + limit:
         return TimeoutError("not tried, since the broker has just failed another task of the same unit")
     error = send_within(limit, send)
     if unit is not None and isinstance(error, OperationalError | TimeoutError):
-        _gave_up[unit] = time.monotonic()
+        _broker_failed_at[unit] = time.monotonic()
     return error

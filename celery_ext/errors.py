@@ -10,10 +10,10 @@ from sqlalchemy.exc import MultipleResultsFound, NoResultFound, SQLAlchemyError,
 from fastapi_chatdify_db.exceptions import AfterCommitError, ChatdifyDBError, DatabaseUnavailable
 from fastapi_chatdify_db.sqlstates import sqlstate
 
-# Names of things in the schema; PostgreSQL's messages and details quote values.
+# Names in the schema may be shown; PostgreSQL's messages and details quote values.
 # psycopg2: https://www.psycopg.org/docs/extensions.html#psycopg2.extensions.Diagnostics
-# asyncpg keeps the same fields on the exception itself, which is the cause of the one that SQLAlchemy makes of it.
-_NAMED: Final = ("constraint_name", "table_name", "column_name")
+# asyncpg has these fields on its exception, which is the cause of the one that SQLAlchemy's adapter raises.
+_NAMES: Final = ("constraint_name", "table_name", "column_name")
 
 
 class AsyncTaskNotSupported(ChatdifyDBError):
@@ -21,7 +21,7 @@ class AsyncTaskNotSupported(ChatdifyDBError):
 
 
 class ArgumentsNotSerializable(ChatdifyDBError, TypeError):
-    """The arguments of a task that is sent later cannot be stored, or not be sent."""
+    """The arguments or options of a task that is sent later cannot be stored, or cannot be sent."""
 
 
 class ResultNotSerializable(ChatdifyDBError, TypeError):
@@ -86,10 +86,10 @@ def _without_values(error: SQLAlchemyError) -> Exception:
     if isinstance(error, DatabaseUnavailable | NoResultFound | MultipleResultsFound):
         error.__suppress_context__ = True  # what failed before may quote rows
         return error
-    original = error.orig if isinstance(error, StatementError) else None  # e.g. PendingRollbackError quotes one
+    original = error.orig if isinstance(error, StatementError) else None  # PendingRollbackError only quotes one
     fields = getattr(original, "diag", None) or getattr(original, "__cause__", None)
     details = [f"SQLSTATE {state}"] if (state := sqlstate(original)) else []
-    details += [f"{name.removesuffix('_name')} {value}" for name in _NAMED if (value := getattr(fields, name, None))]
+    details += [f"{name.removesuffix('_name')} {value}" for name in _NAMES if (value := getattr(fields, name, None))]
     failed = StatementFailed(": ".join(filter(None, [type(error).__name__, ", ".join(details)])))
     failed.__suppress_context__ = True  # the original's text would be in the stored traceback
     return failed.with_traceback(error.__traceback__)

@@ -33,14 +33,14 @@ class _LoopThread:
 
 _lock = Lock()
 _running: list[_LoopThread] = []
-"""The process's loop, then the one for tasks that run eagerly on it, ..."""
+"""The process's loop, then the one for tasks that a task on the first runs eagerly, ..."""
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on the process's loop, with the context variables of the calling thread, and wait for it.
 
-    An exception in the waiting thread, such as a time limit's, cancels the coroutine and is raised when that has ended.
-    That of a soft time limit or a cold shutdown is not raised if the coroutine has returned nevertheless.
+    An exception in the waiting thread, such as a time limit's, cancels the coroutine and is raised once that has ended.
+    That of a soft time limit or a cold shutdown is not raised if the coroutine returns nevertheless: it has committed.
 
     Raises:
         AsyncTaskNotSupported: The process runs on greenlets, all of which an event loop would block.
@@ -56,11 +56,11 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     tasks: list[asyncio.Task[Any]] = []
 
     def end(task: asyncio.Task[Any]) -> None:
-        coroutine.close()  # cancelled before its first step, it would warn that it was never awaited
+        coroutine.close()  # one cancelled before its first step would warn that it was never awaited
         _copy_outcome(task, outcome)
 
     def start() -> None:
-        tasks.append(loop.create_task(_contained(coroutine, outcome)))
+        tasks.append(loop.create_task(_contain_exits(coroutine, outcome)))
         tasks[0].add_done_callback(end)
 
     def cancel() -> None:
@@ -76,7 +76,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
             loop.call_soon_threadsafe(cancel)
             wait([outcome])
         if isinstance(error, Exception) and outcome.exception() is None:
-            return outcome.result()  # what it did is committed
+            return outcome.result()  # what the coroutine did is committed
         raise
 
 
@@ -90,7 +90,7 @@ def stop(last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         each.stop()
 
 
-async def _contained(coroutine: Coroutine[Any, Any, T], outcome: Future[T]) -> Any:
+async def _contain_exits(coroutine: Coroutine[Any, Any, T], outcome: Future[T]) -> Any:
     try:
         return await coroutine
     except (SystemExit, KeyboardInterrupt) as error:  # asyncio would end the loop, and every later task with it
@@ -102,7 +102,7 @@ def _copy_outcome(task: asyncio.Task[Any], outcome: Future[T]) -> None:
     if outcome.done():
         return
     if task.cancelled():
-        # For Celery, an exception that is no Exception is the end of the worker.
+        # Celery takes a BaseException for the end of the worker.
         outcome.set_exception(TaskCancelled("the coroutine was cancelled; to end a task quietly raise Ignore()"))
     elif (error := task.exception()) is not None:
         outcome.set_exception(error)

@@ -1,4 +1,4 @@
-"""One execution of a task: the unit of work of its body, then the one of its handlers."""
+"""One execution of a task: the unit of work of its body, then that of its handlers (``on_success``, ...)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Execution:
         return None if execution._begun else execution
 
     def begin(self) -> UnitOfWork | None:
-        """The unit of the body, which is about to start and will end it; None for a task without."""
+        """Note that the body starts; returns the unit that it has to end, or None for a task without one."""
         self._begun = True
         return self._unit
 

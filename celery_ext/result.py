@@ -1,4 +1,4 @@
-"""Whether a task's result can be stored, checked before the commit. Celery finds out after it, and says FAILURE."""
+"""Checks before the commit that a task's result can be stored: Celery would find out after it, and say FAILURE."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def check_result(task: Task, request: Context, result: object) -> None:
         # Celery dumps the model that a def task with pydantic=True returns, but not what a coroutine will return.
         model = hasattr(result, "model_dump")
         instead = 'return m.model_dump(mode="json")' if model else "return ids, or set ignore_result=True"
-        raise _refused(task, "result", error, instead) from error
+        raise _not_serializable(task, "result", error, instead) from error
     if extended:
         try:
             backend.encode([request.args, request.kwargs])
         except Exception as error:
-            raise _refused(task, "arguments", error, "send ids, or set result_extended=False") from error
+            raise _not_serializable(task, "arguments", error, "send ids, or set result_extended=False") from error
 
 
-def _refused(task: Task, what: str, error: Exception, instead: str) -> ResultNotSerializable:
+def _not_serializable(task: Task, what: str, error: Exception, instead: str) -> ResultNotSerializable:
     serializer = task.app.conf.result_serializer
     return ResultNotSerializable(
         f"{task.name} was rolled back: {serializer} does not carry its {what} ({error}); {instead}"

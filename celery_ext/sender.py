@@ -16,7 +16,7 @@ _KEPT: Final = 10
 """How many threads are kept while idle; as many as Celery keeps connections to a broker (``broker_pool_limit``)."""
 
 _MOST_OVERDUE: Final = 100
-"""How many threads may be left with what did not end in time, before a broker that hangs takes all of them."""
+"""How many threads may hang in a send that did not end in time; beyond that, none is begun."""
 
 
 def send_within(seconds: float, send: Callable[[], object]) -> BaseException | None:
@@ -57,11 +57,11 @@ class _Sender(Thread):
             error: BaseException | None = None
             try:
                 send()
-            except BaseException as raised:  # for the thread that waits
+            except BaseException as raised:  # returned by the thread that waits
                 error = raised
             kept = len(_idle) < _KEPT
             if kept:
-                _idle.append(self)  # before the outcome, so that one message after the other takes one thread
+                _idle.append(self)  # before the outcome: the next message may come at once, and takes the same thread
             outcome.set_result(error)
             del send, outcome, error
 

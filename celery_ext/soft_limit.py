@@ -14,19 +14,19 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 
 class _HeldBack:
-    """A context in which a passing soft time limit takes effect only at the outermost end.
+    """A context manager that delays a soft time limit until the end of the outermost block.
 
-    A signal mask would do, at the cost of two system calls for each task.
+    A signal mask would do the same, at the cost of two system calls for each task.
 
     Raises:
-        celery.exceptions.SoftTimeLimitExceeded: At that end, if one has passed.
+        celery.exceptions.SoftTimeLimitExceeded: At that end, if the limit has passed.
     """
 
     _depth = 0
     _passed = False
 
     def __enter__(self) -> None:
-        if _in_main_thread():  # no other gets signals
+        if _in_main_thread():  # the only one that gets signals
             _listen(os.getpid())
             self._depth += 1
 
@@ -54,6 +54,6 @@ def _in_main_thread() -> bool:
 
 @lru_cache(maxsize=1)
 def _listen(pid: int) -> None:
-    """Stand before billiard's handler, once in each process, which sets it after the last of Celery's signals."""
+    """Replace billiard's signal handler, once in each process: it is set after the last of Celery's own signals."""
     if SIG_SOFT_TIMEOUT is not None and signal.getsignal(SIG_SOFT_TIMEOUT) is soft_timeout_sighandler:
         signal.signal(SIG_SOFT_TIMEOUT, soft_limit_held_back.handle)

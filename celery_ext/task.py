@@ -54,24 +54,24 @@ class Task(_CeleryTask):
     """Whether a serialization failure or deadlock retries the task, under its own retry policy."""
 
     dont_autoretry_for: ClassVar[tuple[type[Exception], ...]] = (AfterCommitError,)
-    """Errors that come after the commit: another run would do everything twice. Keep them in a list of your own."""
+    """Errors after the commit, when another run would do everything twice; a list of your own has to name them too."""
     runs_in_unit: bool = False
-    """Whether ``put_in_unit`` has been here."""
+    """Whether ``put_in_unit`` has wrapped ``run``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body in its unit of work; Celery's tracer calls this, and whoever calls the task as a function.
+        """Run the body in its unit of work; called by Celery's tracer, or as a function.
 
         Raises:
             StatementFailed: A statement or the commit failed, in a task that a worker runs.
         """
         if not self.runs_in_unit:
             put_in_unit(self)
-        # Of a worker's task, Celery has pushed the request already.
+        # Celery's own __call__ pushes a request, which a worker's task has already.
         return super().__call__(*args, **kwargs) if Execution.beginning(self) is None else self.run(*args, **kwargs)
 
     @property
     def request(self) -> Context:
-        """Celery's, which is kept by thread; on the event loop's thread each coroutine finds its own."""
+        """The running task's request. Celery keeps it by thread; on the event loop's, each coroutine finds its own."""
         if (request := self.request_stack.top) is not None:
             return request
         execution = Execution.current()
@@ -80,7 +80,7 @@ class Task(_CeleryTask):
     @cached_property
     def is_async(self) -> bool:
         """Whether the body is an ``async def``."""
-        return inspect.iscoroutinefunction(inspect.unwrap(self.run, stop=_is_the_users))
+        return inspect.iscoroutinefunction(inspect.unwrap(self.run, stop=_is_user_code))
 
     def delay_on_commit(self, *args: object, **kwargs: object) -> str:
         """Send the task once the unit of work around the call is committed; never after a rollback.
@@ -126,7 +126,7 @@ class Task(_CeleryTask):
         return send_on_commit(self, args or (), kwargs or {}, on_error, options)
 
     def delay_durably(self, *args: object, **kwargs: object) -> str:
-        """Store the task as a row of the transaction around the call, for a relay to send; nothing loses it.
+        """Store the task as a row of the transaction around the call, for a relay to send; a crash does not lose it.
 
         Returns:
             The id that the task will have.
@@ -190,7 +190,7 @@ class Task(_CeleryTask):
     def apply_async(
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, *rest: Any, **options: Any
     ) -> AsyncResult[Any]:
-        """Celery's; but the next attempt of a durable task, which ``retry`` sends here, is noted in its row."""
+        """Celery's; but where ``retry`` sends the next attempt of a durable task, note it in the task's row instead."""
         execution = Execution.current()
         delivery = None if execution is None else execution.delivery
         if delivery is not None and task_id == delivery.task_id:
@@ -225,7 +225,7 @@ class Task(_CeleryTask):
         )
 
     def replace(self, sig: Signature[R]) -> R:
-        """Celery's, which ends this task without its effects; a durable one has to store its successor instead.
+        """Celery's, which rolls back and ends this task; a durable task has to store its successor instead.
 
         Raises:
             DurableDispatchUnsupported: The task is durable.
@@ -238,7 +238,7 @@ class Task(_CeleryTask):
         return super().replace(sig)
 
 
-def _is_the_users(function: Any) -> bool:
+def _is_user_code(function: Any) -> bool:
     """Whether a function is none of Celery's wrappers (``autoretry_for``, ``pydantic=True``), which hide coroutines."""
     code = getattr(function, "__code__", None)
     return code is None or not code.co_filename.startswith(_CELERY)

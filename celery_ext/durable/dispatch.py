@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from celery_ext.dispatch import check_arguments, inherited, refuse_durable_options, send_on_commit
+from celery_ext.dispatch import check_arguments, inherited_options, refuse_durable_options, send_on_commit
 from celery_ext.durable import outbox
 from celery_ext.durable.row import check_accepted, new_row
 from celery_ext.errors import DurableDispatchUnsupported
@@ -60,7 +60,7 @@ def store(
         expires=task.expires if expires is None else expires,
         ordering_key=ordering_key,
         idempotency_key=idempotency_key,
-        options={**inherited(task), **options},
+        options={**inherited_options(task), **options},
     )
     if task.app.conf.task_always_eager:  # where there is no worker there is no relay
         return send_on_commit(task, args, kwargs, "raise", {**options, "task_id": row.id})

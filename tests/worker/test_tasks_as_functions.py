@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 import celery_ext
-from celery_ext.dispatch import inherited
+from celery_ext.dispatch import inherited_options
 from fastapi_chatdify_db import OutsideUnitOfWork, db
 from tests.models import Item
 from tests.observing import Observer
@@ -28,11 +28,11 @@ def test_lineage(empty_tables: Observer, kind: str) -> None:
 
     @app.task(shared=False)
     def parent() -> dict[str, Any]:
-        return inherited(parent)
+        return inherited_options(parent)
 
     @app.task(shared=False)
     async def async_parent() -> dict[str, Any]:
-        return inherited(async_parent)
+        return inherited_options(async_parent)
 
     task = parent if kind == "def" else async_parent
     assert task.apply(task_id="parent").get() == {"parent_id": "parent", "root_id": "parent"}
@@ -41,7 +41,7 @@ def test_lineage(empty_tables: Observer, kind: str) -> None:
         "parent_id": "child",
         "root_id": "grandparent",
     }
-    assert inherited(task) == {}
+    assert inherited_options(task) == {}
     app.close()
 
 
