@@ -34,7 +34,7 @@ def _application(
     try:
         context.obj = find_app(app)
     except (ImportError, AttributeError) as error:
-        # Of worker:missing, Celery says in the end that there is no module of that name.
+        # For worker:missing, Celery's last error is that there is no module of that name.
         why = (":" in app and error.name == app and error.__context__) or error
         raise _failure(f"{app} cannot be imported: {type(why).__name__}: {why}") from None
     if not isinstance(context.obj, Celery):
@@ -63,7 +63,7 @@ def _with_tables(context: typer.Context) -> Iterator[Database]:
 
 
 def _printable(line: str) -> str:
-    """A line that stays one, and does nothing to a terminal: an error may quote what anybody has written."""
+    """The line without newlines and control characters: an error may quote what anybody has written."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 

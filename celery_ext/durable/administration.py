@@ -57,7 +57,7 @@ def cancel(database: Database, task_id: str) -> bool:
     """Do not run a pending task; False when it is running, ended or unknown."""
     with database.sync_transaction() as session:
         key = session.scalar(statements.KEY_OF_PENDING, {"id": task_id})
-        if key is not None:  # before the row, in the order of a worker that ends one; else the two could deadlock
+        if key is not None:  # before the row's, in the order of a worker that ends a task; else both could deadlock
             session.execute(statements.LOCK_KEYS, {"keys": [key]})
         cancelled = session.execute(statements.CANCEL, {"id": task_id}).one_or_none() is not None
         if key is not None:

@@ -22,7 +22,7 @@ class Confirms:
         self._unconfirmed: set[int] = set()
         self._refused: set[int] = set()
         self.published = 0
-        """How many messages there were, which is the number of the last one."""
+        """How many messages were published, which is also the number of the last one."""
         channel: Any = connection.default_channel
         if hasattr(channel, "confirm_select"):
             channel.events["basic_ack"].add(self._acknowledged)

@@ -1,4 +1,4 @@
-"""A message of a durable task in the worker: whether it is to run, and what becomes of its row."""
+"""A durable task's message in the worker: whether its task runs, and what becomes of the row."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger(__name__)
 
-# connection_exception; insufficient_resources (53000 are too many open files), but no limit of a setting (53400);
-# operator_intervention but for query_canceled: https://www.postgresql.org/docs/current/errcodes-appendix.html
-_OF_THE_SERVER: Final = ("08", "530", "531", "532", "533", "57P")
+# connection_exception; insufficient_resources (53000: too many open files), without a setting's limit (53400);
+# operator_intervention, without query_canceled: https://www.postgresql.org/docs/current/errcodes-appendix.html
+_SERVER_FAILURES: Final = ("08", "530", "531", "532", "533", "57P")
 
 _CONNECTION_LOST: Final = "8s2b"
 """SQLAlchemy's code for a transaction whose connection broke: https://docs.sqlalchemy.org/en/20/errors.html."""
@@ -59,7 +59,7 @@ class Delivery:
         self._begun = self._finishing = self._leased = False
         self._ordering_key: str | None = None
         self._retry: dict[str, Any] = {}
-        """What the row is to have for the next attempt; empty when there is none."""
+        """The row's values for the next attempt; empty when there is none."""
         self.retry_options: Mapping[str, Any] = {}
         """What ``self.retry`` was given besides the time of the next attempt."""
 
@@ -102,7 +102,7 @@ class Delivery:
     def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
         """Note the next attempt, for the end of this one; the relay will send it."""
         arguments = serialize(self._task.name, [list(args), dict(kwargs)])
-        serialize(self._task.name, dict(self.retry_options))  # so that an option that cannot be stored is an error now
+        serialize(self._task.name, dict(self.retry_options))  # raises now if one cannot be stored
         check_accepted(self._task, self.retry_options)
         due = due_of(self._task.name, options.get("countdown"), options.get("eta"))
         retries = options.get("retries", 0)
@@ -113,11 +113,11 @@ class Delivery:
 
         A failure of the database or the worker rather than of the task is no end: the row stays, and will be run again.
         """
-        if isinstance(error, Dropped) or _is_redelivered(error):  # the row of a duplicate is another delivery's
+        if isinstance(error, Dropped) or _is_redelivered(error):  # the row belongs to another delivery
             return error
-        # Where even that is not stored, the relay rings the row again. NotImplementedError: a cold shutdown came now.
+        # If nothing can be stored, the relay rings the row again anyway. NotImplementedError: a cold shutdown came now.
         with suppress(DBAPIError, PoolTimeout, NotImplementedError), self._task.database.sync_transaction() as session:
-            if self._begun and not _is_passing(error):
+            if self._begun and not _is_transient(error):
                 if self._record(session, error) or isinstance(error, AfterCommitError):
                     return error
                 name, kind = self._task.name, type(error).__name__
@@ -134,7 +134,7 @@ class Delivery:
 
     def ended_early(self, error: Exception) -> None:
         """Record how the task ended before its body began, in the task class's ``before_start``."""
-        if _is_passing(error) or _is_redelivered(error):
+        if _is_transient(error) or _is_redelivered(error):
             return
         with self._task.database.sync_transaction() as session:
             if self._lock(session) is not None:
@@ -184,7 +184,7 @@ class Delivery:
     def _keep_lease(self, session: Session) -> None:
         if self._finishing or session.in_nested_transaction():
             return
-        if in_event_loop():  # other tasks run there, too
+        if in_event_loop():  # not to block the loop's other tasks
             await_only(run_to_completion(asyncio.to_thread(self._take_lease)))
         else:
             self._take_lease()
@@ -196,49 +196,49 @@ class Delivery:
 
 
 def _is_redelivered(error: BaseException) -> bool:
-    """Whether the broker delivers the message again."""
+    """Whether the task rejected its message so that the broker delivers it again."""
     return isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]  # missing in the stubs
 
 
-def _is_passing(error: BaseException | None) -> bool:
-    """Whether the database or the worker is to blame, be it by way of an exception that the task made of its error."""
+def _is_transient(error: BaseException | None) -> bool:
+    """Whether the database or the worker is to blame, also for the cause of an exception that the task raised."""
     if isinstance(error, BaseExceptionGroup):
-        return all(map(_is_passing, error.exceptions))
+        return all(map(_is_transient, error.exceptions))
     if error is None or isinstance(error, TaskPredicate):  # Retry, Ignore and Reject are the task's decision
         return False
     if isinstance(error, (PoolTimeout, DatabaseUnavailable)):
         return True
-    if isinstance(error, NotImplementedError) and _is_of_cold_shutdown(error):
+    if isinstance(error, NotImplementedError) and _came_from_cold_shutdown(error):
         return True
     if isinstance(error, DBAPIError):
         original = error.orig
-        # Keys are no matter of the task's: a time limit for statements or locks may pass while ours waits for one.
+        # A time limit of the task may also pass while a statement of ours waits for a key, which is not its fault.
         return (
             error.connection_invalidated
             or asks_to_retry(original)
             or is_outdated_statement(original)
-            or _is_of_the_server(original)
+            or _is_server_failure(original)
             or (statements.waits_for_a_key(error.statement) and timed_out(original))
         )
     if isinstance(error, PendingRollbackError) and error.code == _CONNECTION_LOST:
         return True
-    return _is_of_the_server(error) or _is_passing(error.__cause__)
+    return _is_server_failure(error) or _is_transient(error.__cause__)
 
 
-def _is_of_cold_shutdown(error: NotImplementedError) -> bool:
-    """Whether the signal handler raised it in the midst of a task, which the pool solo cannot end."""
+def _came_from_cold_shutdown(error: NotImplementedError) -> bool:
+    """Whether Celery's signal handler raised it: the pool solo cannot end a task, and says so within that task."""
     return any(frame.f_code.co_name == "on_cold_shutdown" for frame, _ in walk_tb(error.__traceback__))
 
 
-def _is_of_the_server(error: BaseException | None) -> bool:
-    return (sqlstate(error) or "").startswith(_OF_THE_SERVER)
+def _is_server_failure(error: BaseException | None) -> bool:
+    return (sqlstate(error) or "").startswith(_SERVER_FAILURES)
 
 
 def _text(error: BaseException | None) -> str | None:
     if error is None:
         return None
     try:
-        if isinstance(error, BaseExceptionGroup):  # whose own text only counts them
+        if isinstance(error, BaseExceptionGroup):  # whose own text only counts the errors
             text = f"{type(error).__name__}: {error}: {'; '.join(filter(None, map(_text, error.exceptions)))}"
         else:
             shown = portable(error)

@@ -49,7 +49,7 @@ def store(
     _refuse_unsupported(task)
     check_arguments(task, args, kwargs)
     options = options or {}
-    _refuse_useless(task, options)
+    _refuse_options(task, options)
     check_accepted(task, options)
     row = new_row(
         task,
@@ -89,7 +89,7 @@ def check_dialect(database: Database) -> None:
         raise DurableDispatchUnsupported("durable dispatch needs PostgreSQL; write task.delay_on_commit(...)")
 
 
-def _refuse_useless(task: Task, options: Mapping[str, Any]) -> None:
+def _refuse_options(task: Task, options: Mapping[str, Any]) -> None:
     refuse_durable_options(task, options, "{}=...")
     if "task_id" in options:
         raise TypeError(f"{task.name} has its row's id for task_id; to store it once, write idempotency_key=...")

@@ -1,6 +1,6 @@
 """The lease of a task that has ended its first transaction: an advisory lock of its process.
 
-PostgreSQL frees it when the process dies, like the row lock before, so there is no heartbeat to tune. One connection
+PostgreSQL frees it when the process dies, as it does the row lock before it, so no heartbeat is needed. One connection
 per process, besides those of its pool, holds the locks of all its tasks.
 """
 
@@ -27,12 +27,12 @@ def hold(database: Database, task_id: str) -> bool:
     with _lock:
         connection = _connections.get(database)
         if connection is None or connection.invalidated:
-            # Not of the pool, whose last connection the task itself may hold.
+            # Not from the pool: the task itself may hold its last connection.
             connection = _connections[database] = connect_beside(database.sync_engine)
             _held[database] = set()
             connection.execute(statements.KEEP_IDLE)
         if task_id in _held[database]:
-            return True  # PostgreSQL counts them: a second lock would outlive the one unlock
+            return True  # PostgreSQL counts locks: a second one would outlive a single unlock
         held = bool(connection.scalar(statements.HOLD_LEASE, {"id": task_id}))
         if held:
             _held[database].add(task_id)
@@ -47,7 +47,7 @@ def free(database: Database, task_id: str) -> None:
         connection = _connections[database]
         _held[database].discard(task_id)
         if not connection.invalidated:
-            with suppress(DBAPIError):  # its end has freed them all
+            with suppress(DBAPIError):  # a broken connection has freed all of them
                 connection.scalar(statements.FREE_LEASE, {"id": task_id})
         if not _held[database]:
             connection.close()

@@ -28,7 +28,7 @@ def add(session: Session, row: Row) -> None:
         and committing._next_state is _StateChangeStates.CHANGE_IN_PROGRESS  # else a handler has refused it
         and not session._flushing
     ):
-        _insert(session, [row])  # called by a before_commit handler; the outbox's own has run, or will not
+        _insert(session, [row])  # by a before_commit handler; the outbox's own has run, or will not in this COMMIT
         return
     outbox = session.info.get(Outbox)
     if outbox is None:
@@ -58,12 +58,12 @@ class Outbox:
         event.listen(session, "after_soft_rollback", self._forget)
 
     def add(self, row: Row) -> None:
-        """Keep the row for the COMMIT of the innermost transaction or savepoint."""
+        """Keep the row until the COMMIT, unless its transaction or innermost savepoint is rolled back before."""
         session = self._session
         if not session.in_transaction():
             session.begin()
         self._rows.append((row, innermost(session)))
-        self._added_in_flush |= session._flushing  # by a handler of its events, and it may be the COMMIT's own flush
+        self._added_in_flush |= session._flushing  # by a handler of the flush, which may be the COMMIT's own
 
     def keys(self) -> set[str]:
         """The ordering keys of its rows."""
@@ -72,7 +72,7 @@ class Outbox:
     def _store(self, session: Session) -> None:
         if session.in_nested_transaction():
             return  # a savepoint is released; the transaction around it still decides
-        root = session.get_transaction()  # rows of others are stale: reset() and close() end one without an event
+        root = session.get_transaction()  # rows of others are dropped: reset() and close() end one without an event
         rows, self._rows = [row for row, began in self._rows if root in self_and_parents(began)], []
         _insert(session, rows)
 
@@ -82,7 +82,7 @@ class Outbox:
             return
         self._added_in_flush = False
         if not session.is_active:
-            return  # it failed; the rollback forgets them
+            return  # the flush failed, and _forget drops the rows
         flushed = innermost(session)
         rows = [row for row, began in self._rows if began is flushed]
         self._rows = [(row, began) for row, began in self._rows if began is not flushed]

@@ -34,15 +34,15 @@ BATCH: Final = 500
 """How many rows are claimed, and then sent, together."""
 GRACE: Final = 10.0
 """Seconds after which a row that was sent but is neither done nor locked is rung again; doubled each time."""
-_WATCH: Final = 1.0  # second from one look at what the database owes to the next
-_POLL: Final = 1.0  # second; for rows that were due but locked. For all others there are notifications
-_FORGOTTEN: Final = 5.0  # seconds from one search for forgotten rows to the next
+_WATCH_INTERVAL: Final = 1.0  # second between two looks at how long the database has been silent
+_POLL_INTERVAL: Final = 1.0  # second; finds rows that were due but locked. Of all others notifications tell
+_SEARCH_INTERVAL: Final = 5.0  # seconds between two searches for forgotten rows
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while the broker or the database is down
 _BROKER_LIMIT: Final = 10.0  # seconds for the broker to answer
 _STATEMENT_LIMIT: Final = 30  # seconds for the database to answer
-_SILENT: Final = _STATEMENT_LIMIT + 5.0  # seconds after which it is not going to; it would have cancelled the statement
-_SILENT_AT_THE_END: Final = 10.0  # seconds after which a relay that is stopped does not wait for it
-_LIMITS: Final = {  # the options of kombu's transports for that
+_SILENT: Final = _STATEMENT_LIMIT + 5.0  # seconds after which it will not answer: it would have cancelled the statement
+_SILENT_AT_STOP: Final = 10.0  # seconds that a stopped relay waits for an answer
+_LIMITS: Final = {  # kombu's transport options for _BROKER_LIMIT
     "amqp": ("read_timeout", "write_timeout"),
     "redis": ("socket_timeout", "socket_connect_timeout"),
 }
@@ -89,21 +89,21 @@ class Relay:
 
     def run(self) -> None:
         """Relay until ``stop`` is called; what is claimed by then is still sent, unless the database falls silent."""
-        # In a thread: neither a signal handler nor a look at the clock gets through to one that waits for the database.
+        # In a thread: one that waits for the database runs no signal handler, and cannot look at the clock.
         work = Thread(target=self._relay_until_stopped, name="celery_ext.relay", daemon=True)
         work.start()
         while work.is_alive():
-            work.join(_WATCH)
-            if self._silence.seconds > (_SILENT_AT_THE_END if self._stopping else _SILENT):
+            work.join(_WATCH_INTERVAL)
+            if self._silence.seconds > (_SILENT_AT_STOP if self._stopping else _SILENT):
                 self._silence.end()
                 if self._stopping:
-                    work.join(_WATCH)
+                    work.join(_WATCH_INTERVAL)
                     return
 
     def stop(self) -> None:
         """End ``run``, from another thread or a signal handler."""
-        self._stopping = True  # no threading.Event: a signal handler may interrupt who holds its lock
-        with suppress(OSError):  # it has ended by itself
+        self._stopping = True  # no threading.Event: this may be a signal handler that interrupts the holder of its lock
+        with suppress(OSError):  # run() has ended, and closed the socket
             self._wake_writer.send(b"x")
 
     def _relay_until_stopped(self) -> None:
@@ -152,7 +152,7 @@ class Relay:
         try:
             return self._send_together(rows)
         except self._broker_errors as error:
-            if not self._is_about_one(error):
+            if not self._concerns_one_message(error):
                 raise
         return self._send_one_by_one(rows)
 
@@ -160,7 +160,7 @@ class Relay:
         line = self._line or self._connect()
         sent: list[tuple[int, Row[Any]]] = []
         for row in rows:
-            number = line.confirms.published + 1  # of the task; its event, if there is one, is the next
+            number = line.confirms.published + 1  # the task's; its event (task_send_sent_event) has the next
             if self._send(line, row):
                 sent.append((number, row))
         refused = line.confirms.wait(_BROKER_LIMIT)
@@ -176,13 +176,13 @@ class Relay:
             try:
                 sent += self._send_together([row])
             except self._broker_errors as error:
-                if not self._is_about_one(error):
+                if not self._concerns_one_message(error):
                     raise
                 logger.error("task %s[%s] can not be sent: %s", row.name, row.id, reason(error))
                 self._disconnect()
         return sent
 
-    def _is_about_one(self, error: BaseException) -> bool:
+    def _concerns_one_message(self, error: BaseException) -> bool:
         return isinstance(error, self._line.connection.channel_errors if self._line is not None else ())
 
     def _send(self, line: _Line, row: Row[Any]) -> bool:
@@ -200,18 +200,18 @@ class Relay:
                     send(args, kwargs, **options)
         except self._broker_errors:
             raise
-        except Exception:  # whatever is wrong with this row, the others are sent
+        except Exception:  # a row that cannot be sent must not keep the others back
             logger.exception("task %s[%s] can not be sent", row.name, row.id)
             return False
         return True
 
     def _wait(self, connection: Connection) -> None:
         now = time.monotonic()
-        if now - self._looked_for_forgotten > _FORGOTTEN:
+        if now - self._looked_for_forgotten > _SEARCH_INTERVAL:
             self._looked_for_forgotten = now
             connection.execute(statements.RING_FORGOTTEN)
         until_next = connection.scalar(statements.SECONDS_UNTIL_NEXT)
-        limit = _POLL if until_next is None else min(_POLL, float(until_next))
+        limit = _POLL_INTERVAL if until_next is None else min(_POLL_INTERVAL, float(until_next))
         driver: Any = connection.connection.dbapi_connection
         if not driver.notifies:
             self._pause(limit, driver)
@@ -229,7 +229,7 @@ class Relay:
         broker = self._app.connection_for_write()
         limits = _LIMITS.get(str(broker.transport.driver_type), ())
         options = {**(broker.transport_options or {}), **dict.fromkeys(limits, _BROKER_LIMIT)}
-        options.pop("confirm_publish", None)  # Confirms does that for a whole batch
+        options.pop("confirm_publish", None)  # it waits after each message; Confirms does so once a batch
         connection = broker.clone(transport_options=options)
         producer = self._app.amqp.Producer(connection.default_channel)
         _expect_no_results(self._app)
@@ -245,8 +245,8 @@ class Relay:
 def _expect_no_results(app: Celery[Any]) -> None:
     """Send without asking the result backend to tell of results: nobody here waits for them.
 
-    It would remember every task, and while it is away, nothing could be sent. Of a backend that is shared with other
-    threads (``result_backend_thread_safe``), these may wait for results.
+    A backend would remember every task, and while it is away, nothing could be sent. One that is shared by threads
+    (``result_backend_thread_safe``) is left alone: the others may wait for results.
     """
     backend: Any = app.backend
     if not backend.thread_safe:  # then it is this thread's own
@@ -255,9 +255,9 @@ def _expect_no_results(app: Celery[Any]) -> None:
 
 @contextmanager
 def relaying(app: Celery[Any], database: Database, *, grace: float = GRACE) -> Iterator[None]:
-    """Run a relay in a thread for the time of the block; the parameters are those of ``Relay``."""
+    """Run a ``Relay``, whose parameters these are, in a thread for the duration of the block."""
     if database.settings.url().get_backend_name() == "sqlite":
-        yield  # which keeps no durable tasks, and refuses them when they are called
+        yield  # SQLite keeps no durable tasks: delay_durably() refuses them
         return
     relay = Relay(app, database, grace=grace)
     thread = Thread(target=relay.run, name="celery_ext.relay.watch", daemon=True)

@@ -1,4 +1,4 @@
-"""A task call as a row, and what Celery needs of it again."""
+"""A task call as a row: its serialized arguments and options, checked before anything is stored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from celery_ext.task import Task
 
 HEADER: Final = "durable"
-"""The message header that tells a worker to look for the row: its id. Tasks that pass on their headers pass it on."""
+"""The message header with the id of the task's row. Tasks that pass on their headers give it to other tasks, too."""
 _LONGEST: Final = 3.2e9
 """Seconds: a hundred years, which PostgreSQL can add to its clock."""
 _LONGEST_ORDERING_KEY: Final = 500
@@ -32,7 +32,7 @@ _MOMENTS: Final[dict[str, tuple[tuple[type, ...], str]]] = {
     "eta": ((datetime,), "a datetime"),
     "expires": ((int, float, datetime), "seconds, or a datetime"),
 }
-"""What each option that is a time may be, and how an error calls that."""
+"""The types that each time option may have, and how an error names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Row:
     expires: float | datetime | None
 
     def columns(self) -> dict[str, object]:
-        """What to store now, which may be a while after the call."""
+        """The values to insert; times count from now, which may be a while after the call."""
         return {
             "id": self.id,
             "name": self.name,
@@ -86,7 +86,7 @@ def new_row(
     _check_moment(task.name, "expires", expires)
     _check_key(task.name, "ordering_key", ordering_key, _LONGEST_ORDERING_KEY)
     _check_key(task.name, "idempotency_key", idempotency_key)
-    # The same key is the same id, so whoever uses it again need not ask the database for the first one's.
+    # An idempotency key makes the id: a second call knows the first one's id without asking the database.
     task_id = uuid() if idempotency_key is None else str(uuid5(NAMESPACE_OID, f"{task.name}\0{idempotency_key}"))
     headers = {**_mapping(options.get("headers")), HEADER: task_id}
     inject(headers)
@@ -119,12 +119,12 @@ def with_options(name: str, stored: str, options: Mapping[str, object]) -> str:
         ArgumentsNotSerializable: One is nothing to store.
     """
     before = deserialize(stored)
-    headers = {**_mapping(before.get("headers")), **_mapping(options.get("headers"))}  # ours are kept
+    headers = {**_mapping(before.get("headers")), **_mapping(options.get("headers"))}  # our own stay
     return serialize(name, {**before, **options, "headers": headers})
 
 
 def serialize(name: str, value: object) -> str:
-    """In kombu's JSON, which also carries dates, UUIDs and decimals; read back at once, so that the relay can.
+    """``value`` in kombu's JSON, which has dates, UUIDs and decimals too; read back once, as the relay will.
 
     Raises:
         ArgumentsNotSerializable: There is something in it that JSON does not carry.
@@ -147,10 +147,10 @@ def deserialize(value: str) -> Any:
 
 
 def check_accepted(task: Task, options: Mapping[str, Any]) -> None:
-    """Check that a worker would take the message.
+    """Check that the application's workers accept the message's serializer.
 
     Raises:
-        ArgumentsNotSerializable: The application does not accept the serializer.
+        ArgumentsNotSerializable: They do not.
     """
     serializer = options.get("serializer") or task.serializer
     accepted = prepare_accept_content(task.app.conf.accept_content)
@@ -165,8 +165,8 @@ def _check_moment(name: str, option: str, value: float | datetime | None) -> Non
     if value is None:
         return
     kinds, instead = _MOMENTS[option]
-    right = isinstance(value, kinds) and not isinstance(value, bool)
-    if not (right and abs(seconds_until(value)) <= _LONGEST):
+    is_kind = isinstance(value, kinds) and not isinstance(value, bool)
+    if not (is_kind and abs(seconds_until(value)) <= _LONGEST):
         raise ArgumentsNotSerializable(f"{name} cannot be stored with {option}={value!r}; write {instead}")
 
 
@@ -188,7 +188,7 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def seconds_until(moment: float | datetime) -> float:
-    """Seconds from now. A number is that already; a moment without a time zone is in UTC."""
+    """Seconds from now; a number is returned as it is, and a moment without a time zone is in UTC."""
     if not isinstance(moment, datetime):
         return moment
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)  # as Celery reads it

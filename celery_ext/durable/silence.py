@@ -1,4 +1,4 @@
-"""A database that has fallen silent: libpq waits for its answer without end, in C, where no signal handler runs."""
+"""Watching for a silent database: libpq waits for an answer without end, in C, where no signal handler runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger: Final = logging.getLogger(__name__)
 
 
 class Silence:
-    """How long one thread has waited for a database, and what another one can do about it."""
+    """Lets one thread see how long another has waited for the database, and end the wait."""
 
     def __init__(self) -> None:
         self._since: float | None = None
@@ -26,7 +26,7 @@ class Silence:
 
     @property
     def seconds(self) -> float:
-        """For how long the database has owed an answer, a connection included."""
+        """For how long a statement or a connect has been unanswered; 0 if none is."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -53,12 +53,12 @@ class Silence:
             self._answered()
 
     def _connected(self, driver: Any, _: ConnectionPoolEntry) -> None:
-        """Before SQLAlchemy, we and the application ask the first things of a connection."""
+        """Watch a new connection, before anything is asked on it."""
         self._forget_socket()
-        # A descriptor of our own: the driver's may be another file's by the time that it is looked at. The family makes
-        # no difference to what is done with it.
+        # A descriptor of our own: the driver's may be closed and reused by the time of end(). The family makes no
+        # difference to a shutdown.
         self._socket = fromfd(driver.fileno(), AF_INET, SOCK_STREAM)
-        self._asked()  # a connect has its own limit, which may be longer
+        self._asked()  # anew: the connect has a limit of its own, which may be longer
 
     def _forget_socket(self) -> None:
         connected, self._socket = self._socket, None

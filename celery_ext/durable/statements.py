@@ -14,7 +14,7 @@ LISTEN: Final = text(f"LISTEN {CHANNEL}")
 _NOTIFY: Final = f"pg_notify('{CHANNEL}', '')"
 NOTIFY: Final = text(f"SELECT {_NOTIFY}")
 
-# Unless the settings or the server have a shorter limit.
+# Sets the limit, unless the settings or the server have a shorter one.
 LIMIT: Final = text(
     """
     SELECT set_config('statement_timeout', :limit, false)
@@ -53,7 +53,7 @@ ADD: Final = text(
     """
 )
 
-# Up to their first parameter, which each driver writes in its own way.
+# The statements' text up to the first parameter, which each driver writes in its own way.
 _WAIT_FOR_KEYS: Final = tuple(str(each).partition(":")[0] for each in (LOCK_KEYS, ADD))
 
 
@@ -70,7 +70,7 @@ def waits_for_a_key(statement: str | None) -> bool:
 # after the row is locked, hence the subqueries.
 HOLD_LEASE: Final = text("SELECT pg_try_advisory_lock(hashtextextended(:id, 21))")
 FREE_LEASE: Final = text("SELECT pg_advisory_unlock(hashtextextended(:id, 21))")
-# By which the server would end it, although its task is at work; unknown before PostgreSQL 14.
+# The server would end an idle lease while its task is at work. PostgreSQL before 14 does not know the setting.
 KEEP_IDLE: Final = text(
     """
     SELECT set_config('idle_session_timeout', '0', false) WHERE current_setting('idle_session_timeout', true) <> '0'
@@ -119,8 +119,8 @@ CANCEL: Final = text(
     """
 )
 
-# After a second, then two, four, ...: what interrupts a task may do so each time. One that is not due was not
-# interrupted: only the answer to the COMMIT that put it off was lost.
+# After a second, then two, four, ...: what interrupts a task may do so each time. A task that is not due was not
+# interrupted: it was put off, and only the answer to that COMMIT was lost.
 RING_SOON: Final = text(
     """
     UPDATE durable_task
@@ -241,7 +241,7 @@ FAILED: Final = text(
     """
 )
 
-# Of a key that is busy, they wait for their turn, which is the next one.
+# Tasks with an ordering key wait until the key's task under way has ended, and come next.
 RETRY_FAILED: Final = text(
     f"""
     UPDATE durable_task

@@ -10,7 +10,7 @@ from sqlalchemy.exc import ProgrammingError
 from fastapi_chatdify_db.sqlstates import sqlstate
 
 metadata: Final = MetaData(info={"dialect": "postgresql"})
-"""For ``create_db_tables`` (which ``celery_ext.init_app`` tells of it) and Alembic's ``target_metadata``."""
+"""For Alembic's ``target_metadata``, and for ``create_db_tables``, which has it from ``celery_ext.init_app``."""
 
 MISSING: Final = (
     "there is no table durable_task here; create the tables, or run the migration of celery_ext.durable.table.metadata"
@@ -36,7 +36,7 @@ durable_task: Final = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
     Column("finished_at", DateTime(timezone=True)),
     Column("error", Text, comment="of the last attempt"),
-    # To send and run tasks, only what is pending is searched, so that rows that are done cost nothing.
+    # Sending and running tasks searches only pending rows, so that rows that are done cost nothing.
     Index("ix_durable_task_ring_at", "ring_at", postgresql_where=_PENDING),
     Index(
         "ix_durable_task_ordering_key",

@@ -75,7 +75,7 @@ async def test_relays_are_told(unheard: Celery[Any], rows: Observer) -> None:
 async def test_many_batches(unheard: Celery[Any], rows: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a full batch a relay waits for nothing."""
     monkeypatch.setattr(relay, "BATCH", 1)
-    monkeypatch.setattr(relay, "_POLL", PATIENCE)
+    monkeypatch.setattr(relay, "_POLL_INTERVAL", PATIENCE)
     async with db.transaction():
         for number in range(10):
             task(unheard, "record").delay_durably(f"{number}")
@@ -98,7 +98,7 @@ async def test_who_has_waited_longest_is_sent_first(unheard: Celery[celery_ext.T
 
 async def test_told_while_it_looks(unheard: Celery[Any], rows: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a relay was told of before it begins to wait, it does not wait for."""
-    monkeypatch.setattr(relay, "_POLL", PATIENCE)
+    monkeypatch.setattr(relay, "_POLL_INTERVAL", PATIENCE)
     ids: list[str] = []
 
     def store_meanwhile(_: object, __: object, statement: str, *___: object) -> None:

@@ -53,7 +53,7 @@ async def test_application_stops(
     asks_for: str,
 ) -> None:
     """Its end waits for an answer for ten seconds (here one), and then for the end of the other connections."""
-    monkeypatch.setattr(relay, "_SILENT_AT_THE_END", 1.0)
+    monkeypatch.setattr(relay, "_SILENT_AT_STOP", 1.0)
     monkeypatch.setattr(closing, "LIMIT", 1.0)
     async with asyncio.timeout(PATIENCE), application.lifespan(None):
         await rows.until_sent(await store(unheard, application))
