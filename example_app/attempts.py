@@ -37,7 +37,7 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
         task: The task that makes the attempt, to be retried.
         message_id: The message.
         work: The step.
-        given_up: The message's state after ``CELERY_TASK_MAX_RETRIES`` more failures, or one that will not pass; None
+        given_up: The message's state after ``CELERY_TASK_MAX_RETRIES`` retries or a failure that will not pass; None
             for a step that is tried for as long as its failure may pass.
 
     Returns:
@@ -82,7 +82,7 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
         foreseen = isinstance(error, OutsideError)
         logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=not foreseen)
         tries_left = message.attempts <= retries
-        if _may_pass(error, tries_left=tries_left) and (tries_left or given_up is None):
+        if _is_transient(error, tries_left=tries_left) and (tries_left or given_up is None):
             raise task.retry(exc=error, countdown=pause(message.attempts, error)) from error
         if given_up is None:
             raise
@@ -101,8 +101,8 @@ def pause(attempts: int, error: Exception) -> float:
     return min(max(backoff, asked), _LONGEST_PAUSE)
 
 
-def _may_pass(error: Exception, *, tries_left: bool) -> bool:
+def _is_transient(error: Exception, *, tries_left: bool) -> bool:
     if isinstance(error, OutsideError):
-        # One that stays would have a hand-over open the conversation again and again, also when an agent has closed it.
+        # If it stays, each try of a hand-over opens the conversation again, even when an agent has closed it.
         return error.may_pass and (tries_left or not isinstance(error, PerhapsRefused))
-    return tries_left or isinstance(error, TimeoutError)  # an API that hangs may answer later, a bug of ours stays
+    return tries_left or isinstance(error, TimeoutError)  # an API that hangs may answer later; a bug of ours stays

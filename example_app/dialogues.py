@@ -18,7 +18,7 @@ DELIVERIES_KEPT: Final = timedelta(days=7)
 
 
 async def is_new_delivery(delivery_id: str, event: str) -> bool:
-    """Remember a webhook's delivery id; False when it is known. The same one at the same time waits for this one."""
+    """Remember a webhook's delivery id; False when it is known. The same id at the same time waits for our commit."""
     known = insert(WebhookDelivery).values(delivery_id=delivery_id, event=event).on_conflict_do_nothing()
     return (await db.session.execute(known.returning(WebhookDelivery.id))).first() is not None
 
@@ -61,7 +61,7 @@ async def store_message(dialogue_id: int, event: MessageCreated) -> int | None:
 async def note_workflow_status(conversation_id: int, status: str) -> None:
     """Remember that the workflow which is answering a message of the conversation has set its status.
 
-    Of a conversation that it closes, the messages that wait are still to be answered: no human sees them there.
+    If it closes the conversation, note that for waiting messages too: no human sees them, so they are to be answered.
     """
     in_conversation = Message.dialogue.has(Dialogue.chatwoot_conversation_id == str(conversation_id))
     concerned = update(Message).where(in_conversation, Message.state == MessageState.RECEIVED)

@@ -1,4 +1,4 @@
-"""Which task does the next step of a message, and in which line it waits: this is the one place.
+"""Which task does the next step of a message, and in which line it waits: decided here alone.
 
 A conversation has two lines. Dify is asked one question after the other, each with all that was said before; what
 came of them goes to Chatwoot one after the other, in that order, while the next question is being answered.
@@ -39,7 +39,7 @@ def dispatch_step(message_id: int, state: MessageState, conversation: str) -> No
 def dispatch_deletion(conversation: str) -> None:
     """Store, with this unit of work, the task that deletes in Dify what it has of a conversation.
 
-    It waits for the question that is being answered, which may begin one there.
+    It waits for the question under way, which may begin another conversation there.
     """
     _send(DELETE, conversation, f"ask {conversation}")
 

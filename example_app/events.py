@@ -11,12 +11,12 @@ from example_app.schemas import Text
 
 def _no_bool(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")  # in Python they are
+        raise ValueError("true and false are no numbers")  # to Python they are
     return value
 
 
 ID = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, lt=2**63)]
-"""Chatwoot's; its documentation also writes them as strings."""
+"""Chatwoot's id of something; its documentation also writes ids as strings."""
 
 
 class Sender(BaseModel):
@@ -40,7 +40,7 @@ class Meta(BaseModel):
 
 
 class Account(BaseModel):
-    """The Chatwoot account that tells; a conversation's id is its own."""
+    """The Chatwoot account that sends the webhook; conversations are numbered within it."""
 
     id: ID
 
@@ -62,12 +62,12 @@ class WebhookConversation(BaseModel):
 
 
 class AccountEvent(BaseModel):
-    """What Chatwoot tells, and of which account."""
+    """What Chatwoot's webhooks have in common: the account."""
 
     account: Account | None = None
 
     def is_of_another_account(self, account_id: int) -> bool:
-        """Whether its conversation is another one than ours of the same number."""
+        """Whether its conversation belongs to another account: ours may have one of the same number."""
         return self.account is not None and self.account.id != account_id
 
 
@@ -86,18 +86,18 @@ class MessageCreated(AccountEvent):
 
     @property
     def attributes(self) -> dict[str, JsonValue]:
-        """What Chatwoot, or who posted the message, says of it."""
+        """What Chatwoot, or whoever posted the message, says about it."""
         return self.content_attributes or {}
 
     @property
     def is_automatic_reply(self) -> bool:
-        """Whether it is an e-mail that no human wrote; to answer it may begin an endless exchange."""
+        """Whether it is an e-mail that no human wrote; answering it may begin an endless exchange."""
         email = self.attributes.get("email")
         return isinstance(email, dict) and email.get("auto_reply") is True
 
     @property
     def is_unsupported(self) -> bool:
-        """Whether the customer sent what Chatwoot cannot show, and its words are Chatwoot's."""
+        """Whether the customer sent what Chatwoot cannot show, so that ``content`` is Chatwoot's own text."""
         return self.attributes.get("is_unsupported") is True
 
 

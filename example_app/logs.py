@@ -1,4 +1,4 @@
-"""Logging: the level, Sentry when it is wanted, and what URLs ask kept out of both."""
+"""Logging to standard error and, if it has a DSN, to Sentry; URLs' query strings are kept out of both."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastapi_chatdify_db import InvalidSettings
 
 logger: Final = logging.getLogger("chatdify")
 
-# The webhook's secret, or a message to a customer.
+# It may hold the webhook's secret, or a message to a customer.
 _QUERY: Final = re.compile(r"(?<=\?)\S+")
 
 
 class _WithoutQuery(logging.Filter):
-    """Strikes out what a URL asks in what uvicorn logs about a request."""
+    """Strikes out the query strings in what uvicorn logs about a request."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -51,7 +51,7 @@ def _report_to_sentry(settings: Settings) -> None:
         environment=settings.sentry_environment,
         traces_sample_rate=settings.sentry_traces_sample_rate,
         send_default_pii=False,
-        max_request_body_size="never",  # else of every webhook, with what the customer wrote
+        max_request_body_size="never",  # else each webhook's, with what the customer wrote
         include_local_variables=False,  # some hold keys
         before_send=_strike_query_out,
         before_send_transaction=_strike_query_out,
@@ -59,7 +59,7 @@ def _report_to_sentry(settings: Settings) -> None:
 
 
 def _strike_query_out(report: dict[str, Any], _: object) -> dict[str, Any]:
-    """Take what a URL asks out of a report to Sentry."""
+    """Take the query string out of a report to Sentry."""
     request = report.get("request") or {}
     request.pop("query_string", None)
     if "url" in request:

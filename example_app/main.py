@@ -26,7 +26,7 @@ PREFIX: Final = "/api/v1"
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """What the application opens besides the database."""
+    """Close, at the end, what the application opens besides the database."""
     try:
         yield
     finally:
@@ -51,7 +51,7 @@ def create_app() -> FastAPI:
         title="Chatdify",
         summary="Answers Chatwoot's conversations with Dify",
         lifespan=lifespan,
-        redirect_slashes=False,  # to whatever Host the request names
+        redirect_slashes=False,  # a redirect would go to whatever Host the request names
     )
     db.init_app(app)
     app.add_middleware(BodyLimit)
@@ -61,8 +61,8 @@ def create_app() -> FastAPI:
     app.include_router(health_router)
     if settings.in_development:
         page.init_app(app)
-        # Doors may be open: a web site must come in neither from a developer's browser nor by a name of its own that it
-        # has made this machine's.
+        # Doors may be open: no web site may come in through a developer's browser, also not by a name of its own that
+        # it has made point to this machine.
         app.add_middleware(SameOrigin)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(settings), www_redirect=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI's documentation extends it

@@ -137,7 +137,7 @@ class Settings(DatabaseSettings):
         "chatdify_api_token", "chatwoot_webhook_secret", "dify_api_key", "chatwoot_api_key", "chatwoot_admin_api_key"
     )
     @classmethod
-    def _fit_for_a_header(cls, value: str | None) -> str | None:
+    def _printable_ascii(cls, value: str | None) -> str | None:
         value = (value or "").strip() or None
         if value is not None and not (value.isascii() and value.isprintable()):
             raise ValueError("has to be printable ASCII; was something else pasted along?")
@@ -145,7 +145,7 @@ class Settings(DatabaseSettings):
 
     @field_validator("chatwoot_api_url", "dify_api_url")
     @classmethod
-    def _with_its_version(cls, value: str, info: ValidationInfo) -> str:
+    def _with_version(cls, value: str, info: ValidationInfo) -> str:
         default = str(cls.model_fields[info.field_name or ""].default)
         path = urlsplit(default).path
         if not value.rstrip("/").endswith(path):

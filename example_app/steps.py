@@ -1,4 +1,4 @@
-"""What each step of a message does outside: ask Dify, post the answer, hand the conversation to a human.
+"""The steps of a message, which call the outside APIs: ask Dify, post the answer, hand over to a human.
 
 An earlier attempt may have died, or got no answer, after its call was made. So from the second attempt on, each step
 looks first whether it has been done.
@@ -20,7 +20,7 @@ from example_app.logs import logger
 from example_app.settings import get_settings
 from fastapi_chatdify_db import db
 
-_CLOCKS: Final = 60.0
+_CLOCK_SKEW: Final = 60.0
 """Seconds by which Dify's clock may differ from ours."""
 
 
@@ -62,7 +62,7 @@ async def ask(message: Message) -> MessageState:
 async def _earlier_answer(question: Question, message: Message) -> Answer | None:
     """Dify's answer to an earlier attempt; its conversation becomes the question's."""
     dify = await get_dify()
-    # It need not be the conversation that we know: an earlier attempt may have begun a new one.
+    # Not always the dialogue's: an earlier attempt may have begun a new conversation.
     question.conversation_id = next(iter(await dify.conversations(question.user)), None)
     if question.conversation_id is None:
         return None
@@ -71,14 +71,14 @@ async def _earlier_answer(question: Question, message: Message) -> Answer | None
     ids = [message_id for message_id in known if message_id is not None]
     await db.release()
     try:
-        since = message.created_at.timestamp() - _CLOCKS
+        since = message.created_at.timestamp() - _CLOCK_SKEW
         return await dify.find_answer(question.query, question.user, question.conversation_id, ids, since)
     except StillAnswering as error:
         seconds_ago = time.time() - error.asked_at
         if seconds_ago > get_settings().celery_task_soft_time_limit:
-            return None  # it never will
-        if seconds_ago >= -_CLOCKS:  # a time to come would be waited for without end
-            message.attempts -= 1  # to wait for the answer is no attempt at it
+            return None  # it never will answer
+        if seconds_ago >= -_CLOCK_SKEW:  # a clock far ahead of ours would have us wait without end
+            message.attempts -= 1  # waiting for the answer is no attempt
             await db.release()
         raise
 
@@ -86,7 +86,7 @@ async def _earlier_answer(question: Question, message: Message) -> Answer | None
 async def respond(message: Message) -> MessageState:
     """Post Dify's answer into the Chatwoot conversation, unless that has become a human's meanwhile."""
     if message.answer and message.answer.strip():
-        if await _is_a_humans(message):
+        if await _belongs_to_human(message):
             logger.info("message %d: its answer is withheld, a human has the conversation", message.id)
             return MessageState.HANDED_OVER
         await _post_once(message, message.answer, "answer")
@@ -98,9 +98,9 @@ async def hand_over(message: Message) -> MessageState:
     settings = get_settings()
     chatwoot = await get_chatwoot()
     try:
-        with suppress(Rejected):  # a key that may not read goes on as if nobody had it
-            # From the second attempt on it may be open because of the first.
-            if message.attempts == 1 and await _is_a_humans(message):
+        with suppress(Rejected):  # if the key may not read, go on as if no human had the conversation
+            # Later than in the first attempt, it may be open because of that one.
+            if message.attempts == 1 and await _belongs_to_human(message):
                 return MessageState.HANDED_OVER
         await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
         if message.conversation_status == "pending" and settings.bot_error_message_internal:
@@ -114,8 +114,8 @@ async def hand_over(message: Message) -> MessageState:
     return MessageState.HANDED_OVER
 
 
-async def _is_a_humans(message: Message) -> bool:
-    """Whether the conversation has a status that the bot leaves alone, and that Dify's workflow did not set."""
+async def _belongs_to_human(message: Message) -> bool:
+    """Whether the conversation has a status that the bot leaves alone, unless Dify's workflow has set it."""
     chatwoot = await get_chatwoot()
     conversation = await chatwoot.conversation(message.dialogue.chatwoot_conversation_id)
     return conversation.status not in (*get_settings().allowed_conversation_statuses, message.workflow_status)

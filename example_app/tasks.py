@@ -18,7 +18,7 @@ TASKS_KEPT: Final = 7
 """Days for which the rows of tasks that are done are kept."""
 
 
-# max_retries=None: a message's attempts are counted with it, where a worker that dies counts as well.
+# max_retries=None: Message.attempts counts instead, which also counts those whose worker died.
 @app.task(bind=True, name=dispatch.PROCESS, max_retries=None)
 async def process_message_with_dify(self: celery_ext.Task, message_id: int) -> str:
     """Ask Dify about a message; returns the message's state."""
@@ -54,6 +54,6 @@ async def delete_dify_conversation(self: celery_ext.Task, chatwoot_conversation_
 
 @app.task(name="chatdify.forget_old_deliveries")
 def forget_old_deliveries() -> None:
-    """Delete the webhook deliveries that are older than anybody repeats them, and what is left of old tasks."""
+    """Delete webhook deliveries that are too old to be repeated, and the rows of old tasks."""
     dialogues.forget_old_deliveries(db.sync_session)
     administration.prune(db, TASKS_KEPT)

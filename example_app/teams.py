@@ -19,7 +19,7 @@ class TeamDirectory:
         self._read_at = float("-inf")
 
     async def find(self, chatwoot: Chatwoot, name: str) -> Team | None:
-        """The team of that name; a name that is not known is looked for in Chatwoot before it is None.
+        """The team of that name, or None; a name that is not cached is looked for in Chatwoot first.
 
         Raises:
             OutsideError: Chatwoot did not answer.
@@ -37,12 +37,12 @@ class TeamDirectory:
         return self._teams
 
     def forget(self) -> None:
-        """Have the next look go to Chatwoot, since a team that was found is none (any more)."""
+        """Have the next ``find`` ask Chatwoot, since a team that was found does not exist (any more)."""
         self._read_at = float("-inf")
 
     @property
     def names(self) -> list[str]:
-        """The teams that were there at the last look."""
+        """The teams that Chatwoot listed last."""
         return [team.name for team in self._teams]
 
     def _is_fresh(self) -> bool:

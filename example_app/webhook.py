@@ -1,4 +1,4 @@
-"""Chatwoot's webhooks: what they say, and whether the bot is to answer. Decisions on data, no I/O."""
+"""Parses Chatwoot's webhooks and decides whether the bot is to answer. No I/O."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parse(body: bytes) -> WebhookEvent:
 
 
 def _account_of(conversation: object) -> dict[str, int] | None:
-    """The account, which events about a conversation name in its latest message alone."""
+    """The account, which events about a conversation name only in its latest message."""
     match conversation:
         case {"messages": [{"account_id": int(account_id)}, *_]}:
             return {"id": account_id}

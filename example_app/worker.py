@@ -20,7 +20,7 @@ POLLING_INTERVAL: Final = 0.05
 
 def _transport_options(settings: Settings) -> dict[str, Any]:
     if settings.broker_url.startswith("sqla+"):
-        # A pool would be inherited by the processes that a worker forks, and two would speak on one connection.
+        # A pool would be inherited by the processes that a worker forks: two would use one connection.
         return {"poolclass": NullPool}
     return {}
 
@@ -31,7 +31,7 @@ def _configuration() -> dict[str, Any]:
     return {
         "broker_url": settings.broker_url,
         "result_backend": settings.result_backend,
-        # Nobody reads a result. To wait for one, Celery would need its backend whenever a task is sent.
+        # Nobody reads a result. With results, Celery would need the backend whenever a task is sent.
         "task_ignore_result": True,
         "broker_transport_options": _transport_options(settings),
         "task_default_queue": settings.celery_task_default_queue,

@@ -42,10 +42,10 @@ router: Final = APIRouter(
 Chatwoot = Annotated[ChatwootClient, Depends(get_chatwoot)]
 
 
-_LOOKS_FOR_A_TEAM: Final = 2
-"""The second one when the first has found a team that was deleted in Chatwoot, and perhaps made anew."""
+_TEAM_LOOKUPS: Final = 2
+"""A second one, when the first has found a team that was deleted in Chatwoot, and perhaps made anew."""
 LONGEST_IN_A_URL: Final = 5_000
-"""Characters, each of which takes up to 12 bytes there; uvicorn takes 64 kB and cuts off what sends more."""
+"""Characters, each of up to 12 bytes in a URL; uvicorn takes 64 kB and cuts off longer requests."""
 
 
 @router.post("/send-chatwoot-message")
@@ -125,7 +125,7 @@ async def assign_team(chatwoot: Chatwoot, conversation_id: ConversationID, new: 
     """
     if new.team.casefold() in ("", "none"):
         return TeamResult(conversation_id=conversation_id, team="None")
-    for _ in range(_LOOKS_FOR_A_TEAM):
+    for _ in range(_TEAM_LOOKUPS):
         if (team := await directory.find(chatwoot, new.team)) is None:
             break
         if (result := await chatwoot.assign_team(conversation_id, team.id)) is not None:

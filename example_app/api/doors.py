@@ -26,7 +26,7 @@ WEBHOOK_LIMIT: Final = 8 * 1024 * 1024
 well, and Rails writes ``<`` in six bytes."""
 
 _CLOSE: Final = {"Connection": "close"}
-"""Of a refusal that leaves the body unread: the server would receive the rest, without end if need be."""
+"""Headers of a refusal that leaves the body unread: else the server would receive the rest, even an endless one."""
 
 bearer: Final = HTTPBearer(auto_error=False, description="CHATDIFY_API_TOKEN")
 
@@ -41,7 +41,7 @@ def require_token(credentials: Annotated[HTTPAuthorizationCredentials | None, Se
     if token is None:
         return
     given = credentials.credentials if credentials else ""
-    if not _same(given, token):
+    if not _equal_in_constant_time(given, token):
         raise HTTPException(401, "A bearer token is needed.", headers=_CLOSE | {"WWW-Authenticate": "Bearer"})
 
 
@@ -67,7 +67,7 @@ async def authentic_body(
 
     Raises:
         fastapi.HTTPException: 401, also for a signature that is older than ``CHATWOOT_WEBHOOK_MAX_AGE``;
-            400, when nobody is there any more to see it.
+            400, when the client has left before the end of the body.
     """
     settings = get_settings()
     key = settings.chatwoot_webhook_secret
@@ -76,10 +76,10 @@ async def authentic_body(
     if key is None:
         authentic = True
     elif signature is None:
-        authentic = _same(secret or "", key)
+        authentic = _equal_in_constant_time(secret or "", key)
     else:
         fresh = _age(timestamp) <= settings.chatwoot_webhook_max_age
-        authentic = fresh and _same(signature, sign(key, timestamp, await _body(request)))
+        authentic = fresh and _equal_in_constant_time(signature, sign(key, timestamp, await _body(request)))
     if not authentic:
         raise HTTPException(401, "The webhook's signature or secret is missing, wrong or too old.", headers=_CLOSE)
     return await _body(request)
@@ -117,7 +117,7 @@ class BodyLimit:
             received += len(message.get("body", b""))
             if received > limit:
                 while message.get("more_body") and received < 2 * limit:
-                    # Who is still sending when the connection is closed does not see the answer.
+                    # A client that is still sending when the connection is closed does not see the answer.
                     message = await receive()
                     received += len(message.get("body", b""))
                 # Raised where the application reads its body, so that its own handler answers.
@@ -128,9 +128,9 @@ class BodyLimit:
 
 
 class SameOrigin:
-    """Refuses, with 403, what the pages of other web sites have a browser post: without secrets that is all it takes.
+    """Refuses, with 403, what other web sites' pages have a browser post: without secrets, nothing else stops them.
 
-    Their links and pictures come in: they change nothing, and the browser does not tell the page the answer.
+    Their links and pictures may come in: they change nothing, and the browser keeps the answer from the page.
 
     Parameters:
         app: The application.
@@ -155,10 +155,10 @@ async def _body(request: Request) -> bytes:
         raise HTTPException(400, "The client left before the end of the body.") from None
 
 
-def _same(given: str, expected: str) -> bool:
+def _equal_in_constant_time(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode(), expected.encode())
 
 
 def _age(timestamp: str) -> float:
-    """Seconds between now and then, in either direction; endless when it is no time."""
+    """Seconds between now and ``timestamp``, in either direction; infinite when it is no time."""
     return abs(time.time() - int(timestamp)) if timestamp.isdecimal() and len(timestamp) < 12 else float("inf")

@@ -1,4 +1,4 @@
-"""Errors as ``application/problem+json`` (RFC 9457), which never say what an exception said."""
+"""Errors as ``application/problem+json`` (RFC 9457), which never show an exception's text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from example_app.api.doors import WEBHOOK
 from example_app.clients.http import Busy, NotFound, OutsideError, Unanswered
 from example_app.logs import logger
 
-_PARTS_TOLD: Final = 20
+_PARTS_SHOWN: Final = 20
 
 
 class InvalidPart(BaseModel):
@@ -68,15 +68,15 @@ def _http_error(request: Request, error: Exception) -> ProblemResponse:
     status = error.status_code
     if status == 503 and request.url.path.endswith(WEBHOOK):
         status = 500  # Chatwoot sends an agent bot's webhook again after a 429 or a 500 only
-    _note(request, status)
+    _log_answer(request, status)
     return _problem(status, error.detail, headers=dict(error.headers or {}))
 
 
 def _invalid_request(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RequestValidationError)
     # Without the input: it may be anything, a secret as well.
-    parts = [InvalidPart(part=".".join(map(str, e["loc"])), reason=e["msg"]) for e in error.errors()[:_PARTS_TOLD]]
-    _note(request, 422, *(f"{each.part}: {each.reason}" for each in parts))
+    parts = [InvalidPart(part=".".join(map(str, e["loc"])), reason=e["msg"]) for e in error.errors()[:_PARTS_SHOWN]]
+    _log_answer(request, 422, *(f"{each.part}: {each.reason}" for each in parts))
     return _problem(422, "The request cannot be used; see 'invalid'.", invalid=parts)
 
 
@@ -98,8 +98,8 @@ def _unexpected(_: Request, __: Exception) -> ProblemResponse:
     return _problem(500, "Something went wrong here; it is in the log.")
 
 
-def _note(request: Request, status: int, *reasons: str) -> None:
-    # Chatwoot shows nobody what its webhooks are answered, so this is where a wrong secret is found out.
+def _log_answer(request: Request, status: int, *reasons: str) -> None:
+    # Chatwoot shows nobody the answers to its webhooks: a wrong secret can only be found out here.
     logger.info("%s %a answered %d %a", request.method, request.url.path, status, reasons)
 
 

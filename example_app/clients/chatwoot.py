@@ -17,7 +17,7 @@ _WINDOW: Final = 60.0
 
 
 class PerhapsRefused(Unanswered):
-    """422 to a message: Chatwoot refused it, for now or for good, or has stored it all the same."""
+    """422 to a new message: Chatwoot refused it, for now or for good, or has stored it all the same."""
 
 
 class Team(BaseModel):
@@ -70,9 +70,9 @@ class Chatwoot(OutsideAPI):
         self._as_admin = {"api_access_token": settings.chatwoot_admin_api_key or settings.chatwoot_api_key or ""}
 
     def failure(self, call: str, status: int, code: str, retry_after: float = 0.0) -> OutsideError:
-        """As of any API, but a 429 holds for a minute, and a 422 to a new message says nothing.
+        """As of any API, but a 429 holds for a minute, and a 422 to a new message does not say whether it was stored.
 
-        It is the answer to whatever goes wrong with one, also once it is stored: see ``rescue StandardError`` in
+        Chatwoot answers 422 to whatever goes wrong with it, even after storing it: see ``rescue StandardError`` in
         Chatwoot's ``app/controllers/api/v1/accounts/conversations/messages_controller.rb``.
         """
         if status == 429:

@@ -24,10 +24,10 @@ from example_app.settings import Settings
 
 _ASK: Final = "Dify, POST /chat-messages"
 _PAUSED: Final = "workflow_paused"
-_WAITS: Final = "waits for a human within the workflow"
+_WAITING_FOR_HUMAN: Final = "waits for a human within the workflow"
 
 ID = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
-"""What Dify calls a thing; anything else could be neither stored nor asked for."""
+"""An id of Dify's; anything else could be neither stored nor asked for."""
 
 
 class StillAnswering(OutsideError):
@@ -149,22 +149,22 @@ class Dify(OutsideAPI):
             query: What was asked.
             user: By whom.
             conversation_id: Where.
-            known: The ids of the messages whose answers are known: the same words may be said twice.
+            known: The ids of messages whose answers are known already: the same words may be said twice.
             since: When at the earliest, in seconds since 1970; an older question was another one.
 
         Raises:
-            StillAnswering: It is under way, or was when Dify died.
-            Paused: There is none: what Dify has of it is what the workflow said until then.
+            StillAnswering: The answer is under way, or was when Dify died.
+            Paused: There is no answer, only what the workflow said until it paused.
             OutsideError: Another of its subclasses: Dify did not tell.
         """
         parameters: dict[str, str | int] = {"conversation_id": conversation_id, "user": user, "limit": 20}
         answer = await self.call("GET", "/messages", params=parameters)
         for message in reversed(self.read(_Messages, answer).data):
             if message.status == "error":
-                continue  # Dify failed over it, so it may be asked again
+                continue  # Dify failed to answer it, so it may be asked again
             if message.query == query and message.id not in known and message.created_at >= since:
                 if message.status == "paused":
-                    raise Paused("Dify, GET /messages", _WAITS)
+                    raise Paused("Dify, GET /messages", _WAITING_FOR_HUMAN)
                 if not message.answer:
                     raise StillAnswering("Dify, GET /messages", "has no answer yet", asked_at=message.created_at)
                 return Answer(conversation_id=message.conversation_id, message_id=message.id, answer=message.answer)
@@ -183,7 +183,7 @@ class Dify(OutsideAPI):
             return
 
     def parse(self, content: bytes | str, call: str) -> JsonValue:
-        """What was answered; half of a surrogate pair may be in it, whose other half is in the next event.
+        """What was answered. It may end in half of a surrogate pair, whose other half is in the next event.
 
         Raises:
             Unanswered: It is no JSON, or nested too deeply.
@@ -233,7 +233,7 @@ class Dify(OutsideAPI):
 
     def _answer(self, content: JsonValue) -> Answer:
         if isinstance(content, dict) and content.get("event") == _PAUSED:
-            raise Paused(_ASK, _WAITS)
+            raise Paused(_ASK, _WAITING_FOR_HUMAN)
         return self.read(Answer, content)
 
 

@@ -25,7 +25,7 @@ LONGEST_PAUSE: Final = 10.0
 """Seconds that a call waits for ``Retry-After``; if it is told to wait longer, it fails."""
 
 _PLAIN: Final = {"Accept-Encoding": "identity"}
-"""httpx unpacks what came at once, in as many layers as the answer names: a kilobyte may become gigabytes."""
+"""httpx would unpack as many layers of compression as the answer names: a kilobyte may become gigabytes."""
 
 _CODE: Final = re.compile("[a-z_]{1,64}")
 
@@ -33,7 +33,7 @@ _backoff: Final = wait_random_exponential(multiplier=0.2, max=5.0)
 
 
 class OutsideError(Exception):
-    """An outside API did not do what it was asked; of what it answered the message has the error's code alone.
+    """An outside API did not do what it was asked. Of its answer, the message shows only the error's code.
 
     Parameters:
         call: What was asked of whom, for the log.
@@ -45,7 +45,7 @@ class OutsideError(Exception):
     never_began: ClassVar[bool] = False
 
     def __init__(self, call: str, outcome: str, retry_after: float = 0.0) -> None:
-        super().__init__(call, outcome, retry_after)  # as pickle wants to call it again
+        super().__init__(call, outcome, retry_after)  # pickle calls __init__ again with these
         self.retry_after = retry_after
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ class OutsideAPI:
         self.client = httpx.AsyncClient(
             base_url=base_url, headers=headers | _PLAIN, timeout=httpx.Timeout(**waits), cookies=no_cookies
         )
-        # A byte now and then stays within each of the time-outs, and may come for ever.
+        # An endless answer, a byte now and then, stays within each of these time-outs.
         self._time_limit = sum(waits.values())
 
     async def call(
@@ -154,7 +154,7 @@ class OutsideAPI:
         call = f"{self.name}, {response.request.method} {response.request.url.path}"
         status, code = response.status_code, error_code(content)
         if status == 404 and not response.headers.get("Content-Type", "").startswith("application/json"):
-            # It comes from a proxy whose server is away.
+            # It comes from a proxy whose server is away, not from the API.
             raise Unanswered(call, f"answered 404 {code}".rstrip())
         raise self.failure(call, status, code, seconds(response.headers.get("Retry-After")))
 
@@ -173,7 +173,7 @@ class OutsideAPI:
         return kind(call, f"answered {status} {code}".rstrip(), retry_after if status in (429, 503) else 0.0)
 
     def parse(self, content: bytes | str, call: str) -> JsonValue:
-        """What was answered, if it can be passed on: halves of surrogate pairs cannot, nor what is nested too deeply.
+        """What was answered, if it can be passed on: no halves of surrogate pairs, and not nested too deeply.
 
         Parameters:
             content: JSON.
@@ -242,7 +242,7 @@ async def pieces(response: httpx.Response, call: str) -> AsyncIterator[bytes]:
         Unanswered: It is larger than ``ANSWER_LIMIT``.
     """
     size = 0
-    async for piece in response.aiter_raw():  # if it is compressed all the same, it is no JSON
+    async for piece in response.aiter_raw():  # one that is compressed all the same is no JSON
         size += len(piece)
         if size > ANSWER_LIMIT:
             raise Unanswered(call, f"answered more than {ANSWER_LIMIT} bytes")
@@ -268,12 +268,12 @@ def error_code(content: bytes) -> str:
 
 
 def plain_code(code: object) -> str:
-    """``code`` when it is one, else nothing: it goes into the log."""
+    """``code`` if it is a plain word, else the empty string: it goes into the log."""
     return code if isinstance(code, str) and _CODE.fullmatch(code) else ""
 
 
 def as_outside_error(call: str, error: httpx.RequestError) -> OutsideError:
-    """The error for what httpx raises: whether a request had been sent decides which."""
+    """The error for what httpx raised: ``Unreachable`` before a request was sent, then ``Unanswered``."""
     not_sent = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
     return (Unreachable if not_sent else Unanswered)(call, type(error).__name__)
 

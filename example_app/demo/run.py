@@ -31,7 +31,7 @@ _URLS = """
 
   Stop: Ctrl-C
 """
-_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+_TERMINATING = (signal.SIGTERM, signal.SIGHUP)
 _SETTINGS = {"HTTPX_READ_TIMEOUT": "10", "CELERY_RETRY_COUNTDOWN": "1"}
 _MESSAGE = (
     '{"event": "message_created", "id": 1, "content": "One more question", "message_type": "incoming", '
@@ -53,7 +53,7 @@ def main() -> None:
     except (OSError, OverflowError):
         parser.exit(1, f"Port {port} is taken or not yours; a free one: .venv/bin/python -m example_app --port 0\n")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-    for number in _ENDINGS:
+    for number in _TERMINATING:
         signal.signal(number, _end_as_by_ctrl_c)
     console = Console(highlight=False)
     with (
@@ -68,8 +68,8 @@ def main() -> None:
 
 
 def _end_as_by_ctrl_c(_: int, __: object) -> None:
-    # Once: a process group's make passes its SIGTERM on, and a second one would cut short what ends the processes.
-    for number in _ENDINGS:
+    # Once: make, in the same process group, passes its SIGTERM on; a second one would cut short our clean-up.
+    for number in _TERMINATING:
         signal.signal(number, signal.SIG_IGN)
     signal.raise_signal(signal.SIGINT)
 

@@ -29,7 +29,7 @@ STOP_TIME: Final = 20.0
 
 @dataclass(frozen=True)
 class Secrets:
-    """Who knows what; made anew each time."""
+    """The secrets of one run, made anew each time."""
 
     api_token: str = field(default_factory=secrets.token_urlsafe)
     webhook: str = field(default_factory=secrets.token_urlsafe)
@@ -118,7 +118,7 @@ async def chatdify(
         database_url: PostgreSQL's.
         broker_url: Celery's; None makes tables of that PostgreSQL its queues.
         port: Of the web process; None takes a free one.
-        settings: Environment variables besides.
+        settings: Further environment variables.
     """
     known = Secrets()
     url = f"http://127.0.0.1:{port or _free_port()}"
@@ -156,7 +156,7 @@ def _with_driver(database_url: str) -> str:
 
 
 def _make_queue(broker_url: str, queue: str) -> None:
-    # Two processes that make the tables, or the queue, at once would fail.
+    # Before the processes, which would fail if both made the tables, or the queue, at once.
     with Connection(broker_url, transport_options={"poolclass": NullPool}) as connection:
         channel: Any = connection.channel()  # the stubs know none of its methods
         channel.queue_declare(queue)

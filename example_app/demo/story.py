@@ -1,4 +1,4 @@
-"""The demo's conversation: five messages through the whole way, told as it happens."""
+"""The demo's conversation: five messages go all the way, and each step is printed as it happens."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def _exchange(stack: Stack, console: Console, content: str, answered: int)
 
 async def _show_rows(console: Console) -> None:
     async with asyncio.timeout(TIME_LIMIT):
-        while await _unfinished():  # the last one is posted, and Chatdify is about to find that out
+        while await _unfinished():  # Chatdify has posted the last answer, and is about to commit that
             await asyncio.sleep(0.1)
     columns = "id, chatwoot_conversation_id, dify_conversation_id, status"
     console.print(await _table("dialogue", f"SELECT {columns} FROM dialogue ORDER BY id"))

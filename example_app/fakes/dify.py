@@ -55,9 +55,9 @@ class FakeDify:
         self.answering.set()
         self.delay = 0.0
         self.replaced: str | None = None
-        """What its moderation makes of every streamed answer."""
+        """What Dify's moderation puts in place of every streamed answer."""
         self.last_event: dict[str, object] | None = None
-        """What comes in place of an answer, or of a stream's end."""
+        """The event in place of an answer, or of a stream's end."""
         self._api_key = api_key
         routes = [
             Route("/v1/chat-messages", self._chat, methods=["POST"]),

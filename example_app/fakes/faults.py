@@ -18,9 +18,9 @@ class Fault:
         method: Of the requests, e.g. ``POST``.
         path: End of their path.
         status: What they are answered.
-        times: How many of them.
-        every: Which of them: all, or every tenth, ...
-        seen: How many there were.
+        times: How many requests fail.
+        every: Which of the matching requests fail: all, or every tenth, ...
+        seen: How many requests matched so far.
         retry_after: Value of the ``Retry-After`` header.
         headers: Of the answer, besides.
         code: Of the error, as Dify names it.
@@ -43,7 +43,7 @@ class Fault:
 
 @dataclass
 class Faults:
-    """The faults that are due, and an ASGI middleware that has them."""
+    """The faults that are due, and an ASGI middleware that makes requests fail by them."""
 
     due: list[Fault] = field(default_factory=list)
     had: int = 0

@@ -1,4 +1,4 @@
-"""``GET /``, and ``GET /dialogues``, the part of it that its script asks for again and again."""
+"""``GET /``, and ``GET /dialogues``: the part of the page that its script reloads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MESSAGES_SHOWN: Final = 50
 """Of each dialogue, the latest."""
 
 HEADERS: Final = {
-    # Messages are written by strangers. They are escaped; and if one were not, nothing in it would run.
+    # Messages are written by strangers. They are escaped; if one were not, nothing in it would run.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -33,7 +33,7 @@ HEADERS: Final = {
 }
 
 TASKS: Final = {state: name.removeprefix("chatdify.") for state, (name, _) in STEPS.items()}
-"""Whose turn it is in a message's state."""
+"""By a message's state: the task whose turn it is."""
 
 _HERE: Final = Path(__file__).parent
 _templates: Final = Jinja2Templates(
@@ -55,7 +55,7 @@ class Overview:
 
     Parameters:
         states: How many messages are in each state that occurs, all dialogues taken together.
-        dialogues: Those that something happened in last, with their latest messages, oldest first.
+        dialogues: The latest to change, each with its latest messages, oldest first.
     """
 
     states: dict[MessageState, int]
