@@ -126,7 +126,7 @@ class Task(_CeleryTask):
         return send_on_commit(self, args or (), kwargs or {}, on_error, options)
 
     def delay_durably(self, *args: object, **kwargs: object) -> str:
-        """Store the task as a row of the transaction around the call, for a relay to send; a crash does not lose it.
+        """Store the task as a row of the transaction around the call, for a relay to send; no crash or broker loses it.
 
         Returns:
             The id that the task will have.

@@ -1,4 +1,4 @@
-"""What Chatwoot's webhooks tell, as far as we look at it."""
+"""The payloads of Chatwoot's webhooks, as far as we look at them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the API takes and answers."""
+"""The bodies of the API's requests and responses."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ async def run_to_completion(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def _wait_for(task: asyncio.Task[None]) -> None:
-    """Wait until the task is done; unlike by ``await task``, it is not cancelled with the one that waits.
+    """Wait until the task is done; unlike with ``await task``, a cancellation does not reach the task.
 
     ``asyncio.wait`` does the same, but would add 1% to an insert's instructions.
     """

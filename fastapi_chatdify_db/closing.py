@@ -34,7 +34,7 @@ def seconds_left() -> float:
 
 
 _transports: Final[WeakKeyDictionary[AbstractEventLoop, WeakSet[Transport]]] = WeakKeyDictionary()
-"""What each event loop's connections to the server go through."""
+"""The transports of each event loop's connections to the server."""
 
 
 def note_transport(transport: Transport, loop: AbstractEventLoop) -> None:

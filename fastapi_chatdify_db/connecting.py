@@ -25,7 +25,7 @@ def translate_connect_errors(engine: Engine) -> None:
 
 
 def place(url: URL) -> str:
-    """Where a database is, for messages: without user and password."""
+    """A database's host, port and name, for messages: without user and password."""
     if isinstance(hosts := url.query.get("host"), tuple):  # each with its port
         return f"{', '.join(hosts)}/{url.database}"
     host = url.host or url.query.get("host", "local socket")
@@ -33,7 +33,7 @@ def place(url: URL) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line, with its class."""
+    """An error's class and text in one line, for messages."""
     # SQLAlchemy's adapter of asyncpg raises a mere Error, whose cause is asyncpg's own
     named = error.__cause__ if error.__cause__ is not None and sqlstate(error) else error
     # SQLAlchemy appends a line with a link

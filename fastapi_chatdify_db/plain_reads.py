@@ -1,4 +1,4 @@
-"""Which SQL is a plain read: run by itself or inside a transaction, it does and returns the same."""
+"""Which SQL is a plain read, with the same effect and result by itself as inside a transaction."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def _leave_at_start(unanswered: AsyncExitStack, send: Send) -> Send:
 
 
 class _RecordedRequest:
-    """What the client sent so far, to be received again from the start."""
+    """The messages that the client sent so far, to be received again from the start."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive

@@ -17,7 +17,7 @@ _TURN: Final = "fastapi_chatdify_db.turn"
 
 
 class _Turn:
-    """Who may use a connection."""
+    """Which borrower of a connection, and which of its threads, may use it."""
 
     def __init__(self) -> None:
         self.lock = Lock()

@@ -109,7 +109,7 @@ class UnitOfWork:
 
     @cached_property
     def id(self) -> int:
-        """What log records of this unit have in common; unique within the process."""
+        """The number that the unit's log records show; unique within the process."""
         return next(_ids)
 
     @cached_property

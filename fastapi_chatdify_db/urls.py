@@ -53,7 +53,7 @@ class DriverTarget:
 
 
 def async_target(settings: DatabaseSettings) -> DriverTarget:
-    """What ``create_async_engine`` needs: asyncpg for PostgreSQL, aiosqlite for SQLite.
+    """URL and connect arguments for ``create_async_engine``: asyncpg for PostgreSQL, aiosqlite for SQLite.
 
     Raises:
         InvalidSettings: The URL is of another database, or asks for what asyncpg cannot do.
@@ -83,7 +83,7 @@ def async_target(settings: DatabaseSettings) -> DriverTarget:
 
 
 def sync_target(settings: DatabaseSettings) -> DriverTarget:
-    """What ``create_engine`` needs: psycopg2 for PostgreSQL, the standard library's driver for SQLite.
+    """URL and connect arguments for ``create_engine``: psycopg2 for PostgreSQL, Python's own driver for SQLite.
 
     Raises:
         InvalidSettings: The URL is of another database.

@@ -34,7 +34,7 @@ class WebSocketExchange(AsyncUnitOfWork):
     _receiving = False
     """Whether the handler waits for the client."""
     _unread: Message | None = None
-    """What the client has sent and the handler does not have yet."""
+    """The message that the client has sent and the handler does not have yet."""
 
     def __init__(self, receive: Receive, send: Send, commit_on: CommitOn) -> None:
         self._receive = receive

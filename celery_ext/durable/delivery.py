@@ -61,7 +61,7 @@ class Delivery:
         self._retry: dict[str, Any] = {}
         """The row's values for the next attempt; empty when there is none."""
         self.retry_options: Mapping[str, Any] = {}
-        """What ``self.retry`` was given besides the time of the next attempt."""
+        """The options of ``self.retry`` besides the time of the next attempt."""
 
     @classmethod
     def of(cls, task: Task, task_id: str, request: Context) -> Delivery | None:

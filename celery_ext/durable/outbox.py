@@ -43,7 +43,7 @@ def keys(session: Session) -> set[str]:
 
 
 class Outbox:
-    """What was added to one session and is not stored yet.
+    """The rows that were added to one session and are not stored yet.
 
     Rows are stored at the COMMIT, since ``delay_durably`` is no coroutine. That way the locks of all ordering keys are
     taken at once, in one order, and held only for the COMMIT.

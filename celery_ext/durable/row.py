@@ -142,7 +142,7 @@ def serialize(name: str, value: object) -> str:
 
 
 def deserialize(value: str) -> Any:
-    """What ``serialize`` wrote."""
+    """The value that ``serialize`` wrote."""
     return loads(value)
 
 

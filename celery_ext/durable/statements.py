@@ -7,7 +7,7 @@ from typing import Final
 from sqlalchemy import text
 
 CHANNEL: Final = "durable_task"
-"""What relays listen to: one notification for each transaction that left something to send."""
+"""The channel that relays listen to: one notification for each transaction that left something to send."""
 
 LISTEN: Final = text(f"LISTEN {CHANNEL}")
 
@@ -206,7 +206,7 @@ UNCLAIM: Final = text(
     """
 )
 
-# What is due by now and was not claimed is locked by its worker.
+# A row that is due by now and was not claimed is locked by its worker.
 SECONDS_UNTIL_NEXT: Final = text(
     """
     SELECT extract(epoch FROM ring_at - clock_timestamp()) FROM durable_task

@@ -49,7 +49,7 @@ class TokenFirst(APIRoute):
     """A route that asks for the token before anything is done about a body, which FastAPI would parse first."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """What answers a request."""
+        """The route's handler, after the token was checked."""
         handle = super().get_route_handler()
 
         async def handle_with_token(request: Request) -> Response:

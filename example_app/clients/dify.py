@@ -183,7 +183,7 @@ class Dify(OutsideAPI):
             return
 
     def parse(self, content: bytes | str, call: str) -> JsonValue:
-        """What was answered. It may end in half of a surrogate pair, whose other half is in the next event.
+        """An answer's JSON. A text may end in half of a surrogate pair, whose other half is in the next event.
 
         Raises:
             Unanswered: It is no JSON, or nested too deeply.

@@ -173,7 +173,7 @@ class OutsideAPI:
         return kind(call, f"answered {status} {code}".rstrip(), retry_after if status in (429, 503) else 0.0)
 
     def parse(self, content: bytes | str, call: str) -> JsonValue:
-        """What was answered, if it can be passed on: no halves of surrogate pairs, and not nested too deeply.
+        """An answer's JSON, if it can be passed on: no half of a surrogate pair, not nested too deeply.
 
         Parameters:
             content: JSON.
@@ -189,7 +189,7 @@ class OutsideAPI:
         return parsed
 
     def read(self, model: type[M], content: JsonValue) -> M:
-        """What was answered, as a model.
+        """An answer's JSON as a model.
 
         Raises:
             Unanswered: It is something else.
@@ -273,7 +273,7 @@ def plain_code(code: object) -> str:
 
 
 def as_outside_error(call: str, error: httpx.RequestError) -> OutsideError:
-    """The error for what httpx raised: ``Unreachable`` before a request was sent, then ``Unanswered``."""
+    """The error for what httpx raised: ``Unreachable`` if no request was sent, else ``Unanswered``."""
     not_sent = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
     return (Unreachable if not_sent else Unanswered)(call, type(error).__name__)
 

@@ -15,7 +15,7 @@ Timestamp: Final = DateTime(timezone=True)
 
 
 class MessageState(StrEnum):
-    """Where a message is on its way."""
+    """How far a message has got."""
 
     RECEIVED = "received"
     ANSWERED = "answered"

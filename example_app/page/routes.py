@@ -19,7 +19,7 @@ from fastapi_chatdify_db import db
 
 DIALOGUES_SHOWN: Final = 20
 MESSAGES_SHOWN: Final = 50
-"""Of each dialogue, the latest."""
+"""The latest of each dialogue."""
 
 HEADERS: Final = {
     # Messages are written by strangers. They are escaped; if one were not, nothing in it would run.
@@ -70,7 +70,7 @@ async def page(request: Request) -> Response:
 
 @router.get("/dialogues")
 async def dialogues(request: Request) -> Response:
-    """What changes on the page."""
+    """The part of the page that changes."""
     return await _rendered(request, "dialogues.html")
 
 
