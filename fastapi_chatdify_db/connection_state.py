@@ -75,7 +75,7 @@ def follow(engine: Engine) -> None:
     """Track the state of every connection that the engine's pool makes from now on.
 
     Listeners to ``connect`` that ask for the state have to be added after this. A connection that is given back in the
-    middle of a statement or transaction is closed: the next unit of work would go on in it.
+    middle of a statement or transaction is closed, or else the next unit of work would go on in it.
     """
     event.listen(engine, "connect", _note_connect)
     event.listen(engine, "checkin", _note_return)
