@@ -85,7 +85,7 @@ class HTTPExchange(AsyncUnitOfWork):
             raise
         finally:
             self.close()
-            del self._receive  # with a recorded body: a pooled connection keeps the context that it was made in, and so us
+            del self._receive  # and a recorded body: a pooled connection keeps the context it was made in, and so us
             if self._started and not self._complete and self.has_inner:
                 left_behind = self._left_behind()
                 self._log_loss(left_behind)
