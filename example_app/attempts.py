@@ -45,7 +45,7 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
 
     Raises:
         celery.exceptions.Retry: It failed, and is tried again later.
-        celery.exceptions.Ignore: The dialogue was deleted.
+        celery.exceptions.Ignore: The dialogue was deleted, or another worker has the message.
         OutsideError: There is no giving up, and the failure will not pass, or is a ``PerhapsRefused`` after as many
             attempts: the task has failed.
     """
@@ -76,8 +76,8 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
     try:
         async with asyncio.timeout(settings.celery_task_soft_time_limit):
             return await work(message)
-    except SQLAlchemyError:
-        raise  # celery_ext decides whether it may pass
+    except (SQLAlchemyError, Ignore):
+        raise  # celery_ext decides whether it may pass, or has found that another worker has the message
     except Exception as error:
         foreseen = isinstance(error, OutsideError)
         logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=not foreseen)

@@ -11,9 +11,10 @@ import pytest
 from celery.exceptions import Retry
 from sqlalchemy.exc import ProgrammingError
 
+from celery_ext.durable.delivery import Dropped
 from example_app import steps
 from example_app.clients import get_chatwoot
-from example_app.clients.dify import StillAnswering
+from example_app.clients.dify import Dify, StillAnswering
 from example_app.clients.http import Busy, OutsideError
 from example_app.fakes.faults import Fault
 from example_app.tasks import handle_dify_response, process_message_with_dify
@@ -186,6 +187,21 @@ async def test_unforeseen_exception_is_an_attempt(
                 await run(ask, message)
         assert await run(ask, message) == "failed"
     assert [record.exc_info is not None for record in caplog.records if record.name == "chatdify"] == [True] * 4
+
+
+async def test_lease_that_another_worker_took_within_a_step(
+    outside: Outside, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message is that worker's: its step is neither put off nor given up here."""
+
+    async def drop(*_: object) -> None:
+        raise Dropped
+
+    configure(CELERY_TASK_MAX_RETRIES="0")
+    monkeypatch.setattr(Dify, "ask", drop)
+    [message] = await receive(outside, "Hello")
+    with pytest.raises(Dropped):
+        await run(ask, message)
 
 
 async def test_database_that_fails_within_a_step(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
