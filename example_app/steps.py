@@ -86,7 +86,7 @@ async def _earlier_answer(question: Question, message: Message) -> Answer | None
 async def respond(message: Message) -> MessageState:
     """Post Dify's answer into the Chatwoot conversation, unless that has become a human's meanwhile."""
     if message.answer and message.answer.strip():
-        if await _belongs_to_human(message):
+        if await _belongs_to_human(message) and not await _is_posted(message, "answer"):
             logger.info("message %d: its answer is withheld, a human has the conversation", message.id)
             return MessageState.HANDED_OVER
         await _post_once(message, message.answer, "answer")
@@ -122,9 +122,20 @@ async def _belongs_to_human(message: Message) -> bool:
 
 
 async def _post_once(message: Message, content: str, what: str, *, private: bool = False) -> None:
+    if await _is_posted(message, what):
+        return
     chatwoot = await get_chatwoot()
     conversation = message.dialogue.chatwoot_conversation_id
-    marker = f"{message.chatwoot_message_id}:{what}"
-    if message.attempts > 1 and await chatwoot.has_message(conversation, marker):
-        return
-    await chatwoot.send_message(conversation, content, private=private, marker=marker)
+    await chatwoot.send_message(conversation, content, private=private, marker=_marker(message, what))
+
+
+async def _is_posted(message: Message, what: str) -> bool:
+    """Whether an earlier attempt has posted this."""
+    if message.attempts == 1:
+        return False
+    chatwoot = await get_chatwoot()
+    return await chatwoot.has_message(message.dialogue.chatwoot_conversation_id, _marker(message, what))
+
+
+def _marker(message: Message, what: str) -> str:
+    return f"{message.chatwoot_message_id}:{what}"

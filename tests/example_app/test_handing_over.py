@@ -65,6 +65,18 @@ async def test_answer_comes_too_late(outside: Outside, configure: Configure) -> 
     assert outside.chatwoot.conversation(7).answers() == []
 
 
+async def test_answer_that_was_posted_before_a_human_came(outside: Outside, configure: Configure) -> None:
+    """An answer that Chatwoot took, and whose response was lost, is not called withheld."""
+    configure(ALLOWED_CONVERSATION_STATUSES="pending")
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
+    outside.chatwoot.faults.add(Fault("POST", "/messages", 502, too_late=True))
+    assert await run(respond, message) == "again"
+    outside.chatwoot.conversation(7).status = "open"
+    assert await run(respond, message) == "posted"
+    assert outside.chatwoot.conversation(7).answers() == ["You said: Hello"]
+
+
 @pytest.mark.parametrize("status", ["open", "resolved"])
 async def test_failure_comes_too_late(outside: Outside, configure: Configure, status: str) -> None:
     """Nor does the bot tell of its failure there, or open again what an agent has resolved."""
