@@ -9,7 +9,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from example_app.db.models import Dialogue, Message, MessageState, WebhookDelivery
+from example_app.db.models import FINISHED, Dialogue, Message, MessageState, WebhookDelivery
 from example_app.events import MessageCreated, WebhookConversation
 from fastapi_chatdify_db import db
 
@@ -61,12 +61,12 @@ async def store_message(dialogue_id: int, event: MessageCreated) -> int | None:
 async def note_workflow_status(conversation_id: int, status: str) -> None:
     """Remember that the workflow which is answering a message of the conversation has set its status.
 
-    If it closes the conversation, note that for waiting messages too: no human sees them, so they are to be answered.
+    If it closes the conversation, note that for all messages under way: no human sees them, so they are to be answered.
     """
     in_conversation = Message.dialogue.has(Dialogue.chatwoot_conversation_id == str(conversation_id))
-    concerned = update(Message).where(in_conversation, Message.state == MessageState.RECEIVED)
+    concerned = update(Message).where(in_conversation, Message.state.not_in(FINISHED))
     if status != "resolved":
-        concerned = concerned.where(Message.attempts > 0)
+        concerned = concerned.where(Message.state == MessageState.RECEIVED, Message.attempts > 0)
     await db.session.execute(concerned.values(workflow_status=status))
 
 

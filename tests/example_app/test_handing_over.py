@@ -14,7 +14,7 @@ from example_app.fakes.faults import Fault
 from example_app.tasks import handle_dify_error
 from fastapi_chatdify_db import db
 from tests.example_app.conftest import Configure, Outside, rows, write
-from tests.example_app.stepping import ASK, ask, dispatched, hand_over, receive, respond, run, states
+from tests.example_app.stepping import ASK, Step, ask, dispatched, hand_over, receive, respond, run, states
 
 PROXY = {"Content-Type": "text/plain"}
 
@@ -151,10 +151,24 @@ async def test_workflow_that_sets_the_status(
     assert outside.chatwoot.conversation(7).status == status
 
 
+@pytest.mark.parametrize(("fault", "step", "state"), [(None, respond, "posted"), (400, hand_over, "handed_over")])
+async def test_message_that_waits_for_chatwoot_while_a_workflow_closes_the_conversation(
+    outside: Outside, client: httpx.AsyncClient, fault: int | None, step: Step, state: str
+) -> None:
+    """The next message's workflow may resolve it before: no human sees there what was not posted."""
+    [message] = await receive(outside, "Hello")
+    if fault:
+        outside.dify.faults.add(Fault(*ASK, fault))
+    await run(ask, message)
+    assert (await client.post("/api/v1/toggle-status/7", json={"status": "resolved"})).status_code == 200
+    assert await run(step, message) == state
+    assert len(outside.chatwoot.conversation(7).answers()) == 1
+
+
 async def test_status_of_another_conversation(outside: Outside, client: httpx.AsyncClient) -> None:
-    """What a workflow sets is noted with the messages of its own conversation that are not answered yet."""
+    """What a workflow sets is noted with the messages of its own conversation that are under way."""
     answered, _ = await receive(outside, "Hello", "again")
-    await run(ask, answered)
+    assert [await run(ask, answered), await run(respond, answered)] == ["answered", "posted"]
     outside.chatwoot.conversation(8)
     for conversation, noted in ((8, [None, None]), (7, [None, "resolved"])):
         response = await client.post(f"/api/v1/toggle-status/{conversation}", json={"status": "resolved"})
