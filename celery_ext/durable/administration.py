@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import Row
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from celery_ext.durable import statements
 from fastapi_chatdify_db.database import Database
+from fastapi_chatdify_db.sqlstates import timed_out
 
 _PRUNED_AT_ONCE: Final = 10_000
 _COUNTED: Final = 1_000_000
@@ -26,10 +28,17 @@ def figures(database: Database) -> dict[str, float | None]:
 
 
 async def health_figures(connection: AsyncConnection) -> dict[str, float | None]:
-    """``figures`` for the health check, none above ``_COUNTED``; empty where the table was not made."""
+    """``figures`` for the health check, none above ``_COUNTED``; empty where the table was not made, or is locked."""
     if await connection.scalar(statements.TABLE) is None:
         return {}
-    return _figures((await connection.execute(statements.FIGURES, {"most": _COUNTED})).one())
+    await connection.execute(statements.NO_LONG_LOCKS)
+    try:
+        return _figures((await connection.execute(statements.FIGURES, {"most": _COUNTED})).one())
+    except DBAPIError as error:  # by a migration or VACUUM FULL, say; the database answers all the same
+        if not timed_out(error.orig):
+            raise
+        await connection.rollback()
+        return {}
 
 
 def _figures(row: Row[Any]) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from sqlalchemy import text
 
 from celery_ext.durable import administration
 from fastapi_chatdify_db import db
@@ -117,6 +118,15 @@ async def test_backlog_makes_no_health_check_late(
     assert seen == {"pending": 4, "sent": 0, "rerung": 0, "failed": 4}
     figures = administration.figures(db)
     assert (figures["pending"], figures["failed"]) == (5, 5)
+
+
+async def test_locked_table_makes_no_health_check_late(unheard: Celery[Any], rows: Observer) -> None:
+    """Whose database answers all the same, as other figures see; there are none of the durable tasks meanwhile."""
+    async with db.async_engine.connect() as connection, rows.connection.transaction():
+        await rows.connection.execute("LOCK TABLE durable_task")
+        async with asyncio.timeout(2):
+            assert await administration.health_figures(connection) == {}
+        assert await connection.scalar(text("SELECT 1")) == 1
 
 
 async def test_failed_tasks(unheard: Celery[Any], rows: Observer) -> None:
