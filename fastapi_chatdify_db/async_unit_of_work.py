@@ -128,11 +128,13 @@ class AsyncUnitOfWork(UnitOfWork):
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:
-            if commit and not self.rollback_only:
-                await self._commit_async()
-                self.ended_in_commit = True
-            else:
-                await self._rollback_async()
+            # The response may end the block of a generator that its finalizer is about to end.
+            async with self.__dict__.setdefault("_ending", asyncio.Lock()):
+                if commit and not self.rollback_only:
+                    await self._commit_async()
+                    self.ended_in_commit = True
+                else:
+                    await self._rollback_async()
         finally:
             await self._run_due_callbacks_async()
 

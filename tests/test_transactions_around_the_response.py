@@ -45,6 +45,7 @@ async def numbers() -> AsyncGenerator[int]:
     async with db.transaction() as session:
         for number in range(3):
             session.add(Item(f"number {number}"))
+            await session.flush()
             yield number
 
 
@@ -126,6 +127,11 @@ async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncC
             break
         db.session.add(Item(name))
 
+    @app.post("/refused")
+    async def refused() -> None:
+        async for _ in numbers():
+            raise HTTPException(404)
+
     @app.post("/closed")
     async def closed(name: str) -> None:
         first, second = numbers(), numbers()
@@ -196,6 +202,16 @@ async def test_generator_that_was_left(client: httpx.AsyncClient, observer: Obse
     response = await client.post("/left", params={"name": "a"})
     assert (response.status_code == 200) == ("a" in await observer.names())
     assert await observer.in_transaction() == 0
+
+
+async def test_generator_that_an_error_has_left(
+    client: httpx.AsyncClient, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The response and the event loop both end its block, one after the other."""
+    for _ in range(5):
+        assert (await client.post("/refused")).status_code == 404
+    assert await observer.in_transaction() == 0
+    assert "ERROR" not in caplog.text
 
 
 async def list_of_numbers() -> None:
