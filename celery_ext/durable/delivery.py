@@ -6,37 +6,27 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
-from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
+from celery.exceptions import Ignore, Reject, Retry
 from sqlalchemy import Row, event
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from celery_ext.durable import lease, outbox, statements
+from celery_ext.durable.failures import as_text, is_transient
 from celery_ext.durable.row import HEADER, check_accepted, due_of, seconds_until, serialize, with_options
-from celery_ext.errors import portable
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
-from fastapi_chatdify_db.exceptions import AfterCommitError, DatabaseUnavailable
-from fastapi_chatdify_db.liveness import is_outdated_statement
-from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate, timed_out
+from fastapi_chatdify_db.exceptions import AfterCommitError
 from fastapi_chatdify_db.surroundings import in_event_loop
 
 if TYPE_CHECKING:
     from celery_ext.task import Task
 
 logger: Final = logging.getLogger(__name__)
-
-# connection_exception; insufficient_resources (53000: too many open files), without a setting's limit (53400);
-# operator_intervention, without query_canceled: https://www.postgresql.org/docs/current/errcodes-appendix.html
-_SERVER_FAILURES: Final = ("08", "530", "531", "532", "533", "57P")
-
-_CONNECTION_LOST: Final = "8s2b"
-"""SQLAlchemy's code for a transaction whose connection broke: https://docs.sqlalchemy.org/en/20/errors.html."""
 
 
 class Dropped(Ignore):
@@ -117,13 +107,13 @@ class Delivery:
             return error
         # If nothing can be stored, the relay rings the row again anyway. NotImplementedError: a cold shutdown came now.
         with suppress(DBAPIError, PoolTimeout, NotImplementedError), self._task.database.sync_transaction() as session:
-            if self._begun and not _is_transient(error):
+            if self._begun and not is_transient(error):
                 if self._record(session, error) or isinstance(error, AfterCommitError):
                     return error
                 name, kind = self._task.name, type(error).__name__
                 logger.warning("task %s[%s] had ended already, and does not end in %s", name, self.task_id, kind)
                 return Dropped()
-            session.execute(statements.RING_SOON, {"id": self.task_id, "error": _text(error)})
+            session.execute(statements.RING_SOON, {"id": self.task_id, "error": as_text(error)})
         logger.warning(
             "task %s[%s] will be run again, unless its end is stored: %s",
             self._task.name,
@@ -134,7 +124,7 @@ class Delivery:
 
     def ended_early(self, error: Exception) -> None:
         """Record how the task ended before its body began, in the task class's ``before_start``."""
-        if _is_transient(error) or _is_redelivered(error):
+        if is_transient(error) or _is_redelivered(error):
             return
         with self._task.database.sync_transaction() as session:
             if self._lock(session) is not None:
@@ -156,8 +146,8 @@ class Delivery:
     def _record(self, session: Session, error: BaseException) -> bool:
         """Store what the task has ended with; False when its row was ended before."""
         if isinstance(error, Retry) and self._retry:
-            return self._put_off(session, _text(error.exc))
-        return self._finish(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", _text(error))
+            return self._put_off(session, as_text(error.exc))
+        return self._finish(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", as_text(error))
 
     def _succeed(self, session: Session) -> bool:
         return self._put_off(session, None) if self._retry else self._finish(session, "done", None)
@@ -198,52 +188,3 @@ class Delivery:
 def _is_redelivered(error: BaseException) -> bool:
     """Whether the task rejected its message so that the broker delivers it again."""
     return isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]  # missing in the stubs
-
-
-def _is_transient(error: BaseException | None) -> bool:
-    """Whether the database or the worker is to blame, also for the cause of an exception that the task raised."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(map(_is_transient, error.exceptions))
-    if error is None or isinstance(error, TaskPredicate):  # Retry, Ignore and Reject are the task's decision
-        return False
-    if isinstance(error, (PoolTimeout, DatabaseUnavailable)):
-        return True
-    if isinstance(error, NotImplementedError) and _came_from_cold_shutdown(error):
-        return True
-    if isinstance(error, DBAPIError):
-        original = error.orig
-        # A time limit of the task may also pass while a statement of ours waits for a key, which is not its fault.
-        return (
-            error.connection_invalidated
-            or asks_to_retry(original)
-            or is_outdated_statement(original)
-            or _is_server_failure(original)
-            or (statements.waits_for_a_key(error.statement) and timed_out(original))
-        )
-    if isinstance(error, PendingRollbackError) and error.code == _CONNECTION_LOST:
-        return True
-    return _is_server_failure(error) or _is_transient(error.__cause__)
-
-
-def _came_from_cold_shutdown(error: NotImplementedError) -> bool:
-    """Whether Celery's signal handler raised it: the pool solo cannot end a task, and says so within that task."""
-    return any(frame.f_code.co_name == "on_cold_shutdown" for frame, _ in walk_tb(error.__traceback__))
-
-
-def _is_server_failure(error: BaseException | None) -> bool:
-    return (sqlstate(error) or "").startswith(_SERVER_FAILURES)
-
-
-def _text(error: BaseException | None) -> str | None:
-    if error is None:
-        return None
-    try:
-        if isinstance(error, BaseExceptionGroup):  # whose own text only counts the errors
-            text = f"{type(error).__name__}: {error}: {'; '.join(filter(None, map(_text, error.exceptions)))}"
-        else:
-            shown = portable(error)
-            text = f"{type(error).__name__}: {error}" if shown is error else str(shown)
-    except Exception as broken:
-        text = f"{type(error).__name__}, whose text cannot be had: {type(broken).__name__}"
-    # PostgreSQL stores neither NUL nor halves of surrogate pairs, but the failure has to be stored.
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")[:2000]
