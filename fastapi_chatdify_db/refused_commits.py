@@ -75,7 +75,7 @@ def _refuse_doomed_commit(session: FollowedSession) -> None:
     if session.abandoned:
         raise OutsideUnitOfWork("the unit of work of this thread was cancelled, and is rolled back")
     if (transaction := session.get_transaction()) is not None:
-        session.committing = ref(transaction)
+        session.latest_commit = ref(transaction)
     for state in states(session):
         _refuse_if_doomed(state)
 

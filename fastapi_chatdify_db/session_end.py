@@ -42,8 +42,18 @@ class FollowedSession(Session):
     """Whether one of its transactions did more than read and was committed, by the unit or by the application."""
     abandoned: bool = False
     """Whether its unit ended, or is about to by a rollback, while somebody was in the middle of an operation of it."""
-    committing: ReferenceType[SessionTransaction] | None = None
+    latest_commit: ReferenceType[SessionTransaction] | None = None
     """The transaction that its latest COMMIT was to end, whatever came of it; weak, since it refers to the session."""
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether the running code was called by its COMMIT, e.g. as a ``before_commit`` handler."""
+        transaction = None if self.latest_commit is None else self.latest_commit()
+        return (
+            transaction is not None
+            and self.get_transaction() is transaction
+            and transaction._next_state is _StateChangeStates.CHANGE_IN_PROGRESS  # else a handler has refused it
+        )
 
     def commit(self) -> None:
         """SQLAlchemy's.

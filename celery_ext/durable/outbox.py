@@ -7,7 +7,6 @@ from typing import Final
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.orm.state_changes import _StateChangeStates
 
 from celery_ext.durable import statements
 from celery_ext.durable.row import Row
@@ -21,13 +20,7 @@ BATCH: Final = 1000
 def add(session: Session, row: Row) -> None:
     """Store ``row`` in the session's transaction, at its COMMIT; a rollback, of a savepoint too, forgets it."""
     assert isinstance(session, FollowedSession)
-    committing = None if session.committing is None else session.committing()
-    if (
-        committing is not None
-        and session.get_transaction() is committing
-        and committing._next_state is _StateChangeStates.CHANGE_IN_PROGRESS  # else a handler has refused it
-        and not session._flushing
-    ):
+    if session.is_committing and not session._flushing:
         _insert(session, [row])  # by a before_commit handler; the outbox's own has run, or will not in this COMMIT
         return
     outbox = session.info.get(Outbox)
