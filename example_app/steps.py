@@ -118,7 +118,12 @@ async def _belongs_to_human(message: Message) -> bool:
     """Whether the conversation has a status that the bot leaves alone, unless Dify's workflow has set it."""
     chatwoot = await get_chatwoot()
     conversation = await chatwoot.conversation(message.dialogue.chatwoot_conversation_id)
-    return conversation.status not in (*get_settings().allowed_conversation_statuses, message.workflow_status)
+    if conversation.status in get_settings().allowed_conversation_statuses:
+        return False
+    # Read anew: the workflow of the next message may have set it in the middle of this attempt.
+    noted = await db.session.scalar(select(Message.workflow_status).where(Message.id == message.id))
+    await db.release()
+    return conversation.status != noted
 
 
 async def _post_once(message: Message, content: str, what: str, *, private: bool = False) -> None:

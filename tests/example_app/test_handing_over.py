@@ -6,7 +6,7 @@ import httpx
 import pytest
 from celery.exceptions import Retry
 
-from example_app.clients.chatwoot import PerhapsRefused
+from example_app.clients.chatwoot import Chatwoot, Conversation, PerhapsRefused
 from example_app.clients.dify import Answer, Dify, Question
 from example_app.clients.http import Rejected
 from example_app.dispatch import HAND_OVER
@@ -163,6 +163,24 @@ async def test_message_that_waits_for_chatwoot_while_a_workflow_closes_the_conve
     assert (await client.post("/api/v1/toggle-status/7", json={"status": "resolved"})).status_code == 200
     assert await run(step, message) == state
     assert len(outside.chatwoot.conversation(7).answers()) == 1
+
+
+async def test_workflow_that_closes_the_conversation_in_the_middle_of_an_attempt(
+    outside: Outside, client: httpx.AsyncClient
+) -> None:
+    """An answer that is about to be posted then is no more withheld than one that waits."""
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
+    read = Chatwoot.conversation
+
+    async def close_and_read(chatwoot: Chatwoot, conversation_id: int | str) -> Conversation:
+        patch.undo()
+        assert (await client.post("/api/v1/toggle-status/7", json={"status": "resolved"})).status_code == 200
+        return await read(chatwoot, conversation_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Chatwoot, "conversation", close_and_read)
+        assert await run(respond, message) == "posted"
 
 
 async def test_status_of_another_conversation(outside: Outside, client: httpx.AsyncClient) -> None:
