@@ -59,7 +59,7 @@ async def store_message(dialogue_id: int, event: MessageCreated) -> int | None:
 
 
 async def note_workflow_status(conversation_id: int, status: str) -> None:
-    """Remember that the workflow which is answering a message of the conversation has set its status.
+    """Remember that the workflow which is answering a message of the conversation sets its status.
 
     If it closes the conversation, note that for all messages under way: no human sees them, so they are to be answered.
     """

@@ -31,6 +31,7 @@ from example_app.schemas import (
 )
 from example_app.settings import get_settings
 from example_app.teams import directory
+from fastapi_chatdify_db import db
 
 router: Final = APIRouter(
     tags=["conversations"],
@@ -138,6 +139,7 @@ async def assign_team(chatwoot: Chatwoot, conversation_id: ConversationID, new: 
 async def toggle_status(chatwoot: Chatwoot, conversation_id: ConversationID, new: NewStatus) -> StatusResult:
     """Set a conversation's status."""
     before = await chatwoot.conversation(conversation_id)
-    result = await chatwoot.set_status(conversation_id, new.status)
     await dialogues.note_workflow_status(conversation_id, new.status)
+    await db.release()  # before Chatwoot has it: a step may see it there at once, and the answer may be lost
+    result = await chatwoot.set_status(conversation_id, new.status)
     return StatusResult(conversation_id=conversation_id, previous_status=before.status, result=result)

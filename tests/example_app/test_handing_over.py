@@ -183,6 +183,18 @@ async def test_workflow_that_closes_the_conversation_in_the_middle_of_an_attempt
         assert await run(respond, message) == "posted"
 
 
+async def test_workflow_that_closes_the_conversation_without_being_told_so(
+    outside: Outside, client: httpx.AsyncClient
+) -> None:
+    """When Chatwoot's responses are lost, the status is noted all the same."""
+    [message] = await receive(outside, "Hello")
+    await run(ask, message)
+    outside.chatwoot.faults.add(Fault("POST", "/toggle_status", 502, times=3, too_late=True))
+    assert (await client.post("/api/v1/toggle-status/7", json={"status": "resolved"})).status_code == 502
+    assert outside.chatwoot.conversation(7).status == "resolved"
+    assert await run(respond, message) == "posted"
+
+
 async def test_status_of_another_conversation(outside: Outside, client: httpx.AsyncClient) -> None:
     """What a workflow sets is noted with the messages of its own conversation that are under way."""
     answered, _ = await receive(outside, "Hello", "again")

@@ -1,4 +1,4 @@
-"""Remember to what status Dify's workflow set a message's conversation while it was answering."""
+"""Remember to what status Dify's workflows set a message's conversation while it is under way."""
 
 from __future__ import annotations
 
