@@ -1,4 +1,4 @@
-"""Logging to standard error and, if it has a DSN, to Sentry; URLs' query strings are kept out of both."""
+"""Logging and, if it has a DSN, Sentry; the query strings of URLs are kept out of both."""
 
 from __future__ import annotations
 
