@@ -34,7 +34,7 @@ logger: Final = logging.getLogger(__name__)
 BATCH: Final = 500
 """How many rows are claimed, and then sent, together."""
 GRACE: Final = 10.0
-"""Seconds after which a row that was sent but is neither done nor locked is rung again; doubled each time."""
+"""Seconds after which a row that was sent, and has neither ended nor is locked, is rung again; doubled each time."""
 _WATCH_INTERVAL: Final = 1.0  # second between two looks at how long the database has been silent
 _POLL_INTERVAL: Final = 1.0  # second; finds rows that were due but locked. Of all others notifications tell
 _SEARCH_INTERVAL: Final = 5.0  # seconds between two searches for forgotten rows
