@@ -61,11 +61,12 @@ async def store_message(dialogue_id: int, event: MessageCreated) -> int | None:
 async def note_workflow_status(conversation_id: int, status: str) -> None:
     """Remember that the workflow which is answering a message of the conversation sets its status.
 
-    If it closes the conversation, note that for all messages under way: no human sees them, so they are to be answered.
+    Unless it opens the conversation, note that for all messages under way: no human sees them, so they are to be
+    answered.
     """
     in_conversation = Message.dialogue.has(Dialogue.chatwoot_conversation_id == str(conversation_id))
     concerned = update(Message).where(in_conversation, Message.state.not_in(FINISHED))
-    if status != "resolved":
+    if status == "open":
         concerned = concerned.where(Message.state == MessageState.RECEIVED, Message.attempts > 0)
     await db.session.execute(concerned.values(workflow_status=status))
 

@@ -151,16 +151,17 @@ async def test_workflow_that_sets_the_status(
     assert outside.chatwoot.conversation(7).status == status
 
 
+@pytest.mark.parametrize("status", ["resolved", "snoozed"])
 @pytest.mark.parametrize(("fault", "step", "state"), [(None, respond, "posted"), (400, hand_over, "handed_over")])
 async def test_message_that_waits_for_chatwoot_while_a_workflow_closes_the_conversation(
-    outside: Outside, client: httpx.AsyncClient, fault: int | None, step: Step, state: str
+    outside: Outside, client: httpx.AsyncClient, fault: int | None, step: Step, state: str, status: str
 ) -> None:
-    """The next message's workflow may resolve it before: no human sees there what was not posted."""
+    """The next message's workflow may do so before: no human sees there what was not posted."""
     [message] = await receive(outside, "Hello")
     if fault:
         outside.dify.faults.add(Fault(*ASK, fault))
     await run(ask, message)
-    assert (await client.post("/api/v1/toggle-status/7", json={"status": "resolved"})).status_code == 200
+    assert (await client.post("/api/v1/toggle-status/7", json={"status": status})).status_code == 200
     assert await run(step, message) == state
     assert len(outside.chatwoot.conversation(7).answers()) == 1
 
