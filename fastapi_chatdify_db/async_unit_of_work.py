@@ -128,13 +128,11 @@ class AsyncUnitOfWork(UnitOfWork):
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:
-            # The response may end the block of a generator that its finalizer is about to end.
-            async with self.__dict__.setdefault("_ending", asyncio.Lock()):
-                if commit and not self.rollback_only:
-                    await self._commit_async()
-                    self.ended_in_commit = True
-                else:
-                    await self._rollback_async()
+            if commit and not self.rollback_only:
+                await self._commit_async()
+                self.ended_in_commit = True
+            else:
+                await self._rollback_async()
         finally:
             await self._run_due_callbacks_async()
 
@@ -158,12 +156,15 @@ class AsyncUnitOfWork(UnitOfWork):
         self._settle_callbacks(committed=True)
 
     async def _rollback_async(self) -> None:
-        for async_session in self._async_sessions.values():
-            if async_session.in_transaction():
-                await async_session.run_sync(roll_back_or_discard)
-        for sync_session in self._sync_sessions.values():
-            if sync_session.in_transaction():
-                await _in_thread(partial(roll_back_or_discard, sync_session))
+        # The response may roll back the block of a generator that its finalizer is about to roll back. A commit waits
+        # for nobody: it would find nothing to do after one that failed, and call that success.
+        async with self.__dict__.setdefault("_rolling_back", asyncio.Lock()):
+            for async_session in self._async_sessions.values():
+                if async_session.in_transaction():
+                    await async_session.run_sync(roll_back_or_discard)
+            for sync_session in self._sync_sessions.values():
+                if sync_session.in_transaction():
+                    await _in_thread(partial(roll_back_or_discard, sync_session))
         self._settle_callbacks(committed=False)
 
     async def _run_due_callbacks_async(self) -> None:

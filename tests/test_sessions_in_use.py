@@ -166,6 +166,24 @@ async def test_commit_that_was_refused_may_be_handled(app: FastAPI, observer: Ob
     assert await observer.names() == (["a"] if waits else [])
 
 
+async def test_response_does_not_wait_for_the_commit_of_a_task(app: FastAPI, observer: Observer) -> None:
+    """If that fails, the response's would find nothing to do, and be a success without its rows."""
+    commits: list[asyncio.Task[None]] = []
+
+    @app.post("/")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+        commits.append(asyncio.create_task(db.release()))
+        await observer.until_somebody_waits_for_a_lock()
+
+    async with serve(app) as client, observer.connection.transaction():
+        await observer.connection.execute("INSERT INTO item (name) VALUES ('a')")
+        async with asyncio.timeout(30):
+            assert (await client.post("/")).status_code == 500
+    await asyncio.gather(*commits, return_exceptions=True)
+    assert await observer.names() == ["a"]
+
+
 def test_threads_that_ask_at_once_get_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two would be two transactions, of which one may fail."""
     made, both = Engines.new_sync_session, Barrier(2)
