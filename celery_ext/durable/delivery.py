@@ -113,7 +113,9 @@ class Delivery:
                 name, kind = self._task.name, type(error).__name__
                 logger.warning("task %s[%s] had ended already, and does not end in %s", name, self.task_id, kind)
                 return Dropped()
-            session.execute(statements.RING_SOON, {"id": self.task_id, "error": as_text(error)})
+            rung = session.execute(statements.RING_SOON, {"id": self.task_id, "error": as_text(error)}).one_or_none()
+            if rung is None and isinstance(error, AfterCommitError):
+                return error
         logger.warning(
             "task %s[%s] will be run again, unless its end is stored: %s",
             self._task.name,

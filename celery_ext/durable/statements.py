@@ -130,6 +130,7 @@ RING_SOON: Final = text(
         WHERE id = :id AND status = 'pending' AND due_at <= clock_timestamp() AND ring_at < 'infinity'
         FOR UPDATE SKIP LOCKED
     )
+    RETURNING id
     """
 )
 

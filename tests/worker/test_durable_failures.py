@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 
 import celery_ext
 from celery_ext.durable import administration
-from fastapi_chatdify_db import AfterCommitError, Database, DatabaseSettings, db
+from fastapi_chatdify_db import AfterCommitError, Database, DatabaseSettings, DatabaseUnavailable, db
 from tests.models import Item
 from tests.observing import Observer
 from tests.worker.application import create_app
@@ -111,11 +111,14 @@ async def test_failure_after_the_end(
     assert f"[{task_id}] ignored" in caplog.text
 
 
-async def test_callback_that_fails_to_be_heard(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+@pytest.mark.parametrize("cause", [None, DatabaseUnavailable("away")])
+async def test_callback_that_fails_to_be_heard(
+    unheard: Celery[celery_ext.Task], rows: Observer, cause: Exception | None
+) -> None:
     """The row has ended by the task's own COMMIT, and the result tells what came after it, as that of any task."""
 
     def tell() -> None:
-        raise AfterCommitError
+        raise AfterCommitError from cause
 
     @unheard.task(shared=False)
     def adds() -> None:
