@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,7 +38,6 @@ _WATCH_INTERVAL: Final = 1.0  # second between two looks at how long the databas
 _POLL_INTERVAL: Final = 1.0  # second; finds rows that were due but locked. Of all others notifications tell
 _SEARCH_INTERVAL: Final = 5.0  # seconds between two searches for forgotten rows
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while the broker or the database is down
-_REFUSALS: Final = 10  # for one destination, after which the others of a batch are left out as well
 _BROKER_LIMIT: Final = 10.0  # seconds for the broker to answer
 _STATEMENT_LIMIT: Final = 30  # seconds for the database to answer
 _SILENT: Final = _STATEMENT_LIMIT + 5.0  # seconds after which it will not answer: it would have cancelled the statement
@@ -173,17 +171,13 @@ class Relay:
     def _send_one_by_one(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
         """Leave out what the broker refuses: a queue or an exchange that is missing or declared otherwise."""
         sent: list[Row[Any]] = []
-        refusals: Counter[tuple[object, ...]] = Counter()
         self._disconnect()
         for row in rows:
-            if refusals[_destination(row)] == _REFUSALS:  # each costs a connection: others would wait for them
-                continue
             try:
                 sent += self._send_together([row])
             except self._broker_errors as error:
                 if not self._concerns_one_message(error):
                     raise
-                refusals[_destination(row)] += 1
                 logger.error("task %s[%s] can not be sent: %s", row.name, row.id, reason(error))
                 self._disconnect()
         return sent
@@ -246,15 +240,6 @@ class Relay:
         if self._line is not None:
             self._line.connection.release()
             self._line = None
-
-
-def _destination(row: Row[Any]) -> tuple[object, ...]:
-    """What decides about where a row's message goes."""
-    try:
-        options = deserialize(row.options)
-    except Exception:  # as the sending will find
-        options = {}
-    return row.name, *map(options.get, ("exchange", "queue", "routing_key"))
 
 
 def _expect_no_results(app: Celery[Any]) -> None:

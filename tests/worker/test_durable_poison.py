@@ -53,14 +53,11 @@ async def test_row_that_cannot_be_read_is_passed_over(
 
 
 @pytest.mark.skipif("rabbitmq" not in brokers(), reason="needs RabbitMQ")
-@pytest.mark.parametrize(("refused", "alone"), [(1, False), (1, True), (30, False)])
-async def test_rows_that_the_broker_refuses(
-    rows: Observer, prefork: Worker, caplog: pytest.LogCaptureFixture, refused: int, alone: bool
+@pytest.mark.parametrize("alone", [False, True])
+async def test_row_that_the_broker_refuses(
+    rows: Observer, prefork: Worker, caplog: pytest.LogCaptureFixture, alone: bool
 ) -> None:
-    """An exchange that is not there closes the channel; the other rows of the batch are sent, once each.
-
-    Of many refused rows no more than ten keep the others waiting, and fill the log.
-    """
+    """An exchange that is not there closes the channel; the other rows of the batch are sent, once each."""
     caplog.set_level(logging.INFO, logger="celery_ext")
     app = Celery("refused", broker=urls("rabbitmq")[0], task_cls=celery_ext.Task, set_as_current=False)
     app.conf.task_default_queue = prefork.app.conf.task_default_queue
@@ -71,8 +68,7 @@ async def test_rows_that_the_broker_refuses(
         add = task(app, "add_item")
         async with db.transaction():
             good = [] if alone else [add.delay_durably(name) for name in ("a", "b")]
-            for number in range(refused):
-                add.apply_durably((f"{number}",), exchange="chatdify-test-nowhere", routing_key="x")
+            add.apply_durably(("refused",), exchange="chatdify-test-nowhere", routing_key="x")
             good += [] if alone else [add.delay_durably("c")]
         with relaying(app, db):
             while "can not be sent" not in caplog.text or "relayed sent=" not in caplog.text:
@@ -83,5 +79,4 @@ async def test_rows_that_the_broker_refuses(
     figures = administration.figures(db)
     assert figures["rerung"] == 0
     assert "pauses" not in caplog.text
-    assert f"relayed sent={len(good)} rerung=0 refused={refused}" in caplog.text
-    assert caplog.text.count("can not be sent") == min(refused, 10)
+    assert f"relayed sent={len(good)} rerung=0 refused=1" in caplog.text
