@@ -177,8 +177,10 @@ async def _committed(unit: AsyncUnitOfWork, execution: Execution, body: Callable
     except asyncio.CancelledError:
         if not unit.ended_in_commit:
             raise
-        by = "a time limit, a cold shutdown or revoke()"
-        logger.warning("%s was cancelled during its commit, which succeeded: by %s", task.name, by)
+        logger.warning(
+            "%s was cancelled during its commit, which succeeded: by a time limit, a cold shutdown or revoke()",
+            task.name,
+        )
     return result
 
 

@@ -86,10 +86,11 @@ async def _earlier_answer(question: Question, message: Message) -> Answer | None
 async def respond(message: Message) -> MessageState:
     """Post Dify's answer into the Chatwoot conversation, unless that has become a human's meanwhile."""
     if message.answer and message.answer.strip():
-        if await _belongs_to_human(message) and not await _is_posted(message, "answer"):
+        if not await _belongs_to_human(message):
+            await _post_once(message, message.answer, "answer")
+        elif not await _is_posted(message, "answer"):
             logger.info("message %d: its answer is withheld, a human has the conversation", message.id)
             return MessageState.HANDED_OVER
-        await _post_once(message, message.answer, "answer")
     return MessageState.POSTED
 
 

@@ -47,6 +47,11 @@ class AsyncUnitOfWork(UnitOfWork):
         """The open ``async with`` blocks within the outermost unit, and the tasks that they began in."""
         return {}
 
+    @cached_property
+    def _rolling_back(self) -> asyncio.Lock:
+        """Held during a rollback: the response may end the block of a generator that its finalizer ends, too."""
+        return asyncio.Lock()
+
     def async_session(self, engines: Engines) -> AsyncSession:
         """The unit's session on one database."""
         session = self._async_sessions.get(engines)
@@ -156,9 +161,8 @@ class AsyncUnitOfWork(UnitOfWork):
         self._settle_callbacks(committed=True)
 
     async def _rollback_async(self) -> None:
-        # The response may roll back the block of a generator that its finalizer is about to roll back. A commit waits
-        # for nobody: it would find nothing to do after one that failed, and call that success.
-        async with self.__dict__.setdefault("_rolling_back", asyncio.Lock()):
+        # A commit waits for nobody: after one that failed it would find nothing to do, and call that success.
+        async with self._rolling_back:
             for async_session in self._async_sessions.values():
                 if async_session.in_transaction():
                     await async_session.run_sync(roll_back_or_discard)

@@ -90,6 +90,10 @@ class Observer:
         """Return when another session is in the middle of a statement."""
         await self._until_another("state = 'active'")
 
+    async def until_committing(self) -> None:
+        """Return when another session is in the middle of a COMMIT."""
+        await self._until_another("state = 'active' AND query LIKE 'COMMIT%'")
+
     async def _until_another(self, condition: str) -> None:
         await self.until(
             f"""EXISTS (SELECT FROM pg_stat_activity

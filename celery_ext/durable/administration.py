@@ -31,7 +31,6 @@ async def health_figures(connection: AsyncConnection) -> dict[str, float | None]
     """``figures`` for the health check, none above ``_COUNTED``; empty where the table was not made, or is locked."""
     if await connection.scalar(statements.TABLE) is None:
         return {}
-    await connection.execute(statements.NO_LONG_LOCKS)
     try:
         return _figures((await connection.execute(statements.FIGURES, {"most": _COUNTED})).one())
     except DBAPIError as error:  # by a migration or VACUUM FULL, say; the database answers all the same

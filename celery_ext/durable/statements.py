@@ -215,8 +215,8 @@ SECONDS_UNTIL_NEXT: Final = text(
     """
 )
 
-TABLE: Final = text("SELECT to_regclass('durable_task')")
-NO_LONG_LOCKS: Final = text("SELECT set_config('lock_timeout', '500ms', true)")
+# In the same round trip: what comes next in the transaction waits no longer for whoever has locked the table.
+TABLE: Final = text("SELECT to_regclass('durable_task'), set_config('lock_timeout', '500ms', true)")
 
 # No more than :most rows are counted of either kind, or, where that is NULL, all.
 FIGURES: Final = text(

@@ -173,10 +173,7 @@ async def test_cold_shutdown_during_the_commit(empty_tables: Observer) -> None:
     """Nor does Celery's error in the midst of the pool solo's task make a failure of a coroutine that is committed."""
     with worker(BROKER, pool="solo", environment={"REMAP_SIGTERM": "SIGQUIT"}) as running:
         result = running.task("slow_commit_async").delay("x")
-        await empty_tables.until(
-            "EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'COMMIT%'"
-            " AND state = 'active')"
-        )
+        await empty_tables.until_committing()
     assert await asyncio.to_thread(result.get, timeout=20) == "x"
     assert await empty_tables.names() == ["x"]
 
