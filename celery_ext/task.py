@@ -94,7 +94,7 @@ class Task(_CeleryTask):
             TypeError: The task does not take these arguments.
             ArgumentsNotSerializable: The task's serializer does not carry them.
         """
-        return send_on_commit(self, args, kwargs, "log", {})
+        return self.apply_async_on_commit(args, kwargs)
 
     def apply_async_on_commit(
         self,
@@ -137,7 +137,7 @@ class Task(_CeleryTask):
             ArgumentsNotSerializable: The arguments are no JSON.
             DurableDispatchUnsupported: The database is not PostgreSQL, or the task has no session or runs in batches.
         """
-        return store(self, args, kwargs)
+        return self.apply_durably(args, kwargs)
 
     def apply_durably(
         self,

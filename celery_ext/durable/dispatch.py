@@ -23,12 +23,12 @@ def store(
     args: Sequence[object],
     kwargs: Mapping[str, object],
     *,
-    countdown: float | None = None,
-    eta: datetime | None = None,
-    expires: float | datetime | None = None,
-    ordering_key: str | None = None,
-    idempotency_key: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    countdown: float | None,
+    eta: datetime | None,
+    expires: float | datetime | None,
+    ordering_key: str | None,
+    idempotency_key: str | None,
+    options: Mapping[str, Any],
 ) -> str:
     """Store a call of ``task`` with what the unit of work around it commits; returns the task's id.
 
@@ -48,7 +48,6 @@ def store(
         )
     _refuse_unsupported(task)
     check_arguments(task, args, kwargs)
-    options = options or {}
     _refuse_options(task, options)
     check_accepted(task, options)
     row = new_row(

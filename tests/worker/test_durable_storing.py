@@ -76,6 +76,25 @@ async def test_task_that_is_a_class(unheard: Celery[Any], rows: Observer) -> Non
     assert await rows.durable_tasks() == [("pending", '[["x"], {}]')]
 
 
+async def test_delay_is_apply(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """A class that gives all its tasks an option needs one method of each kind, as with Celery's own ``delay``."""
+
+    class Hasty(celery_ext.Task):
+        def apply_durably(self, *args: Any, **options: Any) -> str:
+            return super().apply_durably(*args, countdown=7, **options)
+
+        def apply_async_on_commit(self, *args: Any, **options: Any) -> str:
+            return super().apply_async_on_commit(*args, task_id="sent", **options)
+
+    @unheard.task(base=Hasty, shared=False)
+    def hasty() -> None: ...
+
+    async with db.transaction():
+        hasty.delay_durably()
+        assert hasty.delay_on_commit() == "sent"
+    assert await rows.connection.fetchval("SELECT due_at > clock_timestamp() FROM durable_task")
+
+
 async def test_stored_with_the_session_that_is_there(unheard: Celery[Any], rows: Observer) -> None:
     """Where an ``async def`` endpoint has the synchronous session alone, its commit decides about the task."""
     app = FastAPI()
