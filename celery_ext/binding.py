@@ -56,10 +56,8 @@ def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool =
     _adopt(app.Task, db)
     if is_new:
         _adopt_later_tasks(app)
-        _adopt_present_tasks(app)
-    app.on_after_finalize.connect(_adopt_all, weak=False)
-    if app.finalized:  # type: ignore[attr-defined]  # missing in the stubs
-        _adopt_all(app)
+        app.on_after_finalize.connect(_adopt_present_tasks, weak=False)
+    _adopt_present_tasks(app)
 
 
 def database_of(app: Celery[Any]) -> Database:
@@ -100,21 +98,16 @@ def _adopt_later_tasks(app: Any) -> None:
     app._task_from_fun, app.register_task = _task_from_fun, register
 
 
-def _adopt_all(sender: Any, **_: object) -> None:
-    for task in sender.tasks.values():
+def _adopt_present_tasks(sender: Any, **_: object) -> None:
+    """Adopt tasks made by Celery's own two methods, and have ``autoretry_for`` leave alone what our class does."""
+    for task in sender._tasks.values():
         _adopt(type(task), _databases[sender])
-        put_in_unit(task)
-
-
-def _adopt_present_tasks(app: Any) -> None:
-    """Adopt the tasks that exist already, and have ``autoretry_for`` leave alone what our class does."""
-    for task in app._tasks.values():
-        _adopt(type(task), _databases[app])
         code = getattr(task.run, "__code__", None)
         names = () if code is None else code.co_freevars
         if "dont_autoretry_for" in names:  # the wrapper read it when the task was made
             cell = task.run.__closure__[names.index("dont_autoretry_for")]
             cell.cell_contents = cell.cell_contents or task.dont_autoretry_for
+        put_in_unit(task)
 
 
 def _adopt(task_class: Any, database: Database) -> None:

@@ -90,6 +90,10 @@ def decorated(app: Any, body: Any, base: Any, options: dict[str, Any]) -> Any:
     return app.task(base=base and base(), shared=False, lazy=False, **options)(body)
 
 
+def lazily_decorated(app: Any, body: Any, base: Any, options: dict[str, Any]) -> Any:
+    return app.task(base=base and base(), shared=False, **options)(body)
+
+
 def registered(app: Any, body: Any, base: Any, options: dict[str, Any]) -> Any:
     made = type("Made", (base() if base else celery.Task,), {"name": "made", "run": staticmethod(body)})
     return app.register_task(made(), **options)
@@ -97,7 +101,7 @@ def registered(app: Any, body: Any, base: Any, options: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("base", [None, base_of_the_users])
 @pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("make", [decorated, registered])
+@pytest.mark.parametrize("make", [decorated, lazily_decorated, registered])
 def test_failure_after_the_commit_is_not_retried(
     app: Any, empty_tables: Observer, base: Any, before: bool, make: Callable[..., Any]
 ) -> None:
@@ -113,6 +117,7 @@ def test_failure_after_the_commit_is_not_retried(
         app = Celery("early", broker="memory://", backend="cache+memory://", set_as_current=False)
         task = make(app, fails, base, options)
         celery_ext.init_app(app)
+        app.finalize()
     else:
         task = make(app, fails, base, options)
     for error in (celery_ext.DispatchFailed, LookupError):
