@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 import celery
 from celery.app.task import Context
 from celery.canvas import Signature
-from celery.exceptions import Retry
 from celery.result import AsyncResult
 
 from celery_ext.body import put_in_unit
@@ -25,6 +24,8 @@ from fastapi_chatdify_db.database import db as default_database
 from fastapi_chatdify_db.exceptions import AfterCommitError
 
 if TYPE_CHECKING:
+    from celery_ext.durable.delivery import Delivery
+
     _CeleryTask = celery.Task[..., Any]
 else:
     _CeleryTask = celery.Task
@@ -191,38 +192,21 @@ class Task(_CeleryTask):
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, *rest: Any, **options: Any
     ) -> AsyncResult[Any]:
         """Celery's; but where ``retry`` sends the next attempt of a durable task, note it in the task's row instead."""
-        execution = Execution.current()
-        delivery = None if execution is None else execution.delivery
+        delivery = _delivery()
         if delivery is not None and task_id == delivery.task_id:
             delivery.retry_later(args or (), kwargs or {}, options)
             return self.AsyncResult(task_id)
         return super().apply_async(args, kwargs, task_id, *rest, **options)
 
-    def retry(
-        self,
-        args: Any = None,
-        kwargs: Any = None,
-        exc: Exception | None = None,
-        throw: bool = True,
-        eta: datetime | None = None,
-        countdown: float | None = None,
-        max_retries: int | None = None,
-        **options: Any,
-    ) -> Retry:
-        """Celery's; a durable task's row also keeps the options (``queue``, ...) for the next attempt."""
-        execution = Execution.current()
-        if execution is not None and execution.delivery is not None and execution.task == self:
-            execution.delivery.retry_options = options
-        return super().retry(
-            args=args,
-            kwargs=kwargs,
-            exc=exc,
-            throw=throw,
-            eta=eta,
-            countdown=countdown,
-            max_retries=max_retries,
-            **options,
-        )
+    def signature_from_request(
+        self, request: Any = None, args: Any = None, kwargs: Any = None, queue: str | None = None, **options: Any
+    ) -> Signature[Any]:
+        """Celery's, of the next attempt; a durable task's row has its options already, and takes only what is new."""
+        signature = super().signature_from_request(request, args, kwargs, queue, **options)
+        if (delivery := _delivery()) is not None:
+            asked = options | ({"queue": queue} if queue else {})
+            signature["options"] = asked | {"task_id": delivery.task_id}
+        return signature
 
     def replace(self, sig: Signature[R]) -> R:
         """Celery's, which rolls back and ends this task; a durable task has to store its successor instead.
@@ -230,12 +214,17 @@ class Task(_CeleryTask):
         Raises:
             DurableDispatchUnsupported: The task is durable.
         """
-        execution = Execution.current()
-        if execution is not None and execution.delivery is not None:
+        if _delivery() is not None:
             raise DurableDispatchUnsupported(
                 f"{self.name} is durable, and self.replace() would not be; write: other_task.delay_durably(...)"
             )
         return super().replace(sig)
+
+
+def _delivery() -> Delivery | None:
+    """The running task's, if that is durable."""
+    execution = Execution.current()
+    return None if execution is None else execution.delivery
 
 
 def _is_user_code(function: Any) -> bool:

@@ -50,8 +50,8 @@ class Delivery:
         self._ordering_key: str | None = None
         self._retry: dict[str, Any] = {}
         """The row's values for the next attempt; empty when there is none."""
-        self.retry_options: Mapping[str, Any] = {}
-        """The options of ``self.retry`` besides the time of the next attempt."""
+        self._retry_options: dict[str, Any] = {}
+        """Its options besides the time."""
 
     @classmethod
     def of(cls, task: Task, task_id: str, request: Context) -> Delivery | None:
@@ -89,14 +89,15 @@ class Delivery:
         with self._task.database.sync_transaction() as session:
             self._succeed(session)
 
-    def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: Mapping[str, Any]) -> None:
+    def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: dict[str, Any]) -> None:
         """Note the next attempt, for the end of this one; the relay will send it."""
-        arguments = serialize(self._task.name, [list(args), dict(kwargs)])
-        serialize(self._task.name, dict(self.retry_options))  # raises now if one cannot be stored
-        check_accepted(self._task, self.retry_options)
-        due = due_of(self._task.name, options.get("countdown"), options.get("eta"))
-        retries = options.get("retries", 0)
+        name, retries = self._task.name, options.pop("retries", 0)
+        due = due_of(name, options.pop("countdown", None), options.pop("eta", None))
+        arguments = serialize(name, [list(args), dict(kwargs)])
+        serialize(name, options)  # raises now if one cannot be stored
+        check_accepted(self._task, options)
         self._retry = {"arguments": arguments, "retries": retries, "due_in": seconds_until(due)}
+        self._retry_options = options
 
     def ended_by(self, error: BaseException) -> BaseException:
         """Record how the body ended, after its rollback; returns what to tell Celery.
@@ -157,9 +158,9 @@ class Delivery:
     def _put_off(self, session: Session, error: str | None) -> bool:
         """Make the row due again for the next attempt; False when it was ended before."""
         values = {**self._retry, "id": self.task_id, "error": error, "options": None}
-        if self.retry_options:
+        if self._retry_options:
             stored = session.scalar(statements.OPTIONS, {"id": self.task_id})
-            values["options"] = with_options(self._task.name, stored, self.retry_options)
+            values["options"] = with_options(self._task.name, stored, self._retry_options)
         return session.execute(statements.RETRY, values).one_or_none() is not None
 
     def _finish(self, session: Session, status: str, error: str | None) -> bool:

@@ -145,7 +145,7 @@ async def test_retry_with_an_option_that_cannot_be_stored(unheard: Celery[celery
 
     @unheard.task(bind=True, shared=False)
     def retries(self: celery_ext.Task) -> None:
-        raise self.retry(countdown=0, shadow=object())
+        raise self.retry(countdown=0, shadow=object())  # type: ignore[arg-type]
 
     async with db.transaction():
         task_id = retries.delay_durably()
@@ -159,7 +159,7 @@ async def test_retry_that_cannot_be_stored_is_none(unheard: Celery[celery_ext.Ta
     @unheard.task(bind=True, shared=False)
     def goes_on(self: celery_ext.Task) -> None:
         with suppress(Reject):
-            self.retry(countdown=0, throw=False, shadow=object())
+            self.retry(countdown=0, throw=False, shadow=object())  # type: ignore[arg-type]
 
     async with db.transaction():
         task_id = goes_on.delay_durably()
