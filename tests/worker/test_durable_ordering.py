@@ -12,7 +12,7 @@ from sqlalchemy import event
 from celery_ext.durable import administration, statements
 from fastapi_chatdify_db import db
 from tests.observing import Observer
-from tests.worker.running import Worker, task
+from tests.worker.running import Worker, deliver, task
 
 
 async def test_ordering_key(relayed: Worker, rows: Observer) -> None:
@@ -182,6 +182,21 @@ async def test_cancelling_one_that_waits(unheard: Celery[Any], rows: Observer) -
     assert administration.cancel(db, waiting)
     due = "SELECT id FROM durable_task WHERE status = 'pending' AND ring_at < 'infinity'"
     assert [row["id"] for row in await rows.connection.fetch(due)] == [running]
+
+
+async def test_interrupted_before_an_earlier_one_is_retried(unheard: Celery[Any], rows: Observer) -> None:
+    """The task that was under way runs again although the one that waits for it was stored before it."""
+
+    @unheard.task(shared=False)
+    def runs() -> None: ...
+
+    async with db.transaction():
+        failed, interrupted = [runs.apply_durably(ordering_key="k") for _ in range(2)]
+    await rows.connection.execute("UPDATE durable_task SET status = 'failed' WHERE id = $1", failed)
+    await rows.connection.execute("UPDATE durable_task SET ring_at = due_at WHERE id = $1", interrupted)
+    assert administration.retry(db, failed) == 1
+    deliver(runs, interrupted)
+    await rows.until_status(interrupted, "done")
 
 
 async def test_running_task_that_was_released_is_not_cancelled(relayed: Worker, rows: Observer) -> None:
