@@ -10,7 +10,9 @@ import pytest
 from example_app.events import WEBHOOK_EXAMPLE
 from example_app.fakes.faults import Fault
 from example_app.main import create_app
-from fastapi_chatdify_db import InvalidSettings, db
+from fastapi_chatdify_db import DatabaseSettings, InvalidSettings, db
+from fastapi_chatdify_db.engines import Engines
+from fastapi_chatdify_db.unit_of_work import note_retryable_error
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside
 from tests.serving import serve
 
@@ -216,15 +218,12 @@ async def test_unexpected_error_says_nothing(
 
 
 async def test_database_down_is_unhealthy(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database that does not answer is a 503."""
-
-    async def refuse(*_: object, **__: object) -> None:
-        raise ConnectionRefusedError
-
+    """A database that does not answer is a 503, as for any other request."""
+    gone = DatabaseSettings(database_url="postgresql://127.0.0.1:1/gone")
     with monkeypatch.context() as patch:
-        patch.setattr("sqlalchemy.ext.asyncio.AsyncSession.execute", refuse)
+        patch.setattr(db, "engines", Engines(lambda: gone, on_error=note_retryable_error))
         response = await client.get("/api/v1/health")
-    assert (response.status_code, response.json()["detail"]) == (503, "The database does not answer.")
+    assert (response.status_code, response.json()["title"]) == (503, "Service Unavailable")
 
 
 @pytest.mark.parametrize(
