@@ -19,7 +19,6 @@ import celery_ext
 from example_app.clients.chatwoot import PerhapsRefused
 from example_app.clients.http import OutsideError
 from example_app.db.models import Message, MessageState
-from example_app.dispatch import dispatch_step
 from example_app.logs import logger
 from example_app.settings import get_settings
 from fastapi_chatdify_db import db
@@ -30,8 +29,8 @@ Work = Callable[[Message], Awaitable[MessageState]]
 _LONGEST_PAUSE: Final = 300.0  # seconds
 
 
-async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: MessageState | None) -> MessageState:
-    """Do ``work`` once, and dispatch what is next.
+async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: MessageState | None) -> Message:
+    """Do ``work`` once.
 
     Parameters:
         task: The task that makes the attempt, to be retried.
@@ -41,7 +40,7 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
             for a step that is tried for as long as its failure may pass.
 
     Returns:
-        The message's new state.
+        The message, in its new state.
 
     Raises:
         celery.exceptions.Retry: It failed, and is tried again later.
@@ -60,8 +59,7 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
         await db.session.flush()
     except StaleDataError as error:
         raise Ignore("deleted meanwhile") from error
-    dispatch_step(message.id, message.state, message.dialogue.chatwoot_conversation_id)
-    return message.state
+    return message
 
 
 async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up: MessageState | None) -> MessageState:

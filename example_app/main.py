@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import import_module
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -45,7 +44,6 @@ def create_app() -> FastAPI:
     logs.logger.info("Chatwoot's webhooks are expected at %s%s", settings.api_base_url, WEBHOOK)
     db.settings = settings
     db.creates_tables = settings.in_development  # elsewhere "alembic upgrade head" has made them
-    import_module("example_app.tasks")  # registers the tasks for the dispatch
     celery_ext.init_app(worker.app, relay=True)
     app = FastAPI(
         title="Chatdify",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header
 
-from example_app import dialogues, dispatch
+from example_app import dialogues, tasks
 from example_app.api.doors import WEBHOOK, authentic_body
 from example_app.api.problems import documented
 from example_app.db.models import MessageState
@@ -64,7 +64,7 @@ async def _take_message(event: MessageCreated) -> WebhookResult:
     message_id = await dialogues.store_message(dialogue_id, event)
     if message_id is None:
         return WebhookResult(status="skipped", reason="received before")
-    dispatch.dispatch_step(message_id, MessageState.RECEIVED, str(event.conversation.id))
+    tasks.dispatch_step(message_id, MessageState.RECEIVED, str(event.conversation.id))
     return WebhookResult(status="processing")
 
 
@@ -74,5 +74,5 @@ async def _take_changes(event: ConversationChanged) -> WebhookResult:
 
 async def _delete(event: ConversationDeleted) -> WebhookResult:
     if await dialogues.delete_dialogue(event.conversation):
-        dispatch.dispatch_deletion(str(event.conversation.id))
+        tasks.dispatch_deletion(str(event.conversation.id))
     return WebhookResult(status="success")

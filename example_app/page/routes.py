@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
 from example_app.db.models import Dialogue, Message, MessageState
-from example_app.dispatch import STEPS
+from example_app.tasks import STEPS
 from fastapi_chatdify_db import db
 
 DIALOGUES_SHOWN: Final = 20
@@ -31,9 +31,6 @@ HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-
-TASKS: Final = {state: name.removeprefix("chatdify.") for state, (name, _) in STEPS.items()}
-"""By a message's state: the task whose turn it is."""
 
 _HERE: Final = Path(__file__).parent
 _templates: Final = Jinja2Templates(
@@ -75,7 +72,8 @@ async def dialogues(request: Request) -> Response:
 
 
 async def _rendered(request: Request, template: str) -> Response:
-    context = {"overview": await _overview(), "tasks": TASKS, "shown": (DIALOGUES_SHOWN, MESSAGES_SHOWN)}
+    tasks = {state: task.name.removeprefix("chatdify.") for state, (task, _) in STEPS.items()}
+    context = {"overview": await _overview(), "tasks": tasks, "shown": (DIALOGUES_SHOWN, MESSAGES_SHOWN)}
     return _templates.TemplateResponse(request, template, context, headers=HEADERS)
 
 

@@ -10,11 +10,15 @@ from celery.exceptions import Ignore, Retry
 from example_app import dialogues
 from example_app.clients.http import Rejected, Unanswered
 from example_app.dialogues import delete_dialogue
-from example_app.dispatch import DELETE, RESPOND, dispatch_deletion
 from example_app.events import WebhookConversation
 from example_app.fakes.faults import Fault
 from example_app.steps import dify_user
-from example_app.tasks import delete_dify_conversation, forget_old_deliveries
+from example_app.tasks import (
+    delete_dify_conversation,
+    dispatch_deletion,
+    forget_old_deliveries,
+    handle_dify_response,
+)
 from fastapi_chatdify_db import db
 from tests.example_app.conftest import Configure, Outside, rows, write
 from tests.example_app.stepping import ASK, ask, ask_in_vain, dispatched, receive, respond, run
@@ -32,7 +36,7 @@ async def test_question_carries_what_dify_needs(outside: Outside) -> None:
         "message_direction": "incoming",
     }
     assert await rows("SELECT dify_conversation_id FROM dialogue") == [(conversation.id,)]
-    assert await dispatched() == [(RESPOND, str(message), "tell 7")]
+    assert await dispatched() == [(handle_dify_response.name, str(message), "tell 7")]
     assert await run(respond, message) == "posted"
     assert outside.chatwoot.conversation(7).answers() == ["You said: Hello"]
     assert len(await dispatched()) == 1
@@ -185,7 +189,7 @@ async def test_dialogue_deleted_while_dify_answers(outside: Outside) -> None:
         await asking
     with pytest.raises(Ignore):
         await run(respond, message)
-    assert await dispatched() == [(DELETE, "7", "ask 7")]
+    assert await dispatched() == [(delete_dify_conversation.name, "7", "ask 7")]
 
 
 async def test_deletion_in_dify(outside: Outside, configure: Configure) -> None:

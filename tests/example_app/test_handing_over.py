@@ -9,7 +9,6 @@ from celery.exceptions import Retry
 from example_app.clients.chatwoot import Chatwoot, Conversation, PerhapsRefused
 from example_app.clients.dify import Answer, Dify, Question
 from example_app.clients.http import Rejected
-from example_app.dispatch import HAND_OVER
 from example_app.fakes.faults import Fault
 from example_app.tasks import handle_dify_error
 from fastapi_chatdify_db import db
@@ -26,7 +25,7 @@ async def test_failure_for_good_hands_over(outside: Outside, status: str, notes:
     outside.dify.faults.add(Fault(*ASK, 400))
     assert await run(ask, message) == "failed"
     assert await states() == ["failed"]
-    assert await dispatched() == [(HAND_OVER, str(message), "tell 7")]
+    assert await dispatched() == [(handle_dify_error.name, str(message), "tell 7")]
     outside.chatwoot.faults.add(Fault("POST", "/messages", 502, times=2, too_late=True))
     while await run(hand_over, message) == "again":
         pass
@@ -281,7 +280,7 @@ async def test_answer_that_chatwoot_does_not_take(outside: Outside) -> None:
     await run(ask, message)
     outside.chatwoot.faults.add(Fault("POST", "/messages", 422, times=4))
     assert [await run(respond, message) for _ in range(4)] == ["again"] * 3 + ["failed"]
-    assert (await dispatched())[-1] == (HAND_OVER, str(message), "tell 7")
+    assert (await dispatched())[-1] == (handle_dify_error.name, str(message), "tell 7")
     assert await run(hand_over, message) == "handed_over"
     assert len(outside.chatwoot.conversation(7).answers()) == 1
 

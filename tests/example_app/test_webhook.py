@@ -14,9 +14,9 @@ import pytest
 
 from example_app import dialogues
 from example_app.api import doors
-from example_app.dispatch import PROCESS
 from example_app.events import WEBHOOK_EXAMPLE
 from example_app.main import create_app
+from example_app.tasks import process_message_with_dify
 from fastapi_chatdify_db import DatabaseUnavailable, db
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside, rows, signed, write
 from tests.serving import serve
@@ -45,7 +45,7 @@ async def test_message_is_stored_and_processing(client: httpx.AsyncClient) -> No
     ]
     [(message_id,)] = await rows("SELECT id FROM message")
     task = "SELECT name, arguments::json -> 0 ->> 0, ordering_key, status FROM durable_task"
-    assert await rows(task) == [(PROCESS, str(message_id), "ask 7", "pending")]
+    assert await rows(task) == [(process_message_with_dify.name, str(message_id), "ask 7", "pending")]
 
 
 async def test_twenty_first_webhooks_at_once_make_one_dialogue(client: httpx.AsyncClient) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from example_app.dispatch import DELETE
+from example_app.tasks import delete_dify_conversation
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, rows
 from tests.example_app.test_webhook import PATH, deliver, message
 
@@ -40,7 +40,7 @@ async def test_deleted_conversation_is_deleted_in_dify(client: httpx.AsyncClient
         response = await deliver(client, {"event": "conversation_deleted", "id": conversation})
         assert response.json() == {"status": "success"}
     tasks = "SELECT arguments::json -> 0 ->> 0, ordering_key FROM durable_task WHERE name = '{}'"
-    assert await rows(tasks.format(DELETE)) == [("7", "ask 7")]
+    assert await rows(tasks.format(delete_dify_conversation.name)) == [("7", "ask 7")]
     assert await rows("SELECT chatwoot_conversation_id FROM dialogue") == [("9",)]
 
 
