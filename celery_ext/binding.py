@@ -131,7 +131,7 @@ def _begin_execution(task_id: str, task: celery.Task[..., Any], **_: object) -> 
 
 @signals.task_postrun.connect(weak=False)
 def _end_execution(task: celery.Task[..., Any], state: str, retval: object, **_: object) -> None:
-    if (execution := Execution.current()) is not None and execution.task == task:
+    if (execution := Execution.of(task)) is not None:
         execution.end(retval if state != SUCCESS and isinstance(retval, Exception) else None)
 
 

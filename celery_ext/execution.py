@@ -51,14 +51,20 @@ class Execution:
         return _current.get()
 
     @classmethod
+    def of(cls, task: celery.Task[..., Any]) -> Execution | None:
+        """The execution that the running code is part of, if it is one of ``task``."""
+        execution = _current.get()
+        # Not "is": New Relic's agent hands out proxies of tasks.
+        return execution if execution is not None and execution.task == task else None
+
+    @classmethod
     def beginning(cls, task: celery.Task[..., Any]) -> Execution | None:
         """The execution whose body ``task`` is about to run; None if the task is called as a function.
 
         Raises:
             DurableDispatchUnsupported: A durable task's body is run again; its row has the outcome of the first run.
         """
-        execution = _current.get()
-        if execution is None or execution.task != task:  # not "is": New Relic's agent hands out proxies of tasks
+        if (execution := cls.of(task)) is None:
             return None
         if execution._body_over and execution.delivery is not None:
             raise DurableDispatchUnsupported(

@@ -75,8 +75,7 @@ class Task(_CeleryTask):
         """The running task's request. Celery keeps it by thread; on the event loop's, each coroutine finds its own."""
         if (request := self.request_stack.top) is not None:
             return request
-        execution = Execution.current()
-        return execution.request if execution is not None and execution.task == self else super().request
+        return super().request if (execution := Execution.of(self)) is None else execution.request
 
     @cached_property
     def is_async(self) -> bool:
@@ -192,7 +191,7 @@ class Task(_CeleryTask):
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, *rest: Any, **options: Any
     ) -> AsyncResult[Any]:
         """Celery's; but where ``retry`` sends the next attempt of a durable task, note it in the task's row instead."""
-        delivery = _delivery()
+        delivery = _delivery(self)
         if delivery is not None and task_id == delivery.task_id:
             delivery.retry_later(args or (), kwargs or {}, options)
             return self.AsyncResult(task_id)
@@ -203,7 +202,7 @@ class Task(_CeleryTask):
     ) -> Signature[Any]:
         """Celery's, of the next attempt; a durable task's row has its options already, and takes only what is new."""
         signature = super().signature_from_request(request, args, kwargs, queue, **options)
-        if (delivery := _delivery()) is not None:
+        if (delivery := _delivery(self)) is not None:
             asked = options | ({"queue": queue} if queue else {})
             signature["options"] = asked | {"task_id": delivery.task_id}
         return signature
@@ -214,16 +213,16 @@ class Task(_CeleryTask):
         Raises:
             DurableDispatchUnsupported: The task is durable.
         """
-        if _delivery() is not None:
+        if _delivery(self) is not None:
             raise DurableDispatchUnsupported(
                 f"{self.name} is durable, and self.replace() would not be; write: other_task.delay_durably(...)"
             )
         return super().replace(sig)
 
 
-def _delivery() -> Delivery | None:
-    """The running task's, if that is durable."""
-    execution = Execution.current()
+def _delivery(task: Task) -> Delivery | None:
+    """The running task's, if that is ``task`` and durable."""
+    execution = Execution.of(task)
     return None if execution is None else execution.delivery
 
 
