@@ -77,7 +77,7 @@ def follow(engine: Engine) -> None:
     Listeners to ``connect`` that ask for the state have to be added after this. A connection that is given back in the
     middle of a statement or transaction is closed, or else the next unit of work would go on in it.
     """
-    event.listen(engine, "connect", _note_connect)
+    event.listen(engine, "connect", _note_asyncpgs if engine.dialect.is_async else _note_psycopg2s)
     event.listen(engine, "checkin", _note_return)
 
 
@@ -99,13 +99,28 @@ def has_begun(connection: Connection) -> bool:
     return state is None or state.started or state.in_transaction()
 
 
-def _note_connect(connection: Any, record: ConnectionPoolEntry) -> None:
-    state = ConnectionState(connection, _transaction_probe(connection), _flight_probe(connection))
-    record.record_info[_STATE] = state  # type: ignore[index]
-    if hasattr(connection, "driver_connection"):
-        connection.driver_connection.state = state  # for WatchedConnection
-    else:
-        state.given_up = lambda: bool(connection.info.transaction_status == _IN_ERROR)
+def _note_asyncpgs(adapter: Any, record: ConnectionPoolEntry) -> None:
+    driver_connection = adapter.driver_connection
+
+    def in_transaction() -> bool:
+        try:
+            return bool(driver_connection.is_in_transaction())
+        except AttributeError:  # asyncpg's way to say that the connection was aborted
+            return False
+
+    # The adapter queues the statements of several tasks by its mutex.
+    state = ConnectionState(adapter, in_transaction, adapter._execute_mutex.locked)
+    record.record_info[_STATE] = state  # type: ignore[index]  # None only if detached
+    driver_connection.state = state  # for WatchedConnection
+
+
+def _note_psycopg2s(connection: Any, record: ConnectionPoolEntry) -> None:
+    record.record_info[_STATE] = ConnectionState(  # type: ignore[index]
+        connection,
+        in_transaction=lambda: bool(connection.info.transaction_status),
+        in_flight=lambda: bool(connection.info.transaction_status == _ACTIVE),
+        given_up=lambda: bool(connection.info.transaction_status == _IN_ERROR),
+    )
 
 
 def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:
@@ -115,24 +130,3 @@ def _note_return(connection: Any, record: ConnectionPoolEntry) -> None:
     state.started = state.has_effects = state.failed_without_loss = False
     state.failure = None
     state.idle_since = time.monotonic()
-
-
-def _transaction_probe(connection: Any) -> Callable[[], bool]:
-    driver_connection = getattr(connection, "driver_connection", connection)
-    if not hasattr(driver_connection, "is_in_transaction"):
-        return lambda: bool(driver_connection.info.transaction_status)
-
-    def in_transaction() -> bool:
-        try:
-            return bool(driver_connection.is_in_transaction())
-        except AttributeError:  # asyncpg's way to say that the connection was aborted
-            return False
-
-    return in_transaction
-
-
-def _flight_probe(connection: Any) -> Callable[[], bool]:
-    if hasattr(connection, "_execute_mutex"):  # by which asyncpg's adapter queues the statements of several tasks
-        locked: Callable[[], bool] = connection._execute_mutex.locked
-        return locked
-    return lambda: bool(connection.info.transaction_status == _ACTIVE)
