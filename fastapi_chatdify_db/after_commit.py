@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -18,19 +17,13 @@ logger: Final = logging.getLogger(__name__)
 AfterCommit = Callable[[], Awaitable[object] | object]
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    callback: AfterCommit
-    transaction: SessionTransaction | None
-
-
 class CallbackQueue:
     """The callbacks of one unit of work, from registration until they are due or dropped."""
 
     __slots__ = ("_due", "_pending")
 
     def __init__(self) -> None:
-        self._pending: list[_Pending] = []
+        self._pending: list[tuple[AfterCommit, SessionTransaction | None]] = []
         self._due: deque[AfterCommit] = deque()
 
     def add(self, callback: AfterCommit, session: Session | None) -> None:
@@ -43,12 +36,12 @@ class CallbackQueue:
             # SQLAlchemy ignores a listener that it already has.
             event.listen(transaction.session, "after_commit", self._after_commit)
             event.listen(transaction.session, "after_soft_rollback", self._after_rollback)
-        self._pending.append(_Pending(callback, transaction))
+        self._pending.append((callback, transaction))
 
     def settle(self, *, committed: bool) -> None:
         """Decide about callbacks that were registered outside any transaction, by the outcome of the unit."""
-        settled = [entry.callback for entry in self._pending if entry.transaction is None]
-        self._pending = [entry for entry in self._pending if entry.transaction is not None]
+        settled = [callback for callback, began in self._pending if began is None]
+        self._pending = [(callback, began) for callback, began in self._pending if began is not None]
         if committed:
             self._due.extend(settled)
 
@@ -64,14 +57,14 @@ class CallbackQueue:
             return  # a savepoint was released; the transaction around it still decides
         root = session.get_transaction()
         pending, self._pending = self._pending, []
-        for entry in pending:
-            if root in self_and_parents(entry.transaction):
-                self._due.append(entry.callback)
+        for callback, began in pending:
+            if root in self_and_parents(began):
+                self._due.append(callback)
             else:
-                self._pending.append(entry)
+                self._pending.append((callback, began))
 
     def _after_rollback(self, _: Session, ended: SessionTransaction) -> None:
-        self._pending = [entry for entry in self._pending if not is_undone(entry.transaction, ended)]
+        self._pending = [(callback, began) for callback, began in self._pending if not is_undone(began, ended)]
 
 
 def innermost(session: Session) -> SessionTransaction | None:
