@@ -197,8 +197,6 @@ class HTTPExchange(AsyncUnitOfWork):
         except Exception as error:
             if self._started or self.has_committed or not _is_for_want_of_a_connection(error):
                 raise
-            while isinstance(error, ExceptionGroup):
-                [error, *_] = error.exceptions
             logger.error("answered 503: %r", error)
             busy = HTTPException(503, "The database gives no connection, try again.", headers={"Retry-After": "1"})
             await self._ask_handlers(busy)
