@@ -51,8 +51,7 @@ class FirstStatements:
 
     def _execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None = None) -> None:
         """In place of the dialect's ``do_execute``."""
-        state = None if context is None else state_of(context.root_connection)
-        if context is None or state is None or state.has_effects:
+        if context is None or (state := state_of(context.root_connection)) is None or state.has_effects:
             self._do_execute(cursor, statement, parameters, context)
             return
         ordinary = not state.started and _begins_ordinarily(state)
