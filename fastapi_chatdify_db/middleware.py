@@ -80,7 +80,7 @@ def _base_http_middleware(app: object) -> Iterator[str]:
     to_visit, seen = [app], set()
     while to_visit:
         inside = to_visit.pop()
-        if inside is None or id(inside) in seen:
+        if id(inside) in seen:
             continue
         seen.add(id(inside))
         own = getattr(inside, "__dict__", {})  # not the attributes: a mock's are mocks, without end
