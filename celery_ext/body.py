@@ -16,8 +16,9 @@ from greenlet import GreenletExit
 from sqlalchemy.exc import DBAPIError
 
 from celery_ext import event_loop
-from celery_ext.errors import CoroutineReturned, TaskCancelled, portable
+from celery_ext.errors import CoroutineReturned, TaskCancelled
 from celery_ext.execution import Execution, joinable_unit
+from celery_ext.portable import portable
 from celery_ext.result import check_result
 from celery_ext.soft_limit import soft_limit_held_back
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork

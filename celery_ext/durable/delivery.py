@@ -17,8 +17,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from celery_ext.durable import lease, outbox, statements
-from celery_ext.durable.failures import as_text, is_transient
+from celery_ext.durable.failures import is_transient
 from celery_ext.durable.row import HEADER, check_accepted, due_of, seconds_until, serialize, with_options
+from celery_ext.portable import as_text
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
 from fastapi_chatdify_db.exceptions import AfterCommitError
 from fastapi_chatdify_db.surroundings import in_event_loop

@@ -1,4 +1,4 @@
-"""What a durable task failed with: whether to run it again for that, and what its row says of it."""
+"""Which failures a durable task is run again for, without counting as failed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celery_ext.durable import statements
-from celery_ext.errors import portable
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.liveness import is_outdated_statement
 from fastapi_chatdify_db.sqlstates import asks_to_retry, sqlstate, timed_out
@@ -55,19 +54,3 @@ def _came_from_cold_shutdown(error: NotImplementedError) -> bool:
 
 def _is_server_failure(error: BaseException | None) -> bool:
     return (sqlstate(error) or "").startswith(_SERVER_FAILURES)
-
-
-def as_text(error: BaseException | None) -> str | None:
-    """What the row says of an error: its class and text, without the values of a statement."""
-    if error is None:
-        return None
-    try:
-        if isinstance(error, BaseExceptionGroup):  # whose own text only counts the errors
-            text = f"{type(error).__name__}: {error}: {'; '.join(filter(None, map(as_text, error.exceptions)))}"
-        else:
-            shown = portable(error)
-            text = f"{type(error).__name__}: {error}" if shown is error else str(shown)
-    except Exception as broken:
-        text = f"{type(error).__name__}, whose text cannot be had: {type(broken).__name__}"
-    # PostgreSQL stores neither NUL nor halves of surrogate pairs, but the failure has to be stored.
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")[:2000]
