@@ -127,7 +127,7 @@ async def test_serializer_where_workers_accept_all(unheard: Celery[celery_ext.Ta
 
 
 async def test_other_databases_are_refused(tmp_path: Path) -> None:
-    """On SQLite the error says what to write instead, and no table is made there."""
+    """On SQLite the error says what to write instead, no table is made there, and none is missing for readiness."""
 
     class Other(DeclarativeBase):
         pass
@@ -146,4 +146,6 @@ async def test_other_databases_are_refused(tmp_path: Path) -> None:
         assert inspect(session.connection()).get_table_names() == []
         with pytest.raises(DurableDispatchUnsupported, match="delay_on_commit"):
             nothing.delay_durably()
+    async with notes.async_engine.connect() as connection:
+        assert await notes.figures["durable_tasks"](connection) == {}
     await notes.dispose()
