@@ -16,7 +16,7 @@ from example_app.schemas import WebhookResult
 from example_app.settings import get_settings
 from example_app.webhook import parse, reason_to_skip
 
-router: Final = APIRouter(tags=["webhook"], responses=documented(401, 413, 422, 503))
+router: Final = APIRouter(tags=["webhook"], responses=documented(401, 413, 422, 500))
 
 Body = Annotated[bytes, Depends(authentic_body)]
 DeliveryID = Annotated[str | None, Header(alias="X-Chatwoot-Delivery", max_length=255, pattern=r"^[\x20-\x7e]*$")]

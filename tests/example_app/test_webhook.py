@@ -117,6 +117,8 @@ async def test_database_that_is_away(client: httpx.AsyncClient, monkeypatch: pyt
         patch.setattr(dialogues, "is_new_delivery", refuse)
         assert (await deliver(client, message(), "1")).status_code == 500
     assert (await deliver(client, message(), "1")).json()["status"] == "processing"
+    documented = (await client.get("/openapi.json")).json()["paths"]["/api/v1/chatwoot-webhook"]["post"]["responses"]
+    assert "500" in documented
 
 
 async def test_pool_that_is_full(configure: Configure, own_database: str) -> None:
