@@ -182,18 +182,24 @@ RETRY: Final = text(
 )
 
 # Marked before it is sent: a worker that is faster than this transaction would find the row locked. Rows whose worker
-# is running are locked, and skipped. Compared with statement_timestamp(), since no index serves a volatile function.
+# is running are locked, and skipped, or leased, and looked at again after the grace time: if the worker has died by
+# then, they are sent. Compared with statement_timestamp(), since no index serves a volatile function.
 CLAIM: Final = text(
-    """
+    f"""
     WITH due AS (
         SELECT id FROM durable_task WHERE status = 'pending' AND ring_at <= statement_timestamp()
         ORDER BY ring_at LIMIT :batch FOR UPDATE SKIP LOCKED
+    ), asked AS (
+        SELECT id, {_NO_LEASE} AS free FROM due
+    ), put_off AS (
+        UPDATE durable_task AS task
+        SET rings = CASE WHEN free THEN rings + 1 ELSE rings END,
+            ring_at = clock_timestamp()
+                + make_interval(secs => :grace * CASE WHEN free THEN power(2, least(rings, 6)) ELSE 1 END)
+        FROM asked WHERE task.id = asked.id
+        RETURNING task.id, task.name, task.arguments, task.options, task.retries, task.rings, free
     )
-    UPDATE durable_task AS task
-    SET rings = rings + 1,
-        ring_at = clock_timestamp() + make_interval(secs => :grace * power(2, least(rings, 6)))
-    FROM due WHERE task.id = due.id
-    RETURNING task.id, task.name, task.arguments, task.options, task.retries, task.rings
+    SELECT id, name, arguments, options, retries, rings FROM put_off WHERE free
     """
 )
 

@@ -256,6 +256,21 @@ async def test_rows_are_rung_again_after_growing_pauses(unheard: Celery[celery_e
     assert seconds == [10, 20, 40, 640, 640]
 
 
+async def test_task_that_waits_is_not_rung_again(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """However long it has released its row, its next copy is sent within a grace time of its worker's death."""
+    async with db.transaction():
+        task_id = task(unheard, "add_item").delay_durably("x")
+    claim = {"batch": 1, "grace": 10}
+    for held in (True, True, False):
+        lock = "pg_advisory_lock" if held else "pg_advisory_unlock_all"
+        await rows.connection.execute(f"SELECT {lock}({'hashtextextended($1, 21)' if held else ''})", *[task_id] * held)
+        await rows.connection.execute("UPDATE durable_task SET rings = 5, ring_at = now()")
+        async with db.transaction() as session:
+            claimed = (await session.execute(statements.CLAIM, claim)).all()
+        rings, distance = await rows.connection.fetchrow("SELECT rings, ring_at - now() FROM durable_task")
+        assert (len(claimed), rings, round(distance.total_seconds())) == ((0, 5, 10) if held else (1, 6, 320))
+
+
 async def test_long_task_leaves_the_relay_at_rest(relayed: Worker, rows: Observer) -> None:
     """A row whose worker takes longer than the grace time is looked at now and then, not all the time."""
     seen: list[str] = []
