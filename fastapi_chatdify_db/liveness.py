@@ -97,10 +97,7 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
     proxy: Any = context.root_connection.connection
     record = proxy._connection_record
     record.invalidate(error)
-    try:
-        proxy.dbapi_connection = record.get_connection()
-    except (context.dialect.loaded_dbapi.Error, OSError):  # it died at once
-        raise error from None
+    proxy.dbapi_connection = record.get_connection()
     try:
         # Tools that count the connections in use are told that the dead one ended, as of any that is invalidated.
         proxy._pool.dispatch.checkin(None, record)
