@@ -17,12 +17,12 @@ class ThreadLendingPool(QueuePool):
     """SQLAlchemy's ``QueuePool`` for ``def`` endpoints, which run in Starlette's 40 threads.
 
     FastAPI serializes a ``def`` endpoint's result in another of these threads. If all of them waited for a connection,
-    requests that hold one could not finish and give it back. So a thread that has to wait lends its place, as Java's
-    ``ForkJoinPool.ManagedBlocker`` does.
+    requests that hold one could not finish and give it back. So a thread that has to wait, for one of the pool's or for
+    a new one, lends its place, as Java's ``ForkJoinPool.ManagedBlocker`` does.
     """
 
     def _do_get(self) -> ConnectionPoolEntry:
-        if self._max_overflow == -1 or self.overflow() < self._max_overflow or self.checkedin():
+        if self.checkedin():
             return super()._do_get()
         with _place_lent():
             return super()._do_get()
