@@ -19,7 +19,7 @@ class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ha
     Without a ``timeout``, as SQLAlchemy's pools call it, ``close()`` has the limit of the module ``closing``.
     """
 
-    state: ConnectionState | None = None
+    state: ConnectionState
 
     def __init__(
         self, protocol: Any, transport: Transport, loop: AbstractEventLoop, *rest: Any, **options: Any
@@ -32,7 +32,7 @@ class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ha
         answer: str = await super().execute(query, *args, timeout=timeout)
         if answer == "ROLLBACK" and query.startswith("COMMIT"):
             state = self.state
-            if state is not None and not state.adapter_began_none and state.lost_something:
+            if not state.adapter_began_none and state.lost_something:
                 raise refusal(state)
         return answer
 
