@@ -65,10 +65,9 @@ class ConnectionState:
 
         asyncpg cannot do two things at once; psycopg2 lets the second one wait.
         """
-        terminate = getattr(getattr(self.connection, "driver_connection", None), "terminate", None)
-        if terminate is not None:
+        if hasattr(self.connection, "driver_connection"):
             self.was_cut_off = True
-            terminate()
+            self.connection.driver_connection.terminate()
 
 
 def follow(engine: Engine) -> None:
