@@ -32,7 +32,7 @@ _SIMILARITY: Final = 0.8
 """From which likeness an option is one of ours misspelt: ``order_key`` (0.86) is, ``routing_key`` (0.70) is not."""
 
 _TIME_LIMIT: Final = 4.0
-"""Seconds where ``broker_connection_timeout`` is unset, as in a worker of the pool gevent; Celery's default."""
+"""Seconds where ``broker_connection_timeout`` is unset, as in a worker of greenlets; Celery's default."""
 
 _broker_failed_at: Final[WeakKeyDictionary[UnitOfWork, float]] = WeakKeyDictionary()
 """When the broker last failed a unit's send, on the monotonic clock: its next sends would each wait as long."""

@@ -6,7 +6,7 @@ from fastapi_chatdify_db.exceptions import AfterCommitError, ChatdifyDBError
 
 
 class AsyncTaskNotSupported(ChatdifyDBError):
-    """An ``async def`` task was started in a pool that cannot run an event loop: gevent."""
+    """An ``async def`` task was started in a pool that cannot run an event loop: gevent or eventlet."""
 
 
 class ArgumentsNotSerializable(ChatdifyDBError, TypeError):

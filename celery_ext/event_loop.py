@@ -111,9 +111,11 @@ def _copy_outcome(task: asyncio.Task[Any], outcome: Future[T]) -> None:
 
 
 def _free_loop() -> asyncio.AbstractEventLoop:
-    gevent = sys.modules.get("gevent.monkey")
-    if gevent is not None and gevent.is_module_patched("threading"):
-        raise AsyncTaskNotSupported("async def tasks need the pool prefork, threads or solo; with gevent write def")
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    if (gevent is not None and gevent.is_module_patched("threading")) or (
+        eventlet is not None and eventlet.is_monkey_patched("thread")
+    ):
+        raise AsyncTaskNotSupported("async def tasks need the pool prefork, threads or solo; on greenlets write def")
     try:
         here = asyncio.get_running_loop()
     except RuntimeError:

@@ -15,14 +15,15 @@ from fastapi_chatdify_db import db
 from tests.observing import Observer
 from tests.worker.running import Worker, brokers, worker
 
-POOLS = ["prefork", "threads", "solo", "gevent"]
+GREEN = ("gevent", "eventlet")
+POOLS = ["prefork", "threads", "solo", *GREEN]
 BROKER = brokers()[-1]
 
 
 @pytest.fixture(scope="module", params=POOLS)
 def pooled(request: pytest.FixtureRequest) -> Iterator[Worker]:
     """A worker of each pool."""
-    concurrency = "20" if request.param == "gevent" else "2"
+    concurrency = "20" if request.param in GREEN else "2"
     with worker(BROKER, "-c", concurrency, pool=request.param) as running:
         yield running
 
@@ -80,7 +81,7 @@ async def test_async_tasks(pooled: Worker, empty_tables: Observer) -> None:
     results = {
         outcome: task.delay(outcome, outcome) for outcome in ("succeed", "raise", "duplicate", "retry", "cancel")
     }
-    if "gevent" in pooled.log:
+    if any(pool in pooled.log for pool in GREEN):
         for result in results.values():
             with pytest.raises(AsyncTaskNotSupported, match="write def"):
                 await asyncio.to_thread(result.get, timeout=20)
@@ -114,10 +115,11 @@ async def test_coroutines_of_one_task_know_their_requests(empty_tables: Observer
             assert await asyncio.to_thread(result.get, timeout=20) == [result.id] * 4
 
 
-async def test_greenlets_wait_together(empty_tables: Observer) -> None:
-    """With gevent, tasks that wait for PostgreSQL let others run: all of them hold one lock queue at once."""
+@pytest.mark.parametrize("pool", GREEN)
+async def test_greenlets_wait_together(empty_tables: Observer, pool: str) -> None:
+    """Tasks that wait for PostgreSQL let others run: all of them hold one lock queue at once."""
     await empty_tables.connection.execute("SELECT pg_advisory_lock(7)")
-    with worker(BROKER, "-c", "8", pool="gevent") as running:
+    with worker(BROKER, "-c", "8", pool=pool) as running:
         results = [running.task("wait_for_lock").delay(7) for _ in range(8)]
         waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = 7"
         await empty_tables.until(f"8 = ({waiting})")
