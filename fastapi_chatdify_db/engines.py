@@ -222,13 +222,11 @@ class Engines:
             event.listen(engine, "connect", _leave_transactions_to_sqlalchemy)
             event.listen(engine, "begin", _begin_explicitly)
             return
-        # Outside a transaction, PgBouncer may give each statement to another server connection.
-        begin_lazily = settings.db_lazy_begin and not settings.db_pgbouncer
         translate_connect_errors(engine)
         if not engine.dialect.is_async:
             keep_threads_off(engine)
         follow(engine)
-        FirstStatements(engine, begin_lazily=begin_lazily, replace_dead=settings.db_pool_pre_ping)
+        FirstStatements(engine, begin_lazily=settings.db_lazy_begin, replace_dead=settings.db_pool_pre_ping)
         note_failures(engine)
         if settings.db_pool_pre_ping:
             ping_when_idle(engine, settings.db_ping_after)

@@ -12,7 +12,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import URL, make_url, text
+from sqlalchemy import URL, literal, make_url, select, text
 
 from fastapi_chatdify_db import Database, DatabaseSettings, create_health_router
 from tests.serving import free_socket, serve
@@ -127,6 +127,36 @@ async def test_many_clients_share_two_connections_of_pgbouncer(pgbouncer: str) -
     left = text("SELECT pg_backend_pid(), count(*) FROM pg_prepared_statements")
     async with database.transaction() as one, database.transaction() as other:
         assert {tuple((await session.execute(left)).one()) for session in (one, other)} == {(b, 0) for b in backends}
+    await database.dispose()
+
+
+async def test_readers_that_wait_hold_none_of_pgbouncers_connections(pgbouncer: str) -> None:
+    """More of them than it has connections read, wait for each other, and read on, with either driver."""
+    database = Database(settings=DatabaseSettings(database_url=pgbouncer, db_pgbouncer=True))
+    waiting = 6
+    all_have_read = asyncio.Event()
+
+    async def wait() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if not waiting:
+            all_have_read.set()
+        await all_have_read.wait()
+
+    async def reader(number: int) -> None:
+        async with database.transaction() as session:
+            assert await session.scalar(select(literal(number))) == number
+            await wait()
+            assert await session.scalar(select(literal(-number))) == -number
+
+    async def sync_reader(number: int) -> None:
+        with database.sync_transaction() as session:
+            assert await asyncio.to_thread(session.scalar, select(literal(number))) == number
+            await wait()
+            assert await asyncio.to_thread(session.scalar, select(literal(-number))) == -number
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*map(reader, range(3)), *map(sync_reader, range(3)))
     await database.dispose()
 
 
