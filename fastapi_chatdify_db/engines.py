@@ -249,8 +249,6 @@ def _engine_options(settings: DatabaseSettings, target: DriverTarget, poolclass:
         "max_overflow": settings.db_max_overflow,
         "pool_timeout": settings.db_pool_timeout,
         "pool_recycle": settings.db_pool_recycle,
-        # For PostgreSQL, ping_when_idle() does it.
-        "pool_pre_ping": settings.db_pool_pre_ping and target.url.get_backend_name() != "postgresql",
     }
 
 
