@@ -89,6 +89,22 @@ async def test_def_endpoint_is_decided_by_its_own_session(app: FastAPI, observer
     assert ran == []
 
 
+async def test_savepoint_of_a_def_endpoint_decides_about_its_callbacks(app: FastAPI, observer: Observer) -> None:
+    """They are bound to the session that the endpoint uses, though the request has another kind as well."""
+    ran: list[str] = []
+
+    @app.post("/")
+    def handler() -> None:
+        doomed = db.sync_session.begin_nested()
+        db.on_commit(lambda: ran.append("dropped"))
+        doomed.rollback()
+        db.on_commit(lambda: ran.append("kept"))
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 200
+    assert ran == ["kept"]
+
+
 async def test_savepoint_decides_about_its_own_callbacks(observer: Observer) -> None:
     """A savepoint's rollback drops what was registered inside it, also inside savepoints that it contains."""
     ran: list[str] = []
@@ -185,13 +201,14 @@ async def test_thousands_of_callbacks(observer: Observer) -> None:
     assert ran == list(range(5000))
 
 
-async def test_own_rollback_drops_its_callbacks(observer: Observer) -> None:
-    """After ``session.rollback()`` the unit goes on with what comes later."""
+@pytest.mark.parametrize("end", ["rollback", "close"])
+async def test_own_rollback_drops_its_callbacks(observer: Observer, end: str) -> None:
+    """After ``session.rollback()`` or ``session.close()`` the unit goes on with what comes later."""
     ran: list[str] = []
     async with db.transaction() as session:
         session.add(Item("a"))
         db.on_commit(lambda: ran.append("rolled back"))
-        await session.rollback()
+        await getattr(session, end)()
         session.add(Item("b"))
         db.on_commit(lambda: ran.append("committed"))
     assert ran == ["committed"]
