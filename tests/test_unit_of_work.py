@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_chatdify_db import DBSessionMiddleware, OutsideUnitOfWork, db, get_session
+from fastapi_chatdify_db import DBSessionMiddleware, NotInSyncUnit, OutsideUnitOfWork, db, get_session
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from tests.models import Item
 from tests.observing import Observer
@@ -238,3 +238,9 @@ async def test_unit_knows_how_it_ended_last(observer: Observer) -> None:
         with pytest.raises(IntegrityError):
             await db.release()
         assert not unit.ended_in_commit
+
+
+async def test_release_of_a_synchronous_unit(tables: None) -> None:
+    """There it is a commit of the session, which the error says."""
+    with db.sync_transaction(), pytest.raises(NotInSyncUnit, match=r"db\.sync_session\.commit\(\)"):
+        await db.release()
