@@ -58,10 +58,10 @@ def senders_trace(headers: Mapping[str, Any]) -> Iterator[None]:
     Parameters:
         headers: A message's, before it is sent for somebody else.
     """
-    carrier = {name: value for name in _trace_headers() if (value := headers.get(name)) is not None}
-    if not carrier:
+    if propagate is None:
         yield
         return
+    carrier = {name: value for name in _trace_headers() if (value := headers.get(name)) is not None}
     token = otel.attach(propagate.extract(carrier, otel.Context()))
     try:
         yield

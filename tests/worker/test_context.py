@@ -22,6 +22,7 @@ from opentelemetry import context, propagate
 from opentelemetry.trace import NonRecordingSpan, SpanContext, get_current_span, set_span_in_context
 
 import celery_ext
+from celery_ext.context import senders_trace
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import UnitOfWorkFilter, db
 from fastapi_chatdify_db.request_id import carried_request_id, current_request_id
@@ -182,6 +183,18 @@ async def test_a_relays_span_belongs_to_the_senders_trace(unheard: Celery[celery
         await rows.until_sent(traced)
         await rows.until_sent(other)
     assert traces == {traced: int(TRACE.split("-")[1], 16), other: 0}
+
+
+def test_a_relay_that_was_started_within_a_trace() -> None:
+    """It sends under the trace of each row's sender, also under none; its own may be that of the one who started it."""
+    token = context.attach(propagate.extract({"traceparent": OTHER_TRACE}))
+    try:
+        for headers, trace in ({"traceparent": TRACE}, int(TRACE.split("-")[1], 16)), ({}, 0):
+            with senders_trace(headers):
+                assert get_current_span().get_span_context().trace_id == trace
+        assert get_current_span().get_span_context().trace_id == int(OTHER_TRACE.split("-")[1], 16)
+    finally:
+        context.detach(token)
 
 
 async def test_log_records_name_their_unit() -> None:
