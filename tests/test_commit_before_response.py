@@ -153,6 +153,8 @@ async def test_base_http_middleware_of_a_part_is_reported(caplog: pytest.LogCapt
 
     mounted = FastAPI()
 
+    mounted.add_middleware(GZipMiddleware)
+
     @mounted.middleware("http")
     async def of_the_mounted(request: Request, call_next: RequestResponseEndpoint) -> Response:
         return await call_next(request)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Engine, event, func, insert, select, text
+from sqlalchemy import Engine, event, func, insert, make_url, select, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, DBSessionMiddleware
 from tests.either_driver import backend_of
 from tests.models import Counter, Item
-from tests.observing import Observer
+from tests.observing import Observer, Other
 from tests.serving import serve
 
 MINUTE = 60.0
@@ -205,6 +205,18 @@ async def test_unit_that_had_begun_is_told(observer: Observer, driver: str, work
     assert await observer.names() == []
 
 
+def test_level_that_the_server_would_not_give(other: Other, database_url: str) -> None:
+    """A transaction at READ COMMITTED is not begun anew at the server's own, stricter level."""
+    url = make_url(database_url).update_query_dict({"options": "-c default_transaction_isolation=serializable"})
+    database = Database(settings=DatabaseSettings(database_url=url.render_as_string(hide_password=False)))
+    engine = database.sync_engine.execution_options(isolation_level="READ COMMITTED")
+    with Session(engine) as session:
+        other.ask(f"SELECT pg_terminate_backend({backend_of(session)}, 5000)")
+        with pytest.raises(DBAPIError):
+            session.scalar(text("SHOW transaction_isolation"))
+    database.engines.dispose_sync()
+
+
 def keep_tenants_apart(engine: Engine, fails: int = 0, failure: type[Exception] = ZeroDivisionError) -> None:
     """What an application does at a checkout; the given one, from 1 on, fails."""
     checkouts = 0
@@ -265,7 +277,7 @@ async def test_server_that_gives_no_new_connection(
             if len(connects) == 2:
                 parameters.update(host="127.0.0.1", port=1)
 
-    with pytest.raises(DatabaseUnavailable):
+    with pytest.raises(DatabaseUnavailable, match=r"Connect call failed|Connection refused"):
         await run(observer, driver, read_then_read, refuse_the_second)
     assert len(connects) == 2
     assert caplog.messages == []

@@ -103,6 +103,10 @@ def test_init_app_adds_the_middleware_once() -> None:
     Database("second").init_app(app)
     added: list[object] = [entry.cls for entry in app.user_middleware]
     assert added == [DBSessionMiddleware]
+    beside = FastAPI()
+    beside.add_middleware(lambda app: app)
+    db.init_app(beside)
+    assert len(beside.user_middleware) == 2
     bare = FastAPI()
     db.init_app(bare, middleware=False)
     assert bare.user_middleware == []

@@ -76,7 +76,9 @@ async def test_pipelined_request_is_none_of_the_one_before(app: FastAPI, observe
 
 
 @pytest.mark.parametrize("kind", ["thread", "task"])
-async def test_connection_that_comes_after_the_end_is_refused(observer: Observer, kind: str) -> None:
+async def test_connection_that_comes_after_the_end_is_refused(
+    observer: Observer, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Who is still waiting for one when the unit is cancelled opens no transaction that nobody ends."""
     database = Database(settings=DatabaseSettings(db_pool_size=1, db_max_overflow=0))
     begun = asyncio.Event()
@@ -107,6 +109,7 @@ async def test_connection_that_comes_after_the_end_is_refused(observer: Observer
     for pool in (database.async_engine.pool, database.sync_engine.pool):
         assert pool.status().endswith("Current Checked out connections: 0")
     assert await observer.in_transaction() == 0
+    assert caplog.messages == ["a session was still in use elsewhere when its unit of work ended"]
     await database.dispose()
 
 

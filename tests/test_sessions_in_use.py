@@ -88,8 +88,10 @@ async def test_mistake_is_nobody_elses(client: httpx.AsyncClient, observer: Obse
     assert await observer.in_transaction() == 0
 
 
-@pytest.mark.parametrize("statement", [text("INSERT INTO item SELECT 1, 'a'"), select(Item)])
-async def test_statement_that_was_cut_off_is_not_run_again(observer: Observer, statement: Executable) -> None:
+@pytest.mark.parametrize(("statement", "warnings"), [(text("INSERT INTO item SELECT 1, 'a'"), 1), (select(Item), 0)])
+async def test_statement_that_was_cut_off_is_not_run_again(
+    observer: Observer, statement: Executable, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its unit has ended: unlike one that found its connection dead it gets no other one."""
     connected: list[object] = []
     running: asyncio.Task[object]
@@ -114,6 +116,8 @@ async def test_statement_that_was_cut_off_is_not_run_again(observer: Observer, s
             await asyncio.wait_for(running, 30)
     event.remove(db.async_engine.sync_engine, "connect", count)
     assert connected == []
+    cut_off = "a rollback came in the middle of a statement, whose connection is discarded"
+    assert caplog.messages == [cut_off] * warnings
 
 
 async def test_read_that_nobody_waits_for_holds_up_nobody(client: httpx.AsyncClient, observer: Observer) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import event, make_url, text
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable
 from tests.forwarding import Forwarder
-from tests.observing import Observer
+from tests.observing import Observer, Other
 from tests.serving import free_socket
 
 
@@ -138,16 +138,20 @@ async def test_server_that_takes_no_connections_yet(code: str) -> None:
                 pass
 
 
-async def test_connection_that_is_lost_at_once(database_url: str) -> None:
-    """asyncpg's word for it has no code of PostgreSQL's; a server that goes down again is waited for as well."""
+@pytest.mark.parametrize("end", ["closed", "ended by the server"])
+async def test_connection_that_is_lost_at_once(other: Other, end: str) -> None:
+    """A server that goes down again, before it has answered anything, is waited for as well, however it goes."""
     database = Database(settings=DatabaseSettings(db_pool_pre_ping=False), create_tables=False)
-    made: list[Any] = []
+    lent: list[Any] = []
 
-    @event.listens_for(database.async_engine.sync_engine, "connect")
-    def lose_the_first(connection: Any, record: object) -> None:
-        if not made:
-            connection.driver_connection.terminate()
-        made.append(connection)
+    @event.listens_for(database.async_engine.sync_engine, "checkout")
+    def lose_the_first(connection: Any, *_: object) -> None:
+        lent.append(connection)
+        driver = connection.driver_connection
+        if len(lent) == 1 and end == "closed":
+            driver.terminate()  # for which asyncpg's error has no code of PostgreSQL's
+        elif len(lent) == 1:
+            assert other.ask(f"SELECT pg_terminate_backend({driver.get_server_pid()}, 10000)")
 
     async with database.lifespan(None):
-        assert len(made) == 2
+        assert len(lent) == 2

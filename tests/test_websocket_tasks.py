@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import pytest
-import websockets
 from fastapi import WebSocket, WebSocketDisconnect
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
@@ -50,60 +49,6 @@ async def test_message_that_comes_during_a_rollback(observer: Observer) -> None:
         await failed.wait()
         await socket.send("a")
         assert await socket.recv() == "got a"
-
-
-async def test_pushing_task_leaves_the_transaction_alone(observer: Observer) -> None:
-    """A task that only pushes neither commits nor disturbs what the reading task is in the middle of."""
-    pushed = asyncio.Event()
-
-    async def handler(socket: WebSocket) -> None:
-        await socket.accept()
-        name = await socket.receive_text()
-        db.session.add(Item(name))
-        await db.session.flush()
-
-        async def push() -> None:
-            await socket.send_text("news")
-            pushed.set()
-
-        await asyncio.create_task(push())
-        await pushed.wait()
-        raise ZeroDivisionError
-
-    async with connected(websocket_app(handler)) as socket:
-        await socket.send("a")
-        assert await socket.recv() == "news"
-        with pytest.raises(websockets.ConnectionClosed):
-            await socket.recv()
-    assert await observer.names() == []
-
-
-async def test_heartbeat_is_no_answer(observer: Observer) -> None:
-    """What another task sends while the handler works on a message commits nothing of it."""
-
-    async def handler(socket: WebSocket) -> None:
-        async def beat() -> None:
-            while True:
-                await socket.send_text("beat")
-                await asyncio.sleep(0.01)
-
-        async def save(name: str) -> None:
-            db.session.add(Item(name))
-            await db.session.flush()
-
-        await socket.accept()
-        beating = asyncio.create_task(beat())
-        await asyncio.create_task(save(await socket.receive_text()))
-        await asyncio.sleep(0.1)
-        beating.cancel()
-        await socket.close(1008)
-
-    async with connected(websocket_app(handler)) as socket:
-        await socket.send("a")
-        with suppress(websockets.ConnectionClosed):
-            while True:
-                await socket.recv()
-    assert await observer.names() == []
 
 
 async def wait_for(socket: WebSocket) -> str:
@@ -241,19 +186,25 @@ async def roll_back(name: str) -> None:
     db.session.add(Item(name))
 
 
-def roll_back_in_a_thread(name: str) -> None:
-    db.rollback_only()
-    db.sync_session.add(Item(name))
+async def roll_back_in_a_task(name: str) -> None:
+    await asyncio.create_task(roll_back(name))
 
 
-@pytest.mark.parametrize("threaded", [False, True])
-async def test_dry_run_without_an_answer(observer: Observer, threaded: bool) -> None:
+async def roll_back_in_a_thread(name: str) -> None:
+    def in_thread() -> None:
+        db.rollback_only()
+        db.sync_session.add(Item(name))
+
+    await run_in_threadpool(in_thread)
+
+
+@pytest.mark.parametrize("dry_run", [roll_back, roll_back_in_a_task, roll_back_in_a_thread])
+async def test_dry_run_without_an_answer(observer: Observer, dry_run: Callable[[str], Awaitable[None]]) -> None:
     """It is over when the handler waits for the next message, which is kept."""
 
     async def handler(socket: WebSocket) -> None:
         await socket.accept()
-        name = await socket.receive_text()
-        await (run_in_threadpool(roll_back_in_a_thread, name) if threaded else roll_back(name))
+        await dry_run(await socket.receive_text())
         db.session.add(Item(await socket.receive_text()))
         await socket.send_text("stored")
 
@@ -264,23 +215,25 @@ async def test_dry_run_without_an_answer(observer: Observer, threaded: bool) -> 
         assert await observer.names() == ["a"]
 
 
-async def test_heartbeat_beside_a_thread(observer: Observer) -> None:
-    """While a thread is in the middle of a statement, what another task sends is no answer."""
-
-    def insert(name: str) -> None:
-        db.sync_session.add(Item(name))
-        db.sync_session.flush()
-        db.sync_session.execute(text("SELECT pg_sleep(0.3)"))
+async def test_work_beside_a_task_that_waits(observer: Observer) -> None:
+    """Work without an answer is committed when the handler waits for the next message, whatever else is at work."""
 
     async def handler(socket: WebSocket) -> None:
         await socket.accept()
-        inserting = asyncio.create_task(run_in_threadpool(insert, await socket.receive_text()))
-        await observer.until_active()
-        await asyncio.create_task(socket.send_text("beat"))
-        await inserting
-        await socket.send_text("stored")
+        used = asyncio.Event()
+
+        async def use_and_wait() -> None:
+            await db.session.scalar(text("SELECT 1"))
+            used.set()
+            await asyncio.Event().wait()
+
+        waiting = asyncio.create_task(use_and_wait())
+        await used.wait()
+        with suppress(WebSocketDisconnect):
+            while True:
+                db.session.add(Item(await socket.receive_text()))
+        waiting.cancel()
 
     async with connected(websocket_app(handler)) as socket:
         await socket.send("a")
-        assert [await socket.recv(), await socket.recv()] == ["beat", "stored"]
-    assert await observer.names() == ["a"]
+        await observer.until_names(["a"])
