@@ -154,14 +154,17 @@ async def test_task_that_was_there_before(empty_tables: Observer, finalized: boo
     app.close()
 
 
-async def test_registered_class_that_calls_its_body_itself(app: Any, empty_tables: Observer) -> None:
+@pytest.mark.parametrize("kind", ["decorated", "registered"])
+async def test_class_that_calls_its_body_itself(app: Any, empty_tables: Observer, kind: str) -> None:
     """Its own ``__call__`` need not know of ours."""
+    app.finalize()
 
     class ByItself(class_of_the_users()):  # type: ignore[misc]
         def __call__(self, name: str) -> None:
             self.run(name)
 
-    app.register_task(ByItself).apply(("x",)).get()
+    task = app.register_task(ByItself) if kind == "registered" else app.task(base=ByItself, shared=False)(insert)
+    task.apply(("x",)).get()
     assert await empty_tables.names() == ["x"]
 
 
