@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from functools import cached_property, partial
-from threading import Lock
 from typing import Any, Final, TypeVar
-from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
+from weakref import WeakSet
 
 import sqlalchemy
-from anyio import from_thread
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 
-from fastapi_chatdify_db.closing import cut_off, within_one_limit
+from fastapi_chatdify_db.closing import within_one_limit
 from fastapi_chatdify_db.connecting import translate_connect_errors
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
-from fastapi_chatdify_db.forks import in_forked_child
+from fastapi_chatdify_db.forks import forget_connections, in_forked_child
 from fastapi_chatdify_db.liveness import ping_when_idle
+from fastapi_chatdify_db.per_loop_engine import PerLoopAsyncEngine
 from fastapi_chatdify_db.refused_commits import note_failures
 from fastapi_chatdify_db.session_end import FollowedSession
 from fastapi_chatdify_db.settings import DatabaseSettings
@@ -35,102 +31,6 @@ from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeout
 T = TypeVar("T")
 
 _all: Final[WeakSet[Engines]] = WeakSet()
-# Pools inherited by a fork, kept for good: garbage collection would close the parent's connections.
-_inherited: Final[list[object]] = []
-
-
-class PerLoopAsyncEngine(AsyncEngine):
-    """An ``AsyncEngine`` with a pool for each event loop that uses it.
-
-    asyncpg's connections belong to the loop that opened them. One loop is the rule; a second one (another
-    ``asyncio.run``, a test's loop, a thread with a loop of its own) gets connections of its own here instead of
-    "attached to a different loop". ``sync_engine``, which everything in ``AsyncEngine`` goes through, is the running
-    loop's.
-
-    Where no loop runs, and none waits for the thread, it is the model: listeners added to it serve the loops to come.
-    The first loop gets the model itself, and so shares a pool with engines that were derived from it before
-    (``execution_options``).
-    """
-
-    def __init__(self, model: AsyncEngine) -> None:
-        self._model = model.sync_engine
-        self._owner: ReferenceType[AbstractEventLoop] | None = None
-        """The loop that has the model itself."""
-        self._lock = Lock()
-        self._by_loop: WeakKeyDictionary[AbstractEventLoop, Engine] = WeakKeyDictionary()
-
-    @property
-    def sync_engine(self) -> Engine:  # type: ignore[override]  # SQLAlchemy has an attribute here
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return self._of_thread()
-        engine = self._by_loop.get(loop)
-        return self._claim(loop) if engine is None else engine
-
-    @property
-    def _proxied(self) -> Engine:  # what AsyncEngine's pool, url, dialect ... are read from
-        return self.sync_engine
-
-    def forget_connections(self) -> None:
-        """Drop every connection without closing it: they are another process's."""
-        for engine in {self._model, *self._by_loop.values()}:
-            _forget_connections(engine)
-        self._by_loop.clear()
-        self._owner = None
-        self._lock = Lock()
-
-    def _of_thread(self) -> Engine:
-        """For ``def`` dependencies that return ``db.session``: the engine of the loop that waits for this thread."""
-        try:
-            return from_thread.run_sync(lambda: self.sync_engine)
-        except RuntimeError:  # no loop waits for it
-            return self._model
-
-    def _claim(self, loop: AbstractEventLoop) -> Engine:
-        with self._lock:
-            for other in [other for other in self._by_loop if other.is_closed()]:
-                del self._by_loop[other]
-                cut_off(other)
-            owner = None if self._owner is None else self._owner()
-            if owner is not None and not owner.is_closed():
-                engine: Engine = EngineBeside(self._model)
-            else:
-                engine = self._model
-                if self._owner is not None:
-                    engine.dispose(close=False)  # its pool's connections are the closed loop's
-                self._owner = ref(loop)
-            self._by_loop[loop] = engine
-            return engine
-
-
-class EngineBeside(OptionEngine):
-    """An engine's dialect, options and listeners on a pool of its own.
-
-    Parameters:
-        model: The engine.
-    """
-
-    pool: Pool = None  # type: ignore[assignment]  # an attribute in place of OptionEngine's property
-
-    def __init__(self, model: Engine) -> None:
-        self.pool = model.pool.recreate()
-        super().__init__(model, {})
-
-
-def connect_beside(engine: Engine, on_connect: Callable[[Any, ConnectionPoolEntry], None] | None = None) -> Connection:
-    """A connection in AUTOCOMMIT that the engine's pool neither counts nor ever gets.
-
-    Parameters:
-        engine: The engine.
-        on_connect: Told of the driver's connection before anything is asked on it.
-    """
-    beside = EngineBeside(engine)
-    if on_connect is not None:
-        event.listen(beside.pool, "connect", on_connect, insert=True)
-    connection = beside.connect().execution_options(isolation_level="AUTOCOMMIT")
-    connection.detach()  # from the pool: when it is given back, it is closed
-    return connection
 
 
 class Engines:
@@ -208,7 +108,7 @@ class Engines:
         if "async_engine" in self.__dict__:
             self.async_engine.forget_connections()
         if "sync_engine" in self.__dict__:
-            _forget_connections(self.sync_engine)
+            forget_connections(self.sync_engine)
 
     def _keep_first(self, name: str, made: T) -> T:
         """Threads that make an engine at the same time all get the first one; the others have never connected."""
@@ -265,11 +165,6 @@ def _begin_explicitly(connection: Connection) -> None:
 def _set_locally(parameters: dict[str, int], connection: Connection) -> None:
     for name, value in parameters.items():
         connection.exec_driver_sql(f"SET LOCAL {name} = {value}")
-
-
-def _forget_connections(engine: Engine) -> None:
-    _inherited.append(engine.pool)
-    engine.dispose(close=False)
 
 
 @in_forked_child

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_ext.durable import statements
 from fastapi_chatdify_db.database import Database
-from fastapi_chatdify_db.engines import connect_beside
+from fastapi_chatdify_db.engine_beside import connect_beside
 from fastapi_chatdify_db.forks import in_forked_child
 
 _lock = Lock()

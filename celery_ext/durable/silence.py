@@ -12,7 +12,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from fastapi_chatdify_db.engines import connect_beside
+from fastapi_chatdify_db.engine_beside import connect_beside
 
 logger: Final = logging.getLogger(__name__)
 
