@@ -49,7 +49,10 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
 
 def driver_errors(dialect: Dialect) -> tuple[type[Exception], ...]:
     """The error classes that a statement or a connect may raise for want of a living connection, among other causes."""
-    return (dialect.loaded_dbapi.Error, OSError, *_internal_error(dialect))
+    asyncpg = _asyncpg(dialect)
+    # SQLAlchemy 2.0 passes on as it is what asyncpg raises itself, such as for a root certificate that is missing.
+    own = () if asyncpg is None else (asyncpg.InterfaceError, asyncpg.InternalClientError)
+    return (dialect.loaded_dbapi.Error, OSError, *own)
 
 
 def wants_another_connection(context: ExecutionContext, error: Exception) -> bool:
@@ -112,8 +115,13 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
 
 
 def _internal_error(dialect: Dialect) -> tuple[type[Exception], ...]:
-    asyncpg = getattr(dialect.loaded_dbapi, "asyncpg", None)
+    asyncpg = _asyncpg(dialect)
     return () if asyncpg is None else (asyncpg.InternalClientError,)
+
+
+def _asyncpg(dialect: Dialect) -> Any:
+    """The driver's module; None of another driver."""
+    return getattr(dialect.loaded_dbapi, "asyncpg", None)
 
 
 def _has_something_to_read(psycopg2_connection: Any) -> bool:
