@@ -6,6 +6,7 @@ from celery_ext.binding import init_app
 from celery_ext.errors import (
     ArgumentsNotSerializable,
     AsyncTaskNotSupported,
+    BodyBypassed,
     CoroutineReturned,
     DispatchFailed,
     DurableDispatchUnsupported,
@@ -19,6 +20,7 @@ from celery_ext.task import Task
 __all__ = [
     "ArgumentsNotSerializable",
     "AsyncTaskNotSupported",
+    "BodyBypassed",
     "CoroutineReturned",
     "DispatchFailed",
     "DurableDispatchUnsupported",

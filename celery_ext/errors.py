@@ -21,6 +21,10 @@ class CoroutineReturned(ChatdifyDBError, TypeError):
     """A task is an ``async def`` behind a decorator that is not: its body would never run."""
 
 
+class BodyBypassed(ChatdifyDBError):
+    """A task's own ``__call__`` called its body past ``Task.run``: logged, and a durable task fails for it."""
+
+
 class NotInitialized(ChatdifyDBError):
     """``init_app`` was not called for a Celery application."""
 

@@ -10,7 +10,7 @@ import celery
 
 from celery_ext import context
 from celery_ext.durable.delivery import Delivery
-from celery_ext.errors import DurableDispatchUnsupported
+from celery_ext.errors import BodyBypassed, DurableDispatchUnsupported
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, innermost_unit
 
@@ -95,8 +95,9 @@ class Execution:
         """
         _current.set(self._outer)
         try:
+            error = error or self._find_bypass()
             if self._unit is not None:
-                self._end_unit(self._unit, error)
+                self._end_unit(self._unit)
             if self.delivery is not None and error is not None and not self._begun:
                 self.delivery.ended_early(error)
         except Exception:
@@ -113,15 +114,20 @@ class Execution:
         unit.open()
         self._unit = unit
 
-    def _end_unit(self, unit: UnitOfWork, error: Exception | None) -> None:
+    def _find_bypass(self) -> BodyBypassed | None:
+        """The error of a task that succeeded while its body did not run in the unit, and that lost something by it."""
+        unused = self._unit is None or self._unit.untouched
+        if self._begun or (unused and self.delivery is None):
+            return None
+        bypassed = BodyBypassed(
+            f"task {self.task.name}[{self._task_id}] was rolled back: its body did not run through Task.run, where the "
+            "commit is; let its own __call__ call self.run() or super().__call__()"
+        )
+        logger.error("%s", bypassed)
+        return bypassed
+
+    def _end_unit(self, unit: UnitOfWork) -> None:
         try:
-            if not self._begun and not unit.untouched and error is None:  # else its before_start had one
-                logger.error(
-                    "task %s[%s] was rolled back: its body did not run through Task.run, where the commit is; "
-                    "let its own __call__ call self.run() or super().__call__()",
-                    self.task.name,
-                    self._task_id,
-                )
             unit.finish(commit=self._begun)
         finally:
             unit.close()

@@ -127,7 +127,7 @@ class Delivery:
         return Dropped()
 
     def ended_early(self, error: Exception) -> None:
-        """Record how the task ended before its body began, in the task class's ``before_start``."""
+        """Record how a task ended whose body did not begin: in its ``before_start``, or past ``Task.run``."""
         if is_transient(error) or _is_redelivered(error):
             return
         with self._task.database.sync_transaction() as session:

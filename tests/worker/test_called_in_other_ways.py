@@ -15,7 +15,7 @@ from celery_ext import StatementFailed
 from fastapi_chatdify_db import db
 from tests.models import Item
 from tests.observing import Observer
-from tests.worker.running import Worker, task
+from tests.worker.running import Worker, deliver, task
 
 either_kind = pytest.mark.parametrize("name", ["in_context", "in_context_async"])
 
@@ -67,6 +67,29 @@ async def test_proxy_of_a_task(unheard: Celery[celery_ext.Task], rows: Observer)
     proxied: Any = Proxy(lambda: task(unheard, "in_context"))
     assert trace_task(proxied, "id", ("x",), {}, {}, app=unheard).retval == "x"
     assert await rows.names() == ["x"]
+
+
+async def test_durable_body_that_is_called_past_run(
+    unheard: Celery[celery_ext.Task], rows: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its row ends all the same, or what the body does by itself would be done again and again."""
+
+    class Bypass(celery_ext.Task):
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            return self.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
+
+    @unheard.task(base=Bypass, shared=False)
+    def by_itself() -> None:
+        with db.sync_transaction() as session:
+            session.add(Item("x"))
+
+    async with db.transaction():
+        task_id = by_itself.delay_durably()
+    deliver(by_itself, task_id)
+    row = await rows.connection.fetchrow("SELECT status, error FROM durable_task WHERE id = $1", task_id)
+    assert row["status"] == "failed"
+    assert row["error"].startswith("BodyBypassed: ")
+    assert "super().__call__()" in caplog.text
 
 
 async def test_body_that_is_called_past_run(empty_tables: Observer, caplog: pytest.LogCaptureFixture) -> None:
