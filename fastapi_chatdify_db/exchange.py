@@ -129,7 +129,6 @@ class HTTPExchange(AsyncUnitOfWork):
             for session in self._sessions:
                 session.forget_block()
         self._failure = None
-        self._keeps = True
         self.rollback_only = False
         self._started, self._complete = True, not is_start
         await self._send(message)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from fastapi import BackgroundTasks, FastAPI
 from fastapi.responses import StreamingResponse
 from sqlalchemy import select
+from starlette.background import BackgroundTask
 
 from fastapi_chatdify_db import db
 from tests.models import Item
@@ -96,3 +97,22 @@ async def test_callback_of_a_background_task_that_does_nothing_else(app: FastAPI
     async with serve(app) as client:
         assert (await client.get("/")).status_code == 200
     assert ran == ["callback"]
+
+
+async def test_stream_marked_for_rollback_that_wrote_nothing(app: FastAPI, observer: Observer) -> None:
+    """The background task after it has a transaction of its own, which commits."""
+
+    def add() -> None:
+        db.sync_session.add(Item("a"))
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"first"
+            db.rollback_only()
+
+        return StreamingResponse(body(), background=BackgroundTask(add))
+
+    async with serve(app) as client:
+        await client.get("/")
+    assert await observer.names() == ["a"]

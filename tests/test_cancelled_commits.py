@@ -160,3 +160,22 @@ async def test_commit_of_a_def_dependency(app: FastAPI, observer: Observer, slow
     await cancel_during_commit(observer, work())
     assert await observer.names() == ["committed", "request"]
     assert ran == ["callback"]
+
+
+async def test_cancelled_commit_that_fails(observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever was cancelled hears of the cancellation; the log has the error."""
+
+    async def work() -> None:
+        async with db.transaction() as session:
+            session.add(Item("taken"))
+
+    async with observer.connection.transaction():
+        await observer.connection.execute("INSERT INTO item (name) VALUES ('taken')")
+        working = asyncio.create_task(work())
+        await observer.until_somebody_waits_for_a_lock()
+        working.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert "the end of a cancelled unit of work failed" in caplog.text
+    assert "IntegrityError" in caplog.text

@@ -7,13 +7,15 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from typing import Annotated
 
 import pytest
+from anyio import to_thread
 from fastapi import Depends, FastAPI, HTTPException
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from fastapi_chatdify_db import OutsideUnitOfWork, db
@@ -289,3 +291,15 @@ async def test_threads_that_register_their_first_one_at_once(observer: Observer)
             assert len(ran) == 8
     finally:
         sys.setswitchinterval(interval)
+
+
+async def test_callback_on_the_event_loop_beside_a_sync_session(observer: Observer) -> None:
+    """It belongs to the async one, and so to its savepoint."""
+    ran: list[str] = []
+    async with db.transaction() as session:
+        await to_thread.run_sync(lambda: db.sync_session.scalar(select(Item)))
+        with suppress(ZeroDivisionError):
+            async with session.begin_nested():
+                db.on_commit(lambda: ran.append("lost"))
+                raise ZeroDivisionError
+    assert ran == []

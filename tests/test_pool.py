@@ -13,13 +13,13 @@ import pytest
 from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import event, make_url, text
+from sqlalchemy import event, make_url, text, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, DBSessionMiddleware, db
-from tests.models import Item
+from tests.models import Counter, Item
 from tests.observing import Observer
 from tests.serving import free_socket, serve
 
@@ -271,3 +271,23 @@ async def test_pools_are_quiet(tables: None, caplog: pytest.LogCaptureFixture) -
     db.sync_engine.connect().close()
     db.engines.dispose_sync()
     assert caplog.messages == []
+
+
+async def test_threads_that_wait_for_a_row(counter: Observer) -> None:
+    """However many they are, they do not keep who has locked it from its COMMIT, which is in a thread too."""
+
+    def increment() -> None:
+        with db.sync_transaction():
+            db.sync_session.execute(update(Counter).values(value=Counter.value + 1))
+
+    limiter = to_thread.current_default_thread_limiter()
+    limiter.total_tokens = 1
+    last_resort = asyncio.get_running_loop().call_later(10, setattr, limiter, "total_tokens", 2)
+    async with db.transaction():
+        await to_thread.run_sync(lambda: db.sync_session.execute(update(Counter).values(value=Counter.value + 1)))
+        waiting = asyncio.create_task(to_thread.run_sync(increment))
+        await counter.until_somebody_waits_for_a_lock()
+    await waiting
+    last_resort.cancel()
+    assert limiter.total_tokens == 1
+    assert await counter.connection.fetchval("SELECT value FROM counter") == 2

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from threading import Event
 
 import anyio
 import httpx
 import pytest
-from fastapi import BackgroundTasks, FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi import BackgroundTasks, FastAPI
+from fastapi.responses import StreamingResponse
 from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
-from starlette.background import BackgroundTask
-from starlette.types import Message, Send
+from starlette.concurrency import iterate_in_threadpool
+from starlette.types import Message
 
-from fastapi_chatdify_db import DBSessionMiddleware, db
+from fastapi_chatdify_db import db
+from tests.asking_directly import request
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -182,7 +181,13 @@ async def body_begun_in_another_block() -> AsyncIterator[bytes]:
         yield chunk
 
 
-@pytest.mark.parametrize("body", [body, body_begun_in_another_block, def_body])
+async def def_body_in_a_block() -> AsyncIterator[bytes]:
+    async with db.transaction():
+        async for chunk in iterate_in_threadpool(def_body()):
+            yield chunk
+
+
+@pytest.mark.parametrize("body", [body, body_begun_in_another_block, def_body, def_body_in_a_block])
 @pytest.mark.parametrize("version", ["2.3", "2.4"])
 async def test_stream_whose_time_is_up_holds_nothing(
     observer: Observer,
@@ -230,62 +235,3 @@ async def test_body_of_a_slow_client_holds_no_connection(app: FastAPI, observer:
         assert response.status_code == 200
         assert db.async_engine.pool.status().startswith("Pool size: 10  Connections in pool: 1")
         assert await observer.in_transaction() == 0
-
-
-async def ask_directly(app: FastAPI, sent: list[str], **scope: object) -> None:
-    """GET / without a server, for a client that stays; ``sent`` gets the kinds of the messages that a server would."""
-
-    async def send(message: Message) -> None:
-        sent.append(message["type"])
-
-    async with asyncio.timeout(30):
-        await request(app, send, **scope)
-
-
-async def request(app: FastAPI, send: Send, **scope: object) -> None:
-    """GET / without a server, for a client that stays."""
-
-    async def receive() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    get = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
-    await DBSessionMiddleware(app)(get | scope, receive, send)
-
-
-async def test_response_is_started_once(observer: Observer) -> None:
-    """A commit that fails at a stream's end is raised to the server, not answered."""
-    app = FastAPI()
-
-    @app.exception_handler(IntegrityError)
-    async def conflict(request: Request, error: IntegrityError) -> JSONResponse:
-        return JSONResponse("taken", status_code=409)
-
-    @app.get("/")
-    async def stream() -> StreamingResponse:
-        async def body() -> AsyncIterator[bytes]:
-            db.session.add_all([Item("same"), Item("same")])
-            yield b"first"
-
-        return StreamingResponse(body())
-
-    sent: list[str] = []
-    with pytest.raises(IntegrityError):
-        await ask_directly(app, sent)
-    assert sent == ["http.response.start", "http.response.body"]
-
-
-async def test_background_task_after_a_file_that_the_server_sends(observer: Observer, tmp_path: Path) -> None:
-    """Where the server takes a path in place of the body, that ends the response too."""
-    file = tmp_path / "file"
-    file.write_text("content")
-    app = FastAPI()
-
-    @app.get("/")
-    async def handler() -> FileResponse:
-        return FileResponse(file, background=BackgroundTask(lambda: db.sync_session.add(Item("background"))))
-
-    sent: list[str] = []
-    await ask_directly(app, sent, extensions={"http.response.pathsend": {}})
-    assert sent == ["http.response.start", "http.response.pathsend"]
-    assert await observer.names() == ["background"]

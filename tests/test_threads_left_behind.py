@@ -14,12 +14,12 @@ from sqlalchemy import Connection, event, insert, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware, OutsideUnitOfWork, db
 from tests.models import Item
-from tests.observing import Observer
+from tests.observing import PATIENCE, Observer
 from tests.serving import serve
 
 
@@ -183,3 +183,40 @@ async def test_session_goes_on_after_a_thread_that_nobody_waited_for(app: FastAP
     async with serve(app) as client:
         assert (await client.post("/")).status_code == 504
     assert await observer.names() == ["noted"]
+
+
+async def test_thread_of_a_stream_left_by_its_client(app: FastAPI, observer: Observer) -> None:
+    """It goes on when its block has been rolled back, and begins no transaction that nobody would end."""
+    go_on = Event()
+    bodies: list[Iterator[bytes]] = []
+    steps: list[asyncio.Future[bytes]] = []
+
+    def body() -> Iterator[bytes]:
+        with db.sync_transaction() as session:
+            session.add(Item("lost"))
+            session.flush()
+            yield b"first"
+            go_on.wait(PATIENCE)
+            session.execute(insert(Item).values(name="later"))
+            yield b"last"
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        left = body()
+        bodies.append(left)  # or it would end with the response
+
+        async def chunks() -> AsyncIterator[bytes]:
+            while True:
+                steps.append(asyncio.ensure_future(asyncio.to_thread(next, left)))
+                yield await asyncio.shield(steps[-1])
+
+        return StreamingResponse(chunks())
+
+    async with serve(app) as client:
+        async with client.stream("GET", "/") as response:
+            assert await anext(response.aiter_raw()) == b"first"
+        await observer.until_no_transactions()
+        go_on.set()
+        with pytest.raises(OutsideUnitOfWork):
+            await steps[-1]
+    assert await observer.names() == []

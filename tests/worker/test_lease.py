@@ -16,6 +16,7 @@ from celery_ext.durable import lease
 from celery_ext.durable.delivery import Delivery
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import Database, DatabaseSettings, db
+from tests.forking import in_a_new_process
 from tests.models import Item
 from tests.observing import Observer
 from tests.worker.running import brokers, deliver, task, worker
@@ -183,3 +184,66 @@ async def test_lease_beside_a_pool_of_one(rows: Observer) -> None:
         for task_id, status in ends.items():
             await rows.until_status(task_id, status)
     assert "will be run again" not in running.log
+
+
+async def test_end_of_a_task_whose_lease_died(rows: Observer) -> None:
+    """There is nothing to give up any more, and the next task takes its own."""
+    database = Database("leasing")
+    assert lease.hold(database, "a")
+    await rows.terminate_others()
+    with pytest.raises(DBAPIError):
+        lease.hold(database, "b")
+    lease.free(database, "a")
+    assert lease.hold(database, "a")
+    lease.free(database, "a")
+
+
+async def test_cancellation_while_the_lease_is_taken(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """It is heard when the lease is there to be given up; taken later, it would outlive the task."""
+    delivery = Delivery(task(unheard, "record"), "a", Context())
+    loop, waits = asyncio.get_running_loop(), asyncio.Event()
+
+    async def commits() -> None:
+        async with db.transaction() as session:
+            event.listen(session.sync_session, "before_commit", lambda _: loop.call_soon(waits.set))
+            event.listen(session.sync_session, "before_commit", delivery._keep_lease)
+            await session.execute(text("SELECT 1"))
+            await session.commit()
+
+    lease._lock.acquire()
+    committing = asyncio.create_task(commits())
+    await waits.wait()
+    committing.cancel()
+    ended, _ = await asyncio.wait([committing], timeout=0.1)
+    lease._lock.release()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    delivery.close()
+    assert not ended
+    assert await rows.connection.fetchval(IS_FREE)
+
+
+def test_fork_during_a_lease(database_url: str) -> None:
+    """A forked child frees nothing of its parent's, wherever it leaves its task, and waits for nobody."""
+    in_a_new_process(
+        """
+import signal
+from celery_ext.durable import lease
+from fastapi_chatdify_db import Database
+from tests.forking import fork_and_wait
+
+def child():
+    signal.alarm(10)
+    lease.free(database, "a")
+    assert not lease.hold(database, "a")
+
+database = Database()
+assert lease.hold(database, "a")
+with lease._lock:
+    assert fork_and_wait(child) == 0
+lease.free(database, "a")
+assert lease.hold(database, "a")
+lease.free(database, "a")
+""",
+        DATABASE_URL=database_url,
+    )

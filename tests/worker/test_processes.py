@@ -197,13 +197,15 @@ def test_coroutine_that_leaves(leave: str) -> None:
     """What would end the loop, and every later task with it, ends the one that waits."""
     in_a_new_process(
         f"""
-import asyncio, signal
+import asyncio, logging, signal
 from celery_ext import event_loop
 
 async def leaves(): raise {leave}
 async def loop(): return asyncio.get_running_loop()
 
 signal.alarm(10)
+logged = []
+logging.getLogger("asyncio").addFilter(logged.append)
 before = event_loop.run(loop())
 try:
     event_loop.run(leaves())
@@ -211,6 +213,7 @@ except {leave}:
     assert event_loop.run(loop()) is before
 else:
     raise AssertionError
+assert not logged
 """
     )
 
@@ -255,3 +258,33 @@ app.finalize()
 assert not {"fastapi", "starlette"} & set(sys.modules), sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_soft_limit_during_a_commit_that_fails(database_url: str) -> None:
+    """The task has failed: what passes meanwhile makes no success of it."""
+    in_a_new_process(
+        """
+import os, signal
+from billiard.pool import SIG_SOFT_TIMEOUT, soft_timeout_sighandler
+from celery import Celery
+from sqlalchemy import event, text
+import celery_ext
+from fastapi_chatdify_db import Database
+
+def refuse(*_):
+    os.kill(os.getpid(), SIG_SOFT_TIMEOUT)
+    raise ValueError("refused")
+
+signal.signal(SIG_SOFT_TIMEOUT, soft_timeout_sighandler)
+app, db = Celery(set_as_current=False), Database()
+celery_ext.init_app(app, db=db)
+
+@app.task
+def fails():
+    db.sync_session.execute(text("SELECT 1"))
+    event.listen(db.sync_session, "before_commit", refuse)
+
+assert fails.apply().state == "FAILURE"
+""",
+        DATABASE_URL=database_url,
+    )

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from sqlalchemy import event
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
 
 import celery_ext
 from celery_ext.durable import relay
+from celery_ext.durable.silence import Silence
 from fastapi_chatdify_db import Database, DatabaseSettings, closing, db
 from tests.forwarding import Forwarder
 from tests.observing import PATIENCE, Observer
@@ -131,3 +133,26 @@ async def test_statement_that_is_only_slow(
     async with rows.connection.transaction(), application.lifespan(None):
         await rows.connection.execute("LOCK TABLE durable_task")
         await until_logged(caplog, "QueryCanceled")
+
+
+async def test_time_that_is_no_silence(rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """Between its statements, and after the last one, it is not the database that is waited for, nor is it cut off."""
+    silence = Silence()
+    with silence.connection(db.sync_engine) as connection:
+        assert silence.seconds == 0
+        connection.execute(text("SELECT 1"))
+        assert silence.seconds == 0
+    with pytest.raises(DBAPIError), silence.connection(db.sync_engine) as connection:
+        connection.execute(text("SELECT 1 / 0"))
+    assert silence.seconds == 0
+    silence.end()
+    assert caplog.text == ""
+
+
+async def test_connection_that_is_gone_is_cut(rows: Observer) -> None:
+    """It is cut again and again until whoever waits notices, and may have ended by itself meanwhile."""
+    silence, database = Silence(), Database(settings=DatabaseSettings(db_application_name="cut"))
+    with silence.connection(database.sync_engine):
+        silence.end()
+        await rows.until_connections("cut", 0)
+        silence.end()
