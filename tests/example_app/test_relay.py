@@ -1,0 +1,53 @@
+"""The relay's command line finds what the application has configured, wherever it is set."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from example_app.settings import Settings
+from tests.observing import PATIENCE
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+async def directory(tables: None, database_url: str, tmp_path: Path) -> Path:
+    """A directory whose ``.env`` says where the database with the durable tasks is."""
+    (tmp_path / ".env").write_text(f"DATABASE_URL={database_url}\nCELERY_BROKER_URL=memory://\n")
+    return tmp_path
+
+
+async def start(directory: Path, command: str) -> asyncio.subprocess.Process:
+    """Start a command in that directory, with no setting in its environment."""
+    names = {str(field.validation_alias or name).upper() for name, field in Settings.model_fields.items()}
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "celery_ext.relay", "-A", "example_app.worker", command),
+        cwd=directory,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def test_run(directory: Path) -> None:
+    """It starts, and ends when it is told to."""
+    process = await start(directory, "run")
+    assert process.stderr is not None
+    async with asyncio.timeout(PATIENCE):
+        assert await process.stderr.readline() == b"relay ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
+async def test_status(directory: Path) -> None:
+    """It counts the rows of the application's database."""
+    process = await start(directory, "status")
+    output, errors = await process.communicate()
+    assert output.split()[:2] == [b"pending", b"0"], errors
