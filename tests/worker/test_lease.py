@@ -17,8 +17,9 @@ from celery_ext.durable.delivery import Delivery
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.forking import in_a_new_process
+from tests.forwarding import Forwarder
 from tests.models import Item
-from tests.observing import Observer
+from tests.observing import PATIENCE, Observer
 from tests.worker.running import brokers, deliver, task, worker
 
 LOCK = "hashtextextended('a', 21)"
@@ -48,6 +49,27 @@ async def test_lease_whose_connection_died(rows: Observer) -> None:
     assert not await rows.connection.fetchval(IS_FREE)
     lease.free(database, "a")
     assert await rows.connection.fetchval(IS_FREE)
+
+
+async def test_lease_of_a_silent_database(
+    rows: Observer, database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for it without end, and the tasks that begin later have a connection of their own."""
+    monkeypatch.setattr(lease, "_LIMIT", 0.5)
+    forwarder = Forwarder(database_url)
+    database = Database("leasing", settings=DatabaseSettings(database_url=forwarder.url))
+    async with asyncio.timeout(PATIENCE), forwarder.opened():
+        assert await asyncio.to_thread(lease.hold, database, "a")
+        assert await asyncio.to_thread(lease.hold, database, "b")
+        forwarder.fall_silent()
+        with pytest.raises(DBAPIError):
+            await asyncio.to_thread(lease.hold, database, "c")
+        await asyncio.to_thread(lease.free, database, "a")
+        forwarder.speak_again()
+        assert await asyncio.to_thread(lease.hold, database, "d")
+        forwarder.fall_silent()
+        await asyncio.to_thread(lease.free, database, "d")
+    assert caplog.text.count("its connection is cut") == 2
 
 
 async def test_lease_outlives_a_limit_for_idle_sessions(rows: Observer, database_url: str) -> None:
