@@ -101,7 +101,7 @@ async def hand_over(message: Message) -> MessageState:
     try:
         with suppress(Rejected):  # if the key may not read, go on as if no human had the conversation
             # Later than in the first attempt, it may be open because of that one.
-            if message.attempts == 1 and await _belongs_to_human(message):
+            if await _belongs_to_human(message, unless_open=message.attempts > 1):
                 return MessageState.HANDED_OVER
         await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
         if message.conversation_status == "pending" and settings.bot_error_message_internal:
@@ -115,11 +115,13 @@ async def hand_over(message: Message) -> MessageState:
     return MessageState.HANDED_OVER
 
 
-async def _belongs_to_human(message: Message) -> bool:
+async def _belongs_to_human(message: Message, *, unless_open: bool = False) -> bool:
     """Whether the conversation has a status that the bot leaves alone, unless Dify's workflow has set it."""
     chatwoot = await get_chatwoot()
     conversation = await chatwoot.conversation(message.dialogue.chatwoot_conversation_id)
     if conversation.status in get_settings().allowed_conversation_statuses:
+        return False
+    if unless_open and conversation.status == "open":
         return False
     # Read anew: the workflow of the next message may have set it in the middle of this attempt.
     noted = await db.session.scalar(select(Message.workflow_status).where(Message.id == message.id))

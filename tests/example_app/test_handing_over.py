@@ -8,7 +8,7 @@ from celery.exceptions import Retry
 
 from example_app.clients.chatwoot import Chatwoot, Conversation, PerhapsRefused
 from example_app.clients.dify import Answer, Dify, Question
-from example_app.clients.http import Rejected
+from example_app.clients.http import TRIES, Rejected
 from example_app.fakes.faults import Fault
 from example_app.tasks import handle_dify_error
 from fastapi_chatdify_db import db
@@ -111,6 +111,16 @@ async def test_hand_over_that_goes_on(outside: Outside, configure: Configure) ->
     assert (conversation.status, conversation.messages) == ("open", [])
     assert await run(hand_over, message) == "handed_over"
     assert (len(conversation.notes()), len(conversation.answers())) == (1, 1)
+
+
+async def test_hand_over_whose_first_attempt_could_not_look(outside: Outside) -> None:
+    """What an agent closes in the meantime stays closed, and the customer is told nothing."""
+    [message] = await receive(outside, "Hello")
+    outside.chatwoot.faults.add(Fault("GET", "/conversations/7", 500, times=TRIES))
+    assert await run(hand_over, message) == "again"
+    outside.chatwoot.conversation(7).status = "resolved"
+    assert await run(hand_over, message) == "handed_over"
+    assert (outside.chatwoot.conversation(7).status, outside.chatwoot.conversation(7).messages) == ("resolved", [])
 
 
 async def test_hand_over_without_words(outside: Outside, configure: Configure) -> None:
