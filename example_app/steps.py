@@ -142,7 +142,8 @@ async def _is_posted(message: Message, what: str) -> bool:
     if message.attempts == 1:
         return False
     chatwoot = await get_chatwoot()
-    return await chatwoot.has_message(message.dialogue.chatwoot_conversation_id, _marker(message, what))
+    conversation, after = message.dialogue.chatwoot_conversation_id, message.chatwoot_message_id
+    return await chatwoot.has_message(conversation, _marker(message, what), after)
 
 
 def _marker(message: Message, what: str) -> str:

@@ -11,6 +11,8 @@ from example_app.settings import Settings
 
 MARKER: Final = "chatdify"
 """The key in ``content_attributes`` by which a message of ours is recognized."""
+_PAGE: Final = 100
+"""How many messages Chatwoot lists at once: ``messages_after`` in its ``app/finders/message_finder.rb``."""
 _WINDOW: Final = 60.0
 """Seconds that a 429 holds at most: ``throttle('req/ip', ..., period: 1.minute)`` in Chatwoot's
 ``config/initializers/rack_attack.rb``. Unless it is configured to, Rack::Attack sends no ``Retry-After``."""
@@ -100,12 +102,24 @@ class Chatwoot(OutsideAPI):
             },
         )
 
-    async def has_message(self, conversation_id: int | str, marker: str) -> bool:
-        """Whether a message with this marker is among the latest of the conversation."""
+    async def has_message(self, conversation_id: int | str, marker: str, after: int) -> bool:
+        """Whether a message with this marker is in the conversation.
+
+        Parameters:
+            conversation_id: The conversation.
+            marker: The message's.
+            after: The id of a message that came before it.
+        """
         path = f"/conversations/{conversation_id}/messages"
-        # An agent bot's own token may post, and read nothing, or since 4.15 the conversation without its messages.
-        messages = self.read(_Messages, await self.call("GET", path, headers=self._as_admin)).payload
-        return any((message.content_attributes or {}).get(MARKER) == marker for message in messages)
+        while True:
+            # An agent bot's own token may post, and read nothing, or since 4.15 the conversation without its messages.
+            answer = await self.call("GET", path, params={"after": after}, headers=self._as_admin)
+            messages = self.read(_Messages, answer).payload
+            if any((message.content_attributes or {}).get(MARKER) == marker for message in messages):
+                return True
+            if len(messages) < _PAGE:
+                return False
+            after = max(message.id for message in messages)
 
     async def conversations(self) -> list[Conversation]:
         """The first page of the account's conversations."""

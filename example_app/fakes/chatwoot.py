@@ -169,7 +169,9 @@ class FakeChatwoot:
         return JSONResponse(self._found(request).described())
 
     async def _messages(self, request: Request) -> Response:
-        return JSONResponse({"meta": {}, "payload": self._found(request).messages[-20:]})
+        after = int(request.query_params["after"])
+        messages = [message for message in self._found(request).messages if message["id"] > after]
+        return JSONResponse({"meta": {}, "payload": messages[:100]})
 
     async def _post(self, request: Request) -> Response:
         conversation = self._found(request)

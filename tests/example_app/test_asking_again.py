@@ -6,18 +6,15 @@ import asyncio
 import pickle
 import time
 
-import httpx
 import pytest
-from celery.exceptions import Retry
 from sqlalchemy.exc import ProgrammingError
 
 from celery_ext.durable.delivery import Dropped
 from example_app import steps
-from example_app.clients import get_chatwoot
 from example_app.clients.dify import Dify, StillAnswering
 from example_app.clients.http import Busy, OutsideError
 from example_app.fakes.faults import Fault
-from example_app.tasks import handle_dify_response, process_message_with_dify
+from example_app.tasks import process_message_with_dify
 from tests.example_app.conftest import Configure, Outside, rows, write
 from tests.example_app.stepping import ASK, ask, ask_in_vain, dispatched, receive, respond, run, until_answered
 
@@ -72,27 +69,6 @@ async def test_old_answer_is_none_to_a_new_question(outside: Outside) -> None:
     assert len(conversation.messages) == 2
 
 
-@pytest.mark.parametrize("header", ["9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
-async def test_nobody_waits_for_years(outside: Outside, header: str) -> None:
-    """Whoever asks to wait longer than an hour is not believed."""
-    outside.chatwoot.conversation(7)
-    outside.chatwoot.faults.add(Fault("GET", "", 429, retry_after=header))
-    chatwoot = await get_chatwoot()
-    with pytest.raises(Busy) as caught:
-        await chatwoot.conversation(7)
-    assert caught.value.retry_after == 3600
-
-
-@pytest.mark.parametrize("status", [502, 422])
-async def test_post_whose_answer_was_lost_is_not_repeated(outside: Outside, status: int) -> None:
-    """Chatwoot took the answer, and a proxy said 502, or itself 422: it is found there, not posted again."""
-    [message] = await receive(outside, "Hello")
-    await run(ask, message)
-    outside.chatwoot.faults.add(Fault("POST", "/messages", status, too_late=True))
-    assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
-    assert len(outside.chatwoot.conversation(7).answers()) == 1
-
-
 @pytest.mark.parametrize("step", ["ask", "respond"])
 async def test_what_a_proxy_may_have_passed_on_is_not_repeated(outside: Outside, step: str) -> None:
     """A 503 does not say that nothing was done: it is looked up first."""
@@ -107,37 +83,6 @@ async def test_what_a_proxy_may_have_passed_on_is_not_repeated(outside: Outside,
     [conversation] = outside.dify.conversations.values()
     assert len(conversation.messages) == 1
     assert len(outside.chatwoot.conversation(7).answers()) == (step == "respond")
-
-
-async def test_busy_chatwoot_is_left_alone_for_its_minute(
-    outside: Outside, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its 429 does not say for how long it holds; neither a task nor a caller of the API is to come back sooner."""
-    pauses = []
-
-    def retry(*, exc: Exception, countdown: float) -> Retry:
-        pauses.append(countdown)
-        return Retry(exc=exc)
-
-    [message] = await receive(outside, "Hello")
-    await run(ask, message)
-    monkeypatch.setattr(handle_dify_response, "retry", retry)
-    outside.chatwoot.faults.add(Fault("GET", "", 429, times=2))
-    with pytest.raises(Retry):
-        await run(respond, message)
-    response = await client.post("/api/v1/refresh-teams")
-    assert (pauses, response.status_code, response.headers["Retry-After"]) == ([60], 503, "60")
-    assert outside.chatwoot.faults.had == 2  # none was repeated within its call
-
-
-@pytest.mark.parametrize("status", [500, 422])
-async def test_post_that_chatwoot_refused_is_repeated(outside: Outside, status: int) -> None:
-    """Chatwoot said 500 or 422 and did nothing: the answer is posted in the second attempt."""
-    [message] = await receive(outside, "Hello")
-    await run(ask, message)
-    outside.chatwoot.faults.add(Fault("POST", "/messages", status))
-    assert [await run(respond, message), await run(respond, message)] == ["again", "posted"]
-    assert len(outside.chatwoot.conversation(7).answers()) == 1
 
 
 async def test_conversation_that_replaced_a_forgotten_one_is_found_again(outside: Outside) -> None:
