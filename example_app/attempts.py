@@ -77,7 +77,7 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
     except (SQLAlchemyError, Ignore):
         raise  # celery_ext decides whether it may pass, or has found that another worker has the message
     except Exception as error:
-        foreseen = isinstance(error, OutsideError)
+        foreseen = isinstance(error, (OutsideError, TimeoutError))
         logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=not foreseen)
         tries_left = message.attempts <= retries
         if _is_transient(error, tries_left=tries_left) and (tries_left or given_up is None):

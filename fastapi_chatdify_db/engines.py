@@ -129,7 +129,7 @@ class Engines:
         FirstStatements(engine, begin_lazily=settings.db_lazy_begin, replace_dead=settings.db_pool_pre_ping)
         note_failures(engine)
         if settings.db_pool_pre_ping:
-            ping_when_idle(engine, settings.db_ping_after)
+            ping_when_idle(engine, settings.db_ping_after, settings.db_pool_timeout)
         if settings.db_pgbouncer and (timeouts := session_timeouts(settings)):
             event.listen(engine, "begin", partial(_set_locally, timeouts))
 

@@ -18,15 +18,23 @@ from fastapi_chatdify_db.sqlstates import sqlstate
 _INTERNAL: Final = "XX000"  # internal_error: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PING_LIMIT: Final = 5.0
 """Seconds, as HikariCP's validationTimeout: https://github.com/brettwooldridge/HikariCP#infrequently-used."""
+_LEAST_PING_LIMIT: Final = 1.0
+"""Seconds; a server that is merely busy may take as long."""
 
 
-def ping_when_idle(engine: Engine, seconds: float) -> None:
+def ping_when_idle(engine: Engine, seconds: float, patience: float) -> None:
     """Test a connection at its checkout, in one round trip, when it was idle for longer than ``seconds``.
 
     Takes the place of ``pool_pre_ping``, which asks at every checkout, in three round trips with asyncpg. A connection
     that is known to have ended is noticed without asking.
+
+    Parameters:
+        engine: One of PostgreSQL, with asyncpg or psycopg2.
+        seconds: For how long a connection is trusted.
+        patience: Seconds that its user is ready to wait; with asyncpg, the test takes no longer, nor than five.
     """
     is_async = engine.dialect.is_async
+    limit = min(_PING_LIMIT, max(_LEAST_PING_LIMIT, patience))
 
     def test(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         idle = time.monotonic() - state_in(record).idle_since
@@ -38,7 +46,7 @@ def ping_when_idle(engine: Engine, seconds: float) -> None:
             suspicious = _has_something_to_read(dbapi_connection)
         if suspicious or idle > seconds:
             try:
-                _ping(engine, dbapi_connection)
+                _ping(engine, dbapi_connection, limit)
             except Exception as error:  # asyncpg's own kinds too, which the dialect translates only for its cursors
                 # The pool replaces this connection, and at their checkout all others that are as old.
                 raise InvalidatePoolError from error
@@ -134,10 +142,14 @@ def _has_something_to_read(psycopg2_connection: Any) -> bool:
     return bool(select.select([descriptor], [], [], 0)[0])
 
 
-def _ping(engine: Engine, dbapi_connection: Any) -> None:
-    if engine.dialect.is_async:
+def _ping(engine: Engine, dbapi_connection: Any, limit: float) -> None:
+    if not engine.dialect.is_async:
+        engine.dialect.do_ping(dbapi_connection)
+        return
+    try:
         # The dialect's own ping opens a transaction around its statement. This is the simple protocol, which
         # PgBouncer passes on as one piece.
-        dbapi_connection.run_async(lambda driver: driver.execute("SELECT 1", timeout=_PING_LIMIT))
-    else:
-        engine.dialect.do_ping(dbapi_connection)
+        dbapi_connection.run_async(lambda driver: driver.execute("SELECT 1", timeout=limit))
+    except TimeoutError:
+        dbapi_connection.driver_connection.terminate()  # or closing it, too, would be waited for
+        raise

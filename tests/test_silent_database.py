@@ -1,20 +1,44 @@
-"""A database that falls silent, behind something that goes on accepting bytes, keeps no process from ending."""
+"""A database that falls silent, behind something that goes on accepting bytes, holds up nobody without end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
-from fastapi_chatdify_db import Database, DatabaseSettings
+from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, liveness
 from tests.forwarding import Forwarder
 from tests.observing import PATIENCE
 
 CONNECTIONS: Final = 20  # more than may be waited for one after the other
+
+
+async def test_idle_connection_is_tested_no_longer_than_its_user_waits(
+    tables: None, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it is dropped, without waiting for the server to confirm that."""
+    monkeypatch.setattr(liveness, "_PING_LIMIT", 10 * PATIENCE)
+    forwarder = Forwarder(database_url)
+    settings = DatabaseSettings(database_url=forwarder.url, db_ping_after=0, db_pool_timeout=0.1)
+    database = Database(settings=settings)
+    was_closed: list[bool] = []
+
+    @event.listens_for(database.async_engine.sync_engine, "invalidate")
+    def note(connection: Any, *_: object) -> None:
+        was_closed.append(connection.driver_connection.is_closed())
+
+    async with asyncio.timeout(PATIENCE), forwarder.opened():
+        async with database.transaction() as session:
+            await session.execute(text("SELECT 1"))
+        forwarder.fall_silent()
+        with pytest.raises(DatabaseUnavailable):
+            async with database.transaction() as session:
+                await session.execute(text("SELECT 1"))
+    assert was_closed == [True]
 
 
 async def test_application_stops(tables: None, database_url: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -165,13 +165,16 @@ async def test_database_that_fails_within_a_step(outside: Outside, monkeypatch: 
     assert asked == []
 
 
-async def test_answer_that_takes_too_long_is_an_attempt(outside: Outside, configure: Configure) -> None:
-    """After CELERY_TASK_SOFT_TIME_LIMIT an attempt ends, and is followed by another."""
+async def test_answer_that_takes_too_long_is_an_attempt(
+    outside: Outside, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After CELERY_TASK_SOFT_TIME_LIMIT an attempt ends, which is a line in the log, and is followed by another."""
     configure(CELERY_TASK_SOFT_TIME_LIMIT="0.2", HTTPX_READ_TIMEOUT="60")
     [message] = await receive(outside, "Hello")
     outside.dify.answering.clear()
     with pytest.raises(TimeoutError):
         await run(ask, message)
+    assert [bool(record.exc_info) for record in caplog.records if record.name == "chatdify"] == [False]
     outside.dify.answering.set()
     await until_answered(outside)
     assert await run(ask, message) == "answered"
