@@ -43,7 +43,7 @@ def _application(
 
 def _database(context: typer.Context) -> Database:
     try:
-        _ = context.obj.conf.broker_url  # read now: what configures the application may also say where the database is
+        context.obj.loader.import_default_modules()  # one of them, or the configuration, may say where the database is
         database = database_of(context.obj)
         check_dialect(database)
     except ChatdifyDBError as error:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +170,25 @@ async def test_prune_keeps_what_is_young_or_failed(unheard: Celery[Any], rows: O
     )
     assert administration.prune(db, 7) == 2
     assert [status for status, _ in await rows.durable_tasks()] == ["failed", "pending", "done"]
+
+
+@pytest.mark.usefixtures("rows")
+def test_settings_in_a_module_of_tasks(tmp_path: Path, database_url: str) -> None:
+    """The application's modules are imported first, as in its worker: one may say where the database is."""
+    (tmp_path / "app.py").write_text(
+        """
+import celery, celery_ext
+app = celery.Celery("app", broker="memory://", include=["jobs"])
+celery_ext.init_app(app)
+"""
+    )
+    (tmp_path / "jobs.py").write_text(
+        f"""
+from fastapi_chatdify_db import DatabaseSettings, db
+db.settings = DatabaseSettings(database_url={database_url!r})
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/gone"}
+    command = [sys.executable, "-m", "celery_ext.relay", "-A", "app", "status"]
+    status = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert status.stdout.split()[:2] == ["pending", "0"], status.stderr
