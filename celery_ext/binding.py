@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import celery
 import psycopg2.extensions
 import psycopg2.extras
-from celery import Celery, signals
+from celery import Celery, _state, signals
 from celery.local import Proxy
 from celery.states import SUCCESS
 
@@ -29,24 +29,28 @@ from fastapi_chatdify_db.database import db as default_database
 _databases: Final[WeakKeyDictionary[Celery[Any], Database]] = WeakKeyDictionary()
 
 
-def init_app(app: Celery[Any], *, db: Database = default_database, relay: bool = False) -> None:
+def init_app(app: Celery[Any], *, db: Database | None = None, relay: bool = False) -> None:
     """Give every task of ``app`` a unit of work, whenever and however it is defined.
 
     Parameters:
         app: The Celery application, before its worker starts.
         db: The database whose savepoints decide about ``delay_on_commit``, and which keeps the durable tasks; a
-            task's unit serves every database.
+            task's unit serves every database. None is the one of an earlier call, else the default one.
         relay: Whether this process, a web application, sends durable tasks itself, within the database's lifespan.
 
     Raises:
         TypeError: ``app`` is something else, e.g. a web application.
     """
     if not isinstance(app, Celery):
+        name = (db or default_database).name
         raise TypeError(
-            f"celery_ext.init_app() takes the Celery application, not {app!r}. For the web: {db.name}.init_app(app)"
+            f"celery_ext.init_app() takes the Celery application, not {app!r}. For the web: {name}.init_app(app)"
         )
     app = _unproxied(app)
     is_new = app not in _databases
+    db = db or _databases.get(app, default_database)
+    if app.set_as_current and _state.default_app is None:
+        app.set_default()  # else shared tasks find, in the threads of a web server, an application of Celery's own
     _databases[app] = db
     if metadata not in db.metadatas:
         db.metadatas.append(metadata)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from celery import Celery
 from celery.app.utils import find_app
+from celery.exceptions import ImproperlyConfigured
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from celery_ext.binding import database_of
@@ -43,7 +44,12 @@ def _application(
 
 def _database(context: typer.Context) -> Database:
     try:
-        context.obj.loader.import_default_modules()  # one of them, or the configuration, may say where the database is
+        # As a worker does: what this runs may say where the database is.
+        context.obj.finalize()
+        context.obj.loader.import_default_modules()
+    except (ImportError, ImproperlyConfigured) as error:
+        raise _failure(f"the application cannot be loaded: {type(error).__name__}: {error}") from None
+    try:
         database = database_of(context.obj)
         check_dialect(database)
     except ChatdifyDBError as error:

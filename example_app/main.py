@@ -42,7 +42,6 @@ def create_app() -> FastAPI:
     settings.require_secrets()
     logs.configure(settings)
     logs.logger.info("Chatwoot's webhooks are expected at %s%s", settings.api_base_url, WEBHOOK)
-    db.settings = settings
     db.creates_tables = settings.in_development  # elsewhere "alembic upgrade head" has made them
     celery_ext.init_app(worker.app, relay=True)
     app = FastAPI(

@@ -12,7 +12,7 @@ from sqlalchemy import NullPool
 import celery_ext
 from example_app import logs
 from example_app.settings import Settings, get_settings
-from fastapi_chatdify_db import InvalidSettings, db
+from fastapi_chatdify_db import InvalidSettings
 
 POLLING_INTERVAL: Final = 0.05
 """Seconds between two looks into a queue that is a PostgreSQL table."""
@@ -27,7 +27,6 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
 
 def _configuration() -> dict[str, Any]:
     settings = get_settings()
-    db.settings = settings
     return {
         "broker_url": settings.broker_url,
         "result_backend": settings.result_backend,

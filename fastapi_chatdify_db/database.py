@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 Figures = Mapping[str, float | None]
+SettingsSource = DatabaseSettings | Callable[[], DatabaseSettings]
 
 _EXAMPLE: Final = "settings=DatabaseSettings(database_url=...)"
 
@@ -34,26 +35,27 @@ class Database:
 
     Parameters:
         name: What error messages and the health check call it.
-        settings: Where it is, and how its connections are kept; None reads the environment at the first use.
+        settings: Where it is, and how its connections are kept; or a function that says so, called at the first use.
+            None reads the environment then.
         base: The declarative base whose tables it holds.
         create_tables: Whether the lifespan creates the tables that do not exist.
 
     Raises:
-        InvalidSettings: ``name`` is a URL, or ``settings`` is no ``DatabaseSettings``.
+        InvalidSettings: ``name`` is a URL, or ``settings`` are no ``DatabaseSettings``, nor a function.
     """
 
     def __init__(
         self,
         name: str = "db",
         *,
-        settings: DatabaseSettings | None = None,
+        settings: SettingsSource | None = None,
         base: type[DeclarativeBase] = Base,
         create_tables: bool = True,
     ) -> None:
         if "://" in name:  # would be ignored as a URL, and show its password in messages as a name
             raise InvalidSettings(f"a database's first argument is its name; write: Database('reports', {_EXAMPLE})")
         self.name = name
-        self._settings = None if settings is None else _checked(settings)
+        self._settings: SettingsSource = DatabaseSettings if settings is None else _checked(settings)
         self.creates_tables = create_tables
         self.metadatas: list[MetaData] = [base.metadata]
         """What tables are created from; extensions add their own. ``info["dialect"]`` limits one to a dialect."""
@@ -68,20 +70,19 @@ class Database:
 
     @property
     def settings(self) -> DatabaseSettings:
-        """The settings in force; may be assigned before the first use of an engine.
+        """The settings in force; they, or a function, may be assigned before the first use of an engine.
 
         Raises:
-            InvalidSettings: An environment variable cannot be used; the message names it. Or what is assigned is no
-                ``DatabaseSettings``, or differs from the settings that an engine was made from.
+            InvalidSettings: An environment variable cannot be used; the message names it. Or what is assigned are no
+                ``DatabaseSettings``, or differ from the settings that an engine was made from.
         """
-        if self._settings is None:
-            self._settings = DatabaseSettings()
-        return self._settings
+        self._settings = settings = _read(self._settings)
+        return settings
 
     @settings.setter
-    def settings(self, settings: DatabaseSettings) -> None:
+    def settings(self, settings: SettingsSource) -> None:
         _checked(settings)
-        if self.engines.are_made and not settings.make_same_engines_as(self.settings):
+        if self.engines.are_made and not _read(settings).make_same_engines_as(self.settings):
             raise InvalidSettings(
                 f"{self.name}.settings is assigned too late: an engine has been made from other settings. Assign it "
                 f"where the application is made, or make another database: Database('reports', settings=...)"
@@ -266,11 +267,18 @@ class Database:
         return unit
 
 
-def _checked(settings: DatabaseSettings) -> DatabaseSettings:
+def _checked(settings: SettingsSource) -> SettingsSource:
     """Refuse a URL or a dictionary where it is given: the first use of an engine may be far away."""
-    if not isinstance(settings, DatabaseSettings):
+    if not isinstance(settings, DatabaseSettings) and not callable(settings):
         raise InvalidSettings(f"a {type(settings).__name__} is no DatabaseSettings; write: {_EXAMPLE}")
     return settings
+
+
+def _read(settings: SettingsSource) -> DatabaseSettings:
+    read = settings if isinstance(settings, DatabaseSettings) else settings()
+    if not isinstance(read, DatabaseSettings):
+        raise InvalidSettings(f"a {type(read).__name__} is no DatabaseSettings; write: {_EXAMPLE}")
+    return read
 
 
 db: Final = Database()

@@ -7,7 +7,7 @@ import logging
 import re
 import traceback
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 from pydantic import ValidationError, model_validator
@@ -291,6 +291,27 @@ def test_settings_in_code_come_before_the_environment(monkeypatch: pytest.Monkey
     database = Database()
     database.settings = DatabaseSettings(database_url="postgresql://code/name")
     assert database.sync_engine.url.host == "code"
+
+
+def test_settings_may_come_from_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is called at the first use, and once; what it returns is checked then."""
+    called: list[str] = []
+
+    def read() -> DatabaseSettings:
+        called.append("read")
+        return DatabaseSettings(db_pool_size=3)
+
+    given, assigned = Database(settings=read), Database()
+    assigned.settings = read
+    assert called == []
+    monkeypatch.setenv("DATABASE_URL", "postgresql://environment/name")
+    for database in (given, assigned):
+        assert database.sync_engine.url.host == "environment"
+        assert database.settings.db_pool_size == 3
+    assert called == ["read"] * 2
+    nothing: Any = dict
+    with pytest.raises(InvalidSettings, match="a dict is no DatabaseSettings"):
+        assert Database(settings=nothing).settings
 
 
 def test_settings_are_not_assigned_too_late() -> None:

@@ -20,7 +20,7 @@ from example_app.fakes.serving import served
 from example_app.main import create_app
 from example_app.settings import get_settings
 from example_app.worker import app as celery_app
-from fastapi_chatdify_db import db
+from fastapi_chatdify_db import DatabaseSettings, db
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.unit_of_work import note_retryable_error
 from tests.serving import serve
@@ -35,8 +35,8 @@ Configure = Callable[..., None]
 
 
 def pytest_collection_finish() -> None:
-    """Take back the settings that the worker gave the one database, when pytest looked at the tasks in the modules."""
-    db._settings = None
+    """Take back the settings that the application gave the one database when it was imported."""
+    db._settings = DatabaseSettings
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Co
         CELERY_RETRY_COUNTDOWN="0",
     )
     # What the application tells the one database is not for the tests that follow, nor theirs for it.
-    monkeypatch.setattr(db, "_settings", get_settings())
+    monkeypatch.setattr(db, "_settings", get_settings)
     monkeypatch.setattr(db, "engines", Engines(lambda: db.settings, on_error=note_retryable_error))
     monkeypatch.setattr(db, "services", {})
     monkeypatch.setattr(db, "creates_tables", False)

@@ -13,6 +13,7 @@ from sqlalchemy import text
 import celery_ext
 from celery_ext.binding import database_of
 from fastapi_chatdify_db import Database, db
+from tests.forking import in_a_new_process
 from tests.models import Item
 from tests.observing import Observer
 
@@ -172,6 +173,32 @@ def test_init_app_again(app: Any) -> None:
     """The last database counts, for tasks that are made later too."""
     celery_ext.init_app(app, db=other)
     assert app.task(base=base_of_the_users(), shared=False)(insert).database is other
+    celery_ext.init_app(app)  # for a relay, say: no reason to take another one
+    assert database_of(app) is other
+
+
+def test_shared_task_in_a_thread(database_url: str) -> None:
+    """Celery's current application is a thread's own; yet the task belongs to ours there, too, not to a default one."""
+    code = """
+from threading import Thread
+from celery import Celery, shared_task
+import celery_ext
+
+@shared_task(base=celery_ext.Task)
+def shared(): ...
+
+hidden = Celery("hidden", set_as_current=False)
+celery_ext.init_app(hidden)
+app = Celery("ours")
+celery_ext.init_app(app)
+celery_ext.init_app(Celery("later"))
+found = []
+thread = Thread(target=lambda: found.append(shared.app))
+thread.start()
+thread.join()
+assert found == [app], found
+"""
+    in_a_new_process(code, DATABASE_URL=database_url)
 
 
 def test_current_app(app: Any) -> None:

@@ -9,7 +9,6 @@ from sqlalchemy import Connection
 
 from celery_ext.durable.table import metadata as durable_tasks
 from example_app.db import Base
-from example_app.settings import get_settings
 from fastapi_chatdify_db import db
 
 _METADATA = [Base.metadata, durable_tasks]
@@ -28,7 +27,6 @@ def _migrate(connection: Connection) -> None:
 
 
 async def _run() -> None:
-    db.settings = get_settings()
     async with db.async_engine.connect() as connection:
         await connection.run_sync(_migrate)
         await connection.commit()
