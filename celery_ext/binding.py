@@ -49,8 +49,7 @@ def init_app(app: Celery[Any], *, db: Database | None = None, relay: bool = Fals
     app = _unproxied(app)
     is_new = app not in _databases
     db = db or _databases.get(app, default_database)
-    if app.set_as_current and _state.default_app is None:
-        app.set_default()  # else shared tasks find, in the threads of a web server, an application of Celery's own
+    _offer_as_default(app)
     _databases[app] = db
     if metadata not in db.metadatas:
         db.metadatas.append(metadata)
@@ -62,6 +61,12 @@ def init_app(app: Celery[Any], *, db: Database | None = None, relay: bool = Fals
         _adopt_later_tasks(app)
         app.on_after_finalize.connect(_adopt_present_tasks, weak=False)
     _adopt_present_tasks(app)
+
+
+def _offer_as_default(app: Any) -> None:
+    """Let threads without a current application, as a web server's, find this one in place of one of Celery's own."""
+    if app.set_as_current and vars(_state)["default_app"] is None:
+        app.set_default()
 
 
 def database_of(app: Celery[Any]) -> Database:
@@ -136,7 +141,8 @@ def _begin_execution(task_id: str, task: celery.Task[..., Any], **_: object) -> 
 @signals.task_postrun.connect(weak=False)
 def _end_execution(task: celery.Task[..., Any], state: str, retval: object, **_: object) -> None:
     if (execution := Execution.of(task)) is not None:
-        execution.end(retval if state != SUCCESS and isinstance(retval, Exception) else None)
+        succeeded = state == SUCCESS  # there is no state at all when the worker leaves, or the start cannot be stored
+        execution.end(retval if not succeeded and isinstance(retval, Exception) else None, succeeded=succeeded)
 
 
 @signals.before_task_publish.connect(weak=False)

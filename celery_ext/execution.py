@@ -85,17 +85,19 @@ class Execution:
             self._unit.close()
             self._open(UnitOfWork())
 
-    def end(self, error: Exception | None) -> None:
+    def end(self, error: Exception | None, *, succeeded: bool) -> None:
         """At ``task_postrun``: commit what the handlers did.
 
         The task's state can't change any more, so errors are logged.
 
         Parameters:
             error: What the task has ended with: a failure, or Celery's ``Retry``, ``Ignore`` or ``Reject``.
+            succeeded: Whether it is a success to Celery.
         """
         _current.set(self._outer)
         try:
-            error = error or self._find_bypass()
+            if succeeded:
+                error = self._find_bypass()
             if self._unit is not None:
                 self._end_unit(self._unit)
             if self.delivery is not None and error is not None and not self._begun:
@@ -120,8 +122,8 @@ class Execution:
         if self._begun or (unused and self.delivery is None):
             return None
         bypassed = BodyBypassed(
-            f"task {self.task.name}[{self._task_id}] was rolled back: its body did not run through Task.run, where the "
-            "commit is; let its own __call__ call self.run() or super().__call__()"
+            f"task {self.task.name}[{self._task_id}] was rolled back: its body did not run in its unit of work, where "
+            "the commit is; let its own __call__ call self.run() or super().__call__(), or raise Ignore()"
         )
         logger.error("%s", bypassed)
         return bypassed

@@ -101,6 +101,6 @@ def pause(attempts: int, error: Exception) -> float:
 
 def _is_transient(error: Exception, *, tries_left: bool) -> bool:
     if isinstance(error, OutsideError):
-        # If it stays, each try of a hand-over opens the conversation again, even when an agent has closed it.
+        # If it stays, each try of a hand-over sets the conversation's status and posts in vain.
         return error.may_pass and (tries_left or not isinstance(error, PerhapsRefused))
     return tries_left or isinstance(error, TimeoutError)  # an API that hangs may answer later; a bug of ours stays

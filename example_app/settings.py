@@ -38,8 +38,9 @@ class Settings(DatabaseSettings):
     Parameters:
         environment: ``development`` runs without secrets; with any other value the web does not start without them.
         log_level: Of the root logger.
-        db_pool_timeout: May pass twice, for a place in the pool and for a connect. Chatwoot waits 5 seconds for a
-            webhook's answer; it sends an agent bot's again after a 500, and not after no answer.
+        db_pool_timeout: May pass twice, for a place in the pool or the test of an idle connection and for a connect.
+            Chatwoot waits 5 seconds for a webhook's answer; it sends an agent bot's again after a 500, and not after
+            no answer.
         api_base_url: Where Chatwoot and Dify reach this application; in development it answers under this name too.
         chatdify_api_token: The bearer token of the API.
         chatwoot_webhook_secret: Chatwoot's signing secret; older versions carry it in the webhook's URL.

@@ -102,6 +102,8 @@ async def hand_over(message: Message) -> MessageState:
         with suppress(Rejected):  # if the key may not read, go on as if no human had the conversation
             # Later than in the first attempt, it may be open because of that one.
             if await _belongs_to_human(message, unless_open=message.attempts > 1):
+                if message.attempts > 1:
+                    message.dialogue.handed_over_at = func.now()  # perhaps: an earlier attempt may have opened it
                 return MessageState.HANDED_OVER
         await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
         if message.conversation_status == "pending" and settings.bot_error_message_internal:
@@ -116,7 +118,12 @@ async def hand_over(message: Message) -> MessageState:
 
 
 async def _belongs_to_human(message: Message, *, unless_open: bool = False) -> bool:
-    """Whether the conversation has a status that the bot leaves alone, unless Dify's workflow has set it."""
+    """Whether the conversation has a status that the bot leaves alone, unless Dify's workflow has set it.
+
+    Parameters:
+        message: One of the conversation.
+        unless_open: Whether ``open`` says nothing, since an earlier attempt may have set it.
+    """
     chatwoot = await get_chatwoot()
     conversation = await chatwoot.conversation(message.dialogue.chatwoot_conversation_id)
     if conversation.status in get_settings().allowed_conversation_statuses:

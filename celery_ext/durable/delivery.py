@@ -20,6 +20,7 @@ from celery_ext.durable import lease, outbox, statements
 from celery_ext.durable.failures import is_transient
 from celery_ext.durable.row import HEADER, check_accepted, due_of, seconds_until, serialize, with_options
 from celery_ext.portable import as_text
+from celery_ext.soft_limit import soft_limit_held_back
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
 from fastapi_chatdify_db.exceptions import AfterCommitError
 from fastapi_chatdify_db.surroundings import in_event_loop
@@ -127,7 +128,7 @@ class Delivery:
         return Dropped()
 
     def ended_early(self, error: Exception) -> None:
-        """Record how a task ended whose body did not begin: in its ``before_start``, or past ``Task.run``."""
+        """Record how a task ended whose body did not run in its unit: in ``before_start``, or past ``Task.run``."""
         if is_transient(error) or _is_redelivered(error):
             return
         with self._task.database.sync_transaction() as session:
@@ -184,9 +185,10 @@ class Delivery:
             self._take_lease()
 
     def _take_lease(self) -> None:
-        if not lease.hold(self._task.database, self.task_id):
-            raise Dropped
-        self._leased = True
+        with soft_limit_held_back:  # or nobody would give up a lock that was taken
+            if not lease.hold(self._task.database, self.task_id):
+                raise Dropped
+            self._leased = True
 
 
 def _is_redelivered(error: BaseException) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from socket import AF_INET, SHUT_RDWR, SOCK_STREAM, fromfd, socket
 from threading import Timer
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, TextClause, event
+import psycopg2
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_chatdify_db.engine_beside import connect_beside
@@ -69,28 +70,35 @@ class Silence:
         self._since = None
 
 
-def scalar_within(
-    seconds: float, connection: Connection, statement: TextClause, parameters: Mapping[str, object] | None = None
-) -> Any:
-    """``connection.scalar``, for which the connection counts as broken when there is no answer in time.
+@contextmanager
+def cut_after(seconds: float) -> Iterator[Callable[[Any], None]]:
+    """Yields what makes psycopg2's connections fail, as if the server had closed them, if the block takes too long.
 
     Parameters:
-        seconds: How long to wait.
-        connection: One of psycopg2's.
-        statement: What is asked.
-        parameters: Its parameters.
-
-    Raises:
-        sqlalchemy.exc.DBAPIError: There was no answer, or an error.
+        seconds: How long it may take.
     """
-    with _socket_of(connection.connection.dbapi_connection) as connected:
-        limit = Timer(seconds, _cut, (connected, seconds))
+    watched: list[socket] = []
+
+    def watch(driver: Any) -> None:
+        with suppress(OSError, psycopg2.Error):  # it has ended already, as who asks on it will find out
+            watched.append(_socket_of(driver))
+
+    def cut() -> None:
+        for each in watched:
+            _cut(each, seconds)
+
+    limit = Timer(seconds, cut)
+    limit.daemon = True
+    with suppress(RuntimeError):  # the interpreter ends, and starts no more threads
         limit.start()
-        try:
-            return connection.scalar(statement, parameters)
-        finally:
-            limit.cancel()
-            limit.join()  # if it is cutting, with the descriptor still open
+    try:
+        yield watch
+    finally:
+        limit.cancel()
+        if limit.ident is not None:
+            limit.join()  # if it is cutting, with the descriptors still open
+        for each in watched:
+            each.close()
 
 
 def _socket_of(driver: Any) -> socket:

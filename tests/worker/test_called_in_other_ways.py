@@ -92,6 +92,26 @@ async def test_durable_body_that_is_called_past_run(
     assert "super().__call__()" in caplog.text
 
 
+@pytest.mark.parametrize("leaves", [SystemExit, KeyboardInterrupt])
+async def test_durable_task_whose_worker_leaves_first(
+    unheard: Celery[celery_ext.Task], rows: Observer, leaves: type[BaseException]
+) -> None:
+    """A body that did not run because the worker ends is no success past ``run``: the row is rung again."""
+
+    class Leaves(celery_ext.Task):
+        def before_start(self, *_: object) -> None:
+            raise leaves
+
+    @unheard.task(base=Leaves, shared=False)
+    def never() -> None: ...
+
+    async with db.transaction():
+        task_id = never.delay_durably()
+    with pytest.raises(leaves):
+        deliver(never, task_id)
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
+
+
 async def test_body_that_is_called_past_run(empty_tables: Observer, caplog: pytest.LogCaptureFixture) -> None:
     """A class whose ``__call__`` calls the function itself bypasses the commit, and loses its rows loudly."""
     app: Celery[Any] = Celery("bypass", broker="memory://", backend="cache+memory://", set_as_current=False)

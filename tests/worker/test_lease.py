@@ -15,7 +15,7 @@ import celery_ext
 from celery_ext.durable import lease
 from celery_ext.durable.delivery import Delivery
 from celery_ext.durable.relay import relaying
-from fastapi_chatdify_db import Database, DatabaseSettings, db
+from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, db
 from tests.forking import in_a_new_process
 from tests.forwarding import Forwarder
 from tests.models import Item
@@ -70,6 +70,33 @@ async def test_lease_of_a_silent_database(
         forwarder.fall_silent()
         await asyncio.to_thread(lease.free, database, "d")
     assert caplog.text.count("its connection is cut") == 2
+
+
+async def test_lease_whose_connection_is_closed_already(rows: Observer) -> None:
+    """As by a time limit of gevent's in the midst of a question: it is replaced like any that broke."""
+    database = Database("leasing")
+    assert lease.hold(database, "a")
+    driver = lease._connections[database].connection.dbapi_connection
+    assert driver is not None
+    driver.close()
+    with pytest.raises(DBAPIError):
+        lease.hold(database, "b")
+    assert lease.hold(database, "b")
+    lease.free(database, "b")
+
+
+async def test_lease_of_a_server_that_is_silent_from_the_start(
+    rows: Observer, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked on a new connection has the same limit, and so has the wait for one's turn."""
+    monkeypatch.setattr(lease, "_LIMIT", 0.5)
+    forwarder = Forwarder(database_url)
+    database = Database("leasing", settings=DatabaseSettings(database_url=forwarder.url))
+    event.listen(database.sync_engine.pool, "connect", lambda *_: forwarder.fall_silent(), insert=True)
+    async with asyncio.timeout(PATIENCE), forwarder.opened():
+        holds = [asyncio.to_thread(lease.hold, database, task_id) for task_id in "abc"]
+        ends = await asyncio.gather(*holds, return_exceptions=True)
+    assert all(isinstance(end, DatabaseUnavailable | DBAPIError) for end in ends)
 
 
 async def test_lease_outlives_a_limit_for_idle_sessions(rows: Observer, database_url: str) -> None:
