@@ -110,6 +110,7 @@ class Delivery:
             return error
         # If nothing can be stored, the relay rings the row again anyway. NotImplementedError: a cold shutdown came now.
         with suppress(DBAPIError, PoolTimeout, NotImplementedError), self._task.database.sync_transaction() as session:
+            session.execute(statements.LIMIT_LOCKS)
             if self._begun and not is_transient(error):
                 if self._record(session, error) or isinstance(error, AfterCommitError):
                     return error

@@ -104,6 +104,9 @@ FINISH: Final = text(
     """
 )
 
+# A row may stay locked by the task's own first session, whose end a silent network has kept from the server.
+LIMIT_LOCKS: Final = text("SELECT set_config('lock_timeout', '10s', true)")
+
 KEY_OF_PENDING: Final = text("SELECT ordering_key FROM durable_task WHERE id = :id AND status = 'pending'")
 
 CANCEL: Final = text(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+import psycopg2
+import pytest
 from celery import Celery
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 import celery_ext
+from celery_ext.durable import statements
 from fastapi_chatdify_db import AfterCommitError, DatabaseUnavailable, db
 from tests.models import Item
-from tests.observing import Observer
+from tests.observing import PATIENCE, Observer
 from tests.worker.running import deliver, task
 
 
@@ -80,6 +84,29 @@ async def test_database_lost_while_a_failure_is_stored(unheard: Celery[celery_ex
     event.remove(db.sync_engine, "commit", terminate)
     assert await rows.durable_tasks() == [("pending", "[[], {}]")]
     assert fails.AsyncResult(task_id).state == "PENDING"
+
+
+async def test_failure_whose_row_stays_locked(
+    unheard: Celery[celery_ext.Task], rows: Observer, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """By a session of the task's own, say, that a silent network has cut off: it is not waited for without end."""
+    monkeypatch.setattr(statements, "LIMIT_LOCKS", text("SELECT set_config('lock_timeout', '200ms', true)"))
+    ghost = psycopg2.connect(database_url)
+
+    def lock(_: Session) -> None:
+        ghost.cursor().execute("SELECT FROM durable_task FOR UPDATE")
+
+    @unheard.task(shared=False)
+    def fails() -> None:
+        event.listen(db.sync_session, "after_rollback", lock)
+        raise ValueError
+
+    async with db.transaction():
+        task_id = fails.delay_durably()
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.to_thread(deliver, fails, task_id)
+    ghost.close()
+    assert await rows.durable_tasks() == [("pending", "[[], {}]")]
 
 
 async def test_row_that_could_not_be_read(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
