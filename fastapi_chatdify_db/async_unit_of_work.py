@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -25,11 +25,15 @@ from fastapi_chatdify_db.session_end import (
     asks_at_rollback,
     end_reads,
     roll_back_or_discard,
+    states,
 )
 from fastapi_chatdify_db.surroundings import in_event_loop
 from fastapi_chatdify_db.unit_of_work import UnitOfWork, logger
 
 T = TypeVar("T")
+
+_ROLLBACK_LIMIT: Final = 5.0
+"""Seconds for the server to answer a ROLLBACK."""
 
 
 class AsyncUnitOfWork(UnitOfWork):
@@ -165,7 +169,8 @@ class AsyncUnitOfWork(UnitOfWork):
         async with self._rolling_back:
             for async_session in self._async_sessions.values():
                 if async_session.in_transaction():
-                    await async_session.run_sync(roll_back_or_discard)
+                    with _not_for_ever(async_session):
+                        await async_session.run_sync(roll_back_or_discard)
             for sync_session in self._sync_sessions.values():
                 if sync_session.in_transaction():
                     await _in_thread(partial(roll_back_or_discard, sync_session))
@@ -190,6 +195,27 @@ class AsyncUnitOfWork(UnitOfWork):
                 log_failed_callback(callback, error)
         if to_raise is not None:
             raise to_raise
+
+
+@contextmanager
+def _not_for_ever(session: AsyncSession) -> Iterator[None]:
+    """End the session's connections if its rollback takes too long: a silent server would keep their pool places.
+
+    Nothing depends on the answer to a ROLLBACK, unlike on that to a COMMIT.
+    """
+
+    followed = session.sync_session
+    assert isinstance(followed, FollowedSession)
+
+    def cut_off() -> None:
+        for state in states(followed):
+            state.cut_off()
+
+    limit = asyncio.get_running_loop().call_later(_ROLLBACK_LIMIT, cut_off)
+    try:
+        yield
+    finally:
+        limit.cancel()
 
 
 def _is_cancelled() -> bool:

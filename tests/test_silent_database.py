@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import asyncpg
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, insert, text
 
-from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, liveness
+from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, async_unit_of_work, liveness
 from tests.forwarding import Forwarder
+from tests.models import Item
 from tests.observing import PATIENCE
 
 CONNECTIONS: Final = 20  # more than may be waited for one after the other
@@ -39,6 +40,26 @@ async def test_idle_connection_is_tested_no_longer_than_its_user_waits(
             async with database.transaction() as session:
                 await session.execute(text("SELECT 1"))
     assert was_closed == [True]
+
+
+async def test_rollback_is_not_waited_for_without_end(
+    tables: None, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing depends on its answer; the connection's place in the pool is free again."""
+    monkeypatch.setattr(async_unit_of_work, "_ROLLBACK_LIMIT", 0.2)
+    forwarder = Forwarder(database_url)
+    database = Database(settings=DatabaseSettings(database_url=forwarder.url))
+
+    async def fail() -> None:
+        async with database.transaction() as session:
+            await session.execute(insert(Item).values(name="lost"))
+            forwarder.fall_silent()
+            raise ZeroDivisionError
+
+    async with asyncio.timeout(PATIENCE), forwarder.opened():
+        with pytest.raises(ZeroDivisionError):
+            await fail()
+        assert database.async_engine.pool.status().endswith("Current Checked out connections: 0")
 
 
 async def test_application_stops(tables: None, database_url: str, caplog: pytest.LogCaptureFixture) -> None:
