@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlencode
 from sqlalchemy import URL
 
 from fastapi_chatdify_db.exceptions import InvalidSettings
+from fastapi_chatdify_db.keepalive import LIBPQS
 from fastapi_chatdify_db.settings import SEVERAL_HOSTS, DatabaseSettings
 
 # Keywords of SQLAlchemy's asyncpg dialect and of asyncpg.connect(), which libpq would refuse.
@@ -37,9 +38,6 @@ _LIBPQ_ONLY: Final = {
     "tcp_user_timeout",
 }
 _LEAST_CONNECT_TIMEOUT: Final = 2  # seconds; libpq raises a lower value to this
-# Milliseconds that sent data may wait for TCP's acknowledgement; Linux would wait for a quarter of an hour.
-# https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-TCP-USER-TIMEOUT
-_TCP_USER_TIMEOUT: Final = "30000"
 # What libpq can insist on and asyncpg cannot: to drop it would be less safe than the URL says.
 _LIBPQ_DEMANDS: Final = ("channel_binding", "gssencmode", "requirepeer")
 
@@ -93,8 +91,10 @@ def sync_target(settings: DatabaseSettings) -> DriverTarget:
         return DriverTarget(url.set(drivername="sqlite"))
     place, options = _split_query(url, settings)
     server_settings = _server_settings(settings, options)
-    connect_args: dict[str, Any] = {name: value for name, value in options.items() if name not in _ASYNCPG_ONLY}
-    connect_args.setdefault("tcp_user_timeout", _TCP_USER_TIMEOUT)
+    connect_args: dict[str, Any] = {
+        **LIBPQS,
+        **{name: value for name, value in options.items() if name not in _ASYNCPG_ONLY},
+    }
     connect_args.setdefault("client_encoding", "utf8")  # as asyncpg's always is, whatever the role's
     connect_args["application_name"] = server_settings.pop("application_name")
     flags = [connect_args.get("options", ""), *(f"-c {name}={value}" for name, value in server_settings.items())]

@@ -10,6 +10,7 @@ import asyncpg
 
 from fastapi_chatdify_db.closing import note_transport, seconds_left
 from fastapi_chatdify_db.connection_state import ConnectionState
+from fastapi_chatdify_db.keepalive import keep_alive
 from fastapi_chatdify_db.refused_commits import refusal
 
 
@@ -26,6 +27,7 @@ class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ha
     ) -> None:
         super().__init__(protocol, transport, loop, *rest, **options)
         note_transport(transport, loop)
+        keep_alive(transport)
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         """The answer to a query, as asyncpg gives it."""

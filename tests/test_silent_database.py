@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from typing import Any, Final
 
 import asyncpg
 import pytest
 from sqlalchemy import event, insert, text
+from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, async_unit_of_work, liveness
 from tests.forwarding import Forwarder
@@ -60,6 +62,36 @@ async def test_rollback_is_not_waited_for_without_end(
         with pytest.raises(ZeroDivisionError):
             await fail()
         assert database.async_engine.pool.status().endswith("Current Checked out connections: 0")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has not all of the limits")
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+async def test_system_ends_what_is_not_acknowledged(database_url: str, driver: str) -> None:
+    """Either driver's connections are probed when idle, and end when nothing that is sent arrives."""
+    forwarder = Forwarder(database_url)
+    database = Database(settings=DatabaseSettings(database_url=forwarder.url))
+    options: list[int] = []
+
+    def read(session: Session) -> None:
+        connection: Any = session.connection().connection.driver_connection
+        connected = connection if driver == "psycopg2" else connection._transport.get_extra_info("socket")
+        names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        with socket.fromfd(connected.fileno(), socket.AF_INET, socket.SOCK_STREAM) as own:
+            options.append(own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            options.extend(own.getsockopt(socket.IPPROTO_TCP, name) for name in names)
+
+    def in_thread() -> None:
+        with database.sync_transaction() as session:
+            read(session)
+
+    async with forwarder.opened():
+        if driver == "asyncpg":
+            async with database.transaction() as session:
+                await session.run_sync(read)
+        else:
+            await asyncio.to_thread(in_thread)
+        await database.dispose()
+    assert options == [1, 30, 10, 3, 30_000]
 
 
 async def test_application_stops(tables: None, database_url: str, caplog: pytest.LogCaptureFixture) -> None:

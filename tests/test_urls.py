@@ -63,6 +63,8 @@ def test_what_only_one_driver_has_is_kept_from_the_other() -> None:
     }
     assert sync_target(given).connect_args == {
         "keepalives_idle": "7",
+        "keepalives_interval": "10",
+        "keepalives_count": "3",
         "connect_timeout": "3",
         "tcp_user_timeout": "9",
         "client_encoding": "utf8",
