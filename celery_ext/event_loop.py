@@ -10,8 +10,11 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from threading import Lock, Thread
 from typing import Any, TypeVar
+
+from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_ext.errors import AsyncTaskNotSupported, TaskCancelled
 from fastapi_chatdify_db.forks import in_forked_child
@@ -74,10 +77,17 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     except BaseException as error:
         if not outcome.done():
             loop.call_soon_threadsafe(cancel)
-            wait([outcome])
+            _wait_out(outcome)
         if isinstance(error, Exception) and outcome.exception() is None:
             return outcome.result()  # what the coroutine did is committed
         raise
+
+
+def _wait_out(outcome: Future[Any]) -> None:
+    """Wait until the coroutine has ended: Celery repeats a soft limit at a warm shutdown, perhaps in the COMMIT."""
+    while not outcome.done():
+        with suppress(SoftTimeLimitExceeded):
+            wait([outcome])
 
 
 def stop(last: Callable[[], Coroutine[Any, Any, None]]) -> None:

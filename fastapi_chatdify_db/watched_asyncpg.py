@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Transport
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 
@@ -12,6 +12,8 @@ from fastapi_chatdify_db.closing import note_transport, seconds_left
 from fastapi_chatdify_db.connection_state import ConnectionState
 from fastapi_chatdify_db.keepalive import keep_alive
 from fastapi_chatdify_db.refused_commits import refusal
+
+_ENDS: Final = ("COMMIT", "ROLLBACK;")
 
 
 class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
@@ -30,8 +32,18 @@ class WatchedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg ha
         keep_alive(transport)
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        """The answer to a query, as asyncpg gives it."""
-        answer: str = await super().execute(query, *args, timeout=timeout)
+        """The answer to a query, as asyncpg gives it.
+
+        Raises:
+            asyncpg.ConnectionDoesNotExistError: The end of a transaction got no answer within ``command_timeout``.
+        """
+        try:
+            answer: str = await super().execute(query, *args, timeout=timeout)
+        except TimeoutError as error:
+            if not query.startswith(_ENDS):
+                raise
+            self.terminate()  # nobody knows the outcome, as when the connection breaks
+            raise asyncpg.ConnectionDoesNotExistError(f"no answer to {query} in time") from error
         if answer == "ROLLBACK" and query.startswith("COMMIT"):
             state = self.state
             if not state.adapter_began_none and state.lost_something:

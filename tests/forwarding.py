@@ -53,17 +53,21 @@ class Forwarder:
         self._forwarded.append(asyncio.create_task(self._forward(reader, writer)))
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if directory := self._target.query.get("host"):
-            socket = f"{directory}/.s.PGSQL.{self._target.port or 5432}"
-            upstream, downstream = await asyncio.open_unix_connection(socket)
-        else:
-            host = self._target.host or "localhost"
-            upstream, downstream = await asyncio.open_connection(host, self._target.port or 5432)
         try:
-            await asyncio.gather(self._copy(reader, downstream), self._copy(upstream, writer))
+            upstream, downstream = await self._connect()
+            try:
+                await asyncio.gather(self._copy(reader, downstream), self._copy(upstream, writer))
+            finally:
+                downstream.close()
         finally:
             writer.close()
-            downstream.close()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if directory := self._target.query.get("host"):
+            socket = f"{directory}/.s.PGSQL.{self._target.port or 5432}"
+            return await asyncio.open_unix_connection(socket)
+        host = self._target.host or "localhost"
+        return await asyncio.open_connection(host, self._target.port or 5432)
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import asyncpg
 import pytest
-from sqlalchemy import event, insert, text
+from sqlalchemy import event, insert, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DatabaseUnavailable, async_unit_of_work, liveness
@@ -62,6 +63,23 @@ async def test_rollback_is_not_waited_for_without_end(
         with pytest.raises(ZeroDivisionError):
             await fail()
         assert database.async_engine.pool.status().endswith("Current Checked out connections: 0")
+
+
+async def test_commit_that_a_time_limit_ends_is_a_lost_connection(tables: None, database_url: str) -> None:
+    """Nobody knows its outcome, as handlers of such errors, and durable tasks, expect."""
+    forwarder = Forwarder(database_url)
+    url = make_url(forwarder.url).update_query_dict({"command_timeout": "0.5"})
+    database = Database(settings=DatabaseSettings(database_url=url.render_as_string(hide_password=False)))
+
+    async def write() -> None:
+        async with database.transaction() as session:
+            await session.execute(insert(Item).values(name="unknown"))
+            forwarder.fall_silent()
+
+    async with asyncio.timeout(PATIENCE), forwarder.opened():
+        with pytest.raises(DBAPIError) as caught:
+            await write()
+    assert caught.value.connection_invalidated
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has not all of the limits")

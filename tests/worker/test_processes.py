@@ -260,6 +260,40 @@ assert not {"fastapi", "starlette"} & set(sys.modules), sorted(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_soft_limit_that_is_repeated() -> None:
+    """As at a warm shutdown: the coroutine, which may be in its COMMIT, is waited for all the same."""
+    in_a_new_process(
+        """
+import asyncio, os, signal
+from billiard.pool import SIG_SOFT_TIMEOUT, soft_timeout_sighandler
+from celery_ext import event_loop
+
+limits = []
+
+def handle(*arguments):
+    limits.append(1)
+    soft_timeout_sighandler(*arguments)
+
+async def until(number):
+    os.kill(os.getpid(), SIG_SOFT_TIMEOUT)
+    while len(limits) < number:
+        await asyncio.sleep(0.01)
+
+async def commits():
+    try:
+        await until(1)
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        await until(2)
+        return "committed"
+
+signal.alarm(10)
+signal.signal(SIG_SOFT_TIMEOUT, handle)
+assert event_loop.run(commits()) == "committed"
+"""
+    )
+
+
 def test_soft_limit_during_a_commit_that_fails(database_url: str) -> None:
     """The task has failed: what passes meanwhile makes no success of it."""
     in_a_new_process(
