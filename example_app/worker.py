@@ -10,6 +10,7 @@ from kombu.transport import sqlalchemy as sqlalchemy_transport
 from sqlalchemy import NullPool
 
 import celery_ext
+import example_app.db  # noqa: F401  # which says where the database is
 from example_app import logs
 from example_app.settings import Settings, get_settings
 from fastapi_chatdify_db import InvalidSettings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,3 +52,13 @@ async def test_status(directory: Path) -> None:
     process = await start(directory, "status")
     output, errors = await process.communicate()
     assert output.split()[:2] == [b"pending", b"0"], errors
+
+
+def test_worker_knows_the_database(directory: Path) -> None:
+    """Also before its tasks are imported, as a script that asks for the figures finds it."""
+    code = "from example_app import worker; from fastapi_chatdify_db import db; print(db.settings.db_application_name)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=directory, env=environment, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == "chatdify\n"
