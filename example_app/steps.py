@@ -100,10 +100,10 @@ async def hand_over(message: Message) -> MessageState:
     chatwoot = await get_chatwoot()
     try:
         with suppress(Rejected):  # if the key may not read, go on as if no human had the conversation
-            # Later than in the first attempt, it may be open because of that one.
-            if await _belongs_to_human(message, unless_open=message.attempts > 1):
-                if message.attempts > 1:
-                    message.dialogue.handed_over_at = func.now()  # perhaps: an earlier attempt may have opened it
+            may_be_ours = message.attempts > 1  # an earlier attempt may have opened it
+            if await _belongs_to_human(message, unless_open=may_be_ours):
+                if may_be_ours:
+                    message.dialogue.handed_over_at = func.now()
                 return MessageState.HANDED_OVER
         await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
         if message.conversation_status == "pending" and settings.bot_error_message_internal:

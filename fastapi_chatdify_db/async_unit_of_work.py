@@ -203,7 +203,6 @@ def _not_for_ever(session: AsyncSession) -> Iterator[None]:
 
     Nothing depends on the answer to a ROLLBACK, unlike on that to a COMMIT.
     """
-
     followed = session.sync_session
     assert isinstance(followed, FollowedSession)
 

@@ -270,15 +270,19 @@ class Database:
 def _checked(settings: SettingsSource) -> SettingsSource:
     """Refuse a URL or a dictionary where it is given: the first use of an engine may be far away."""
     if not isinstance(settings, DatabaseSettings) and not callable(settings):
-        raise InvalidSettings(f"a {type(settings).__name__} is no DatabaseSettings; write: {_EXAMPLE}")
+        raise _no_settings(settings)
     return settings
 
 
 def _read(settings: SettingsSource) -> DatabaseSettings:
     read = settings if isinstance(settings, DatabaseSettings) else settings()
     if not isinstance(read, DatabaseSettings):
-        raise InvalidSettings(f"a {type(read).__name__} is no DatabaseSettings; write: {_EXAMPLE}")
+        raise _no_settings(read)
     return read
+
+
+def _no_settings(given: object) -> InvalidSettings:
+    return InvalidSettings(f"a {type(given).__name__} is no DatabaseSettings; write: {_EXAMPLE}")
 
 
 db: Final = Database()

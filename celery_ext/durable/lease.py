@@ -36,18 +36,21 @@ def hold(database: Database, task_id: str) -> bool:
         sqlalchemy.exc.DBAPIError: The connection is broken, or the database does not answer in time.
         DatabaseUnavailable: There is no connection to be had, or others have waited for one as long.
     """
-    with _turn(), cut_after(_LIMIT) as watch:
+    with _turn():
         connection = _connections.get(database)
-        if connection is None or connection.invalidated:
-            # Not from the pool: the task itself may hold its last connection.
-            connection = connect_beside(database.sync_engine, lambda driver, _: watch(driver))
-            connection.execute(statements.KEEP_IDLE)
-            _connections[database], _held[database] = connection, set()
-        else:
-            watch(connection.connection.dbapi_connection)
-        if task_id in _held[database]:
+        if connection is not None and connection.invalidated:
+            connection = None
+        if connection is not None and task_id in _held[database]:
             return True  # PostgreSQL counts locks: a second one would outlive a single unlock
-        held = bool(_ask(connection, statements.HOLD_LEASE, task_id))
+        with cut_after(_LIMIT) as watch:
+            if connection is None:
+                # Not from the pool: the task itself may hold its last connection.
+                connection = connect_beside(database.sync_engine, lambda driver, _: watch(driver))
+                connection.execute(statements.KEEP_IDLE)
+                _connections[database], _held[database] = connection, set()
+            else:
+                watch(connection.connection.dbapi_connection)
+            held = bool(_ask(connection, statements.HOLD_LEASE, task_id))
         if held:
             _held[database].add(task_id)
         return held

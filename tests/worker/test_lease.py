@@ -38,13 +38,16 @@ async def test_lease_of_somebody_else(rows: Observer) -> None:
     assert await rows.connection.fetchval(IS_FREE)
 
 
-async def test_lease_whose_connection_died(rows: Observer) -> None:
-    """It has gone with the connection, and is taken again, not remembered."""
+@pytest.mark.parametrize("ends", [False, True])
+async def test_lease_whose_connection_died(rows: Observer, ends: bool) -> None:
+    """It has gone with the connection, also for a task that ends then, and is taken again, not remembered."""
     database = Database("leasing")
     assert lease.hold(database, "a")
     await rows.terminate_others()
     with pytest.raises(DBAPIError):
         lease.hold(database, "b")
+    if ends:
+        lease.free(database, "a")
     assert lease.hold(database, "a")
     assert not await rows.connection.fetchval(IS_FREE)
     lease.free(database, "a")
@@ -233,18 +236,6 @@ async def test_lease_beside_a_pool_of_one(rows: Observer) -> None:
         for task_id, status in ends.items():
             await rows.until_status(task_id, status)
     assert "will be run again" not in running.log
-
-
-async def test_end_of_a_task_whose_lease_died(rows: Observer) -> None:
-    """There is nothing to give up any more, and the next task takes its own."""
-    database = Database("leasing")
-    assert lease.hold(database, "a")
-    await rows.terminate_others()
-    with pytest.raises(DBAPIError):
-        lease.hold(database, "b")
-    lease.free(database, "a")
-    assert lease.hold(database, "a")
-    lease.free(database, "a")
 
 
 async def test_cancellation_while_the_lease_is_taken(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
