@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from fastapi_chatdify_db import DatabaseSettings, InvalidSettings
-from fastapi_chatdify_db.settings import Seconds, Secret
+from fastapi_chatdify_db.settings import Port, Seconds, Secret
 
 
 def _url(value: str) -> str:
@@ -82,13 +82,13 @@ class Settings(DatabaseSettings):
     chatwoot_webhook_max_age: PositiveSeconds = 300.0
 
     postgres_host: Annotated[str, Field(validation_alias="DB_HOST")] = "postgres"
-    postgres_port: Annotated[int, Field(ge=1, le=65535, validation_alias="DB_PORT")] = 5432
+    postgres_port: Annotated[Port, Field(validation_alias="DB_PORT")] = 5432
     postgres_db: str = "chatdify"
     db_application_name: str = "chatdify"
     db_pool_timeout: Seconds = 2.0
 
     redis_host: str = "redis"
-    redis_port: Annotated[int, Field(ge=1, le=65535)] = 6379
+    redis_port: Port = 6379
     redis_broker: Secret = None
     redis_backend: Secret = None
     celery_broker_url: Secret = None

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic_core import PydanticUseDefault
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from fastapi_chatdify_db.exceptions import InvalidSettings
 
+
+def _port(value: object) -> object:
+    """The number in ``REDIS_PORT=tcp://10.43.0.7:6379``, as Kubernetes has it; empty, as from Compose, is the default.
+
+    Every pod is given such variables for the Services of its namespace:
+    https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    """
+    if value == "":
+        raise PydanticUseDefault
+    return value.rpartition(":")[2] if isinstance(value, str) and value.startswith("tcp://") else value
+
+
 # Not SecretStr: type checkers would refuse the plain str that every caller has.
 Secret = Annotated[str | None, Field(repr=False)]
+Port = Annotated[int, BeforeValidator(_port), Field(ge=1, le=65535)]
 # PostgreSQL takes its time-outs in milliseconds, up to the greatest integer of 32 bits.
 Seconds = Annotated[float, Field(ge=0, le=2_147_483, allow_inf_nan=False)]
 
@@ -58,7 +72,7 @@ class DatabaseSettings(BaseSettings):
 
     database_url: Secret = None
     postgres_host: str = "localhost"
-    postgres_port: Annotated[int, Field(ge=1, le=65535)] = 5432
+    postgres_port: Port = 5432
     postgres_user: str = "postgres"
     postgres_password: Secret = None
     postgres_db: str = "postgres"
@@ -75,13 +89,6 @@ class DatabaseSettings(BaseSettings):
     db_application_name: str = "fastapi_chatdify_db"
     db_pgbouncer: bool = False
     db_startup_timeout: Seconds = 30.0
-
-    @field_validator("postgres_port", mode="before")
-    @classmethod
-    def _ignore_beside_a_url(cls, value: object, info: ValidationInfo) -> object:
-        # In Kubernetes, a Service named postgres gives every pod POSTGRES_PORT=tcp://10.43.0.7:5432; a compose file's
-        # ${POSTGRES_PORT:-} is empty.
-        return cls.model_fields["postgres_port"].default if info.data.get("database_url") else value
 
     @field_validator("database_url", "postgres_password")
     @classmethod

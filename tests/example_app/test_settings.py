@@ -78,13 +78,12 @@ def test_parts_of_the_database_url(configure: Configure) -> None:
 
 
 @pytest.mark.parametrize("variable", ["DB_PORT", "POSTGRES_PORT"])
-def test_kubernetes_own_variables_do_not_count_beside_a_url(configure: Configure, variable: str) -> None:
-    """A Service named ``db`` or ``postgres`` puts its address into the port's variable of every pod."""
-    configure(DATABASE_URL="postgresql://one:6432/first", **{variable: "tcp://10.43.0.7:5432"})
-    assert get_settings().url().port == 6432
-    configure(DATABASE_URL=None)
-    with pytest.raises(InvalidSettings, match=f"^{variable}: "):
-        get_settings()
+def test_ports_in_kubernetes(configure: Configure, variable: str) -> None:
+    """Services named ``db`` (or ``postgres``) and ``redis`` put their addresses into variables of every pod."""
+    configure(DATABASE_URL=None, DB_HOST="db", REDIS_HOST="redis", CELERY_BROKER_URL=None, REDIS_BROKER=None)
+    configure(**{variable: "tcp://10.43.0.7:5433", "REDIS_PORT": "tcp://10.43.0.8:6380"})
+    assert (get_settings().url().host, get_settings().url().port) == ("db", 5433)
+    assert get_settings().broker_url == "redis://redis:6380/0"
 
 
 def test_compose_makes_the_database_that_is_configured() -> None:
