@@ -60,6 +60,7 @@ class DatabaseSettings(BaseSettings):
         db_application_name: The name in ``pg_stat_activity``.
         db_pgbouncer: Whether a PgBouncer in transaction mode stands between; prepared statements are then not reused.
         db_startup_timeout: Seconds that the lifespan waits for the database.
+        db_engine_options: Further arguments of SQLAlchemy's ``create_engine`` for both engines: ``json_serializer``.
 
     Raises:
         InvalidSettings: A value cannot be used. One line, which names the variable and never shows its value.
@@ -89,6 +90,7 @@ class DatabaseSettings(BaseSettings):
     db_application_name: str = "fastapi_chatdify_db"
     db_pgbouncer: bool = False
     db_startup_timeout: Seconds = 30.0
+    db_engine_options: Annotated[dict[str, Any], Field(repr=False)] = {}
 
     @field_validator("database_url", "postgres_password")
     @classmethod

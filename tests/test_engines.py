@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import partial
 from typing import Any
 
@@ -15,10 +17,11 @@ import httpx
 import pytest
 import sqlalchemy.ext.asyncio
 from fastapi import Depends, FastAPI
-from sqlalchemy import event, literal, select, text
+from sqlalchemy import cast, event, literal, select, text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_chatdify_db import Database, DatabaseSettings, db
+from fastapi_chatdify_db import Database, DatabaseSettings, InvalidSettings, db
 from tests.forking import PID, in_a_new_process
 from tests.observing import PATIENCE, Observer
 
@@ -189,6 +192,27 @@ async def test_application_may_prepare_each_connect(database_url: str) -> None:
         assert await session.scalar(text("SHOW application_name")) == "theirs"
         assert await asyncio.to_thread(database.sync_session.scalar, text("SHOW application_name")) == "theirs"
     await database.dispose()
+
+
+async def test_arguments_of_create_engine(database_url: str) -> None:
+    """Both engines get those in ``db_engine_options``, such as the JSON that an application writes."""
+    options = {"json_serializer": partial(json.dumps, default=str), "execution_options": {"theirs": 1}}
+    database = Database("optioned", settings=DatabaseSettings(db_engine_options=options))
+    dated = select(cast({"on": date(2026, 1, 2)}, JSONB))
+    async with database.transaction() as session:
+        assert await session.scalar(dated) == {"on": "2026-01-02"}
+        assert await asyncio.to_thread(database.sync_session.scalar, dated) == {"on": "2026-01-02"}
+        assert (await session.connection()).sync_engine.get_execution_options()["theirs"] == 1
+    await database.dispose()
+
+
+def test_arguments_that_settings_have_names_for(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
+    """The pool and the place of the database have settings of their own, so that there is one way to say them."""
+    monkeypatch.setenv("DB_ENGINE_OPTIONS", '{"pool_size": 3, "connect_args": {}, "query_cache_size": 9}')
+    database = Database("optioned", settings=DatabaseSettings)
+    for engine in ("async_engine", "sync_engine"):
+        with pytest.raises(InvalidSettings, match=r"^DB_ENGINE_OPTIONS: .* about connect_args, pool_size; write"):
+            getattr(database, engine)
 
 
 async def test_application_hears_of_each_statement(observer: Observer) -> None:
