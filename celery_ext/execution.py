@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 import celery
+from celery.app.task import Context
 
 from celery_ext import context
 from celery_ext.durable.delivery import Delivery
@@ -38,9 +39,9 @@ class Execution:
         self.task = task
         self._task_id = task_id
         self._outer = _current.get()
-        self.request = task.request
+        self.request: Context = task.request
         self._leave_context = context.restore(self.request)
-        self.delivery = Delivery.of(task, task_id, self.request)
+        self.delivery: Delivery | None = Delivery.of(task, task_id, self.request)
         if task.db_session:
             self._open(AsyncUnitOfWork() if task.is_async else UnitOfWork())
         _current.set(self)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from celery import Celery
@@ -22,7 +21,9 @@ from celery_ext.durable.table import MISSING, is_missing
 from fastapi_chatdify_db.database import Database
 from fastapi_chatdify_db.exceptions import ChatdifyDBError
 
-cli = typer.Typer(
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+
+cli: typer.Typer = typer.Typer(
     help="Send durable tasks to the broker, and look after them.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
@@ -85,10 +86,14 @@ def run(
     grace: Annotated[
         float, typer.Option(min=0.1, max=86_400, help="Seconds until a row that was sent is rung again; doubles.")
     ] = GRACE,
+    loglevel: Annotated[
+        LogLevel, typer.Option("--loglevel", "-l", case_sensitive=False, help="Unless the application sets up its own.")
+    ] = "INFO",
 ) -> None:
     """Send rows that are due, until SIGTERM or SIGINT; any number of relays may run side by side."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    relay = Relay(context.obj, _database(context), grace=grace)
+    database = _database(context)
+    context.obj.log.setup(loglevel=loglevel)  # as a worker's: receivers of setup_logging come first
+    relay = Relay(context.obj, database, grace=grace)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: relay.stop())
     typer.echo("relay ready", err=True)

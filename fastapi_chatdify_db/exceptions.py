@@ -45,7 +45,7 @@ class DatabaseUnavailable(ChatdifyDBError, DontWrapMixin, OperationalError):
         orig: What the driver raised; None after a journey between processes.
     """
 
-    code = ""  # SQLAlchemy's link would explain OperationalError
+    code: str = ""  # SQLAlchemy's link would explain OperationalError
 
     def __init__(self, message: str, orig: BaseException | None = None) -> None:
         super().__init__(None, None, orig)  # type: ignore[arg-type]  # None is for pickle and JSON

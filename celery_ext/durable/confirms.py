@@ -21,7 +21,7 @@ class Confirms:
         self._connection = connection
         self._unconfirmed: set[int] = set()
         self._refused: set[int] = set()
-        self.published = 0
+        self.published: int = 0
         """How many messages were published, which is also the number of the last one."""
         channel: Any = connection.default_channel
         if hasattr(channel, "confirm_select"):

@@ -47,6 +47,19 @@ async def test_run(directory: Path) -> None:
         assert await process.wait() == 0
 
 
+async def test_log_is_the_applications(directory: Path) -> None:
+    """A relay sets up its log as a worker does, so that Chatdify's has its own form, level and Sentry."""
+    with (directory / ".env").open("a") as settings:
+        settings.write("DATABASE_URL=postgresql://127.0.0.1:1/none\n")
+    process = await start(directory, "run")
+    assert process.stderr is not None
+    async with asyncio.timeout(PATIENCE):
+        while b" WARNING celery_ext.durable.relay: relay pauses (1)" not in await process.stderr.readline():
+            assert not process.stderr.at_eof()
+        process.send_signal(signal.SIGTERM)
+        await process.communicate()
+
+
 async def test_status(directory: Path) -> None:
     """It counts the rows of the application's database."""
     process = await start(directory, "status")
