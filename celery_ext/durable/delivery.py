@@ -89,6 +89,7 @@ class Delivery:
     def finish_without_effects(self) -> None:
         """``finish`` for a body that succeeded but rolled back its own transaction."""
         with self._task.database.sync_transaction() as session:
+            session.execute(statements.LIMIT_LOCKS)
             self._succeed(session)
 
     def retry_later(self, args: Sequence[object], kwargs: Mapping[str, object], options: dict[str, Any]) -> None:

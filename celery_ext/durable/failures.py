@@ -34,13 +34,13 @@ def is_transient(error: BaseException | None) -> bool:
         return True
     if isinstance(error, DBAPIError):
         original = error.orig
-        # A time limit of the task may also pass while a statement of ours waits for a key, which is not its fault.
+        # A time limit of the task may also pass while a statement of ours waits for others, which is not its fault.
         return (
             error.connection_invalidated
             or asks_to_retry(original)
             or is_outdated_statement(original)
             or _is_server_failure(original)
-            or (statements.waits_for_a_key(error.statement) and timed_out(original))
+            or (statements.waits_for_others(error.statement) and timed_out(original))
         )
     if isinstance(error, PendingRollbackError) and error.code == _CONNECTION_LOST:
         return True

@@ -53,18 +53,6 @@ ADD: Final = text(
     """
 )
 
-# The statements' text up to the first parameter, which each driver writes in its own way.
-_WAIT_FOR_KEYS: Final = tuple(str(each).partition(":")[0] for each in (LOCK_KEYS, ADD))
-
-
-def waits_for_a_key(statement: str | None) -> bool:
-    """Whether a statement, as a driver was given it, may wait until whoever uses the same key has committed.
-
-    That is ``LOCK_KEYS`` for an ordering key, ``ADD`` for an idempotency key.
-    """
-    return statement is not None and statement.startswith(_WAIT_FOR_KEYS)
-
-
 # The row lock is the lease: the worker holds it until its transaction ends, and PostgreSQL frees it when the worker
 # dies. A task that ended its transaction half way holds an advisory lock instead; whether there is one is asked
 # after the row is locked, hence the subqueries.
@@ -273,3 +261,15 @@ PRUNE: Final = text(
     RETURNING id
     """
 )
+
+# The statements' text up to the first parameter, which each driver writes in its own way.
+_WAIT_FOR_OTHERS: Final = tuple(str(each).partition(":")[0] for each in (LOCK_KEYS, ADD, FINISH, RETRY))
+
+
+def waits_for_others(statement: str | None) -> bool:
+    """Whether a statement, as a driver was given it, may wait until another session has committed.
+
+    That is for an ordering key (``LOCK_KEYS``), an idempotency key (``ADD``), or a row that is still locked
+    (``FINISH``, ``RETRY``) though the transaction which began the task has ended here.
+    """
+    return statement is not None and statement.startswith(_WAIT_FOR_OTHERS)

@@ -9,6 +9,7 @@ import psycopg2
 import pytest
 from celery import Celery
 from sqlalchemy import Connection, event, text
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -86,8 +87,9 @@ async def test_database_lost_while_a_failure_is_stored(unheard: Celery[celery_ex
     assert fails.AsyncResult(task_id).state == "PENDING"
 
 
-async def test_failure_whose_row_stays_locked(
-    unheard: Celery[celery_ext.Task], rows: Observer, monkeypatch: pytest.MonkeyPatch, database_url: str
+@pytest.mark.parametrize("fails", [True, False])
+async def test_end_whose_row_stays_locked(
+    unheard: Celery[celery_ext.Task], rows: Observer, monkeypatch: pytest.MonkeyPatch, database_url: str, fails: bool
 ) -> None:
     """By a session of the task's own, say, that a silent network has cut off: it is not waited for without end."""
     monkeypatch.setattr(statements, "LIMIT_LOCKS", text("SELECT set_config('lock_timeout', '200ms', true)"))
@@ -96,16 +98,22 @@ async def test_failure_whose_row_stays_locked(
     def lock(_: Session) -> None:
         ghost.cursor().execute("SELECT FROM durable_task FOR UPDATE")
 
+    def unlock(_: ExceptionContext) -> None:
+        ghost.close()
+
     @unheard.task(shared=False)
-    def fails() -> None:
+    def rolls_back() -> None:
         event.listen(db.sync_session, "after_rollback", lock)
-        raise ValueError
+        db.rollback_only()
+        if fails:
+            raise ValueError
 
     async with db.transaction():
-        task_id = fails.delay_durably()
+        task_id = rolls_back.delay_durably()
+    event.listen(db.sync_engine, "handle_error", unlock)
     async with asyncio.timeout(PATIENCE):
-        await asyncio.to_thread(deliver, fails, task_id)
-    ghost.close()
+        await asyncio.to_thread(deliver, rolls_back, task_id)
+    event.remove(db.sync_engine, "handle_error", unlock)
     assert await rows.durable_tasks() == [("pending", "[[], {}]")]
 
 
