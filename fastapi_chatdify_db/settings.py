@@ -15,7 +15,7 @@ from fastapi_chatdify_db.exceptions import InvalidSettings
 
 
 def _port(value: object) -> object:
-    """The number in ``REDIS_PORT=tcp://10.43.0.7:6379``, as Kubernetes has it; empty, as from Compose, is the default.
+    """The number in ``POSTGRES_PORT=tcp://10.43.0.7:5432``, as Kubernetes sets it; empty, as from Compose, the default.
 
     Every pod is given such variables for the Services of its namespace:
     https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
