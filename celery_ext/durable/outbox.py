@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Final
 
-from sqlalchemy import event
+from sqlalchemy import TextClause, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from celery_ext.durable import statements
@@ -90,7 +90,12 @@ def _insert(session: Session, rows: list[Row]) -> None:
         return
     if keys := sorted({row.ordering_key for row in rows if row.ordering_key is not None}):
         session.execute(statements.LOCK_KEYS, {"keys": keys})
+    _add(session, statements.ADD_IN_ORDER, [row for row in rows if row.ordering_key is not None])
+    _add(session, statements.ADD, [row for row in rows if row.ordering_key is None])
+    session.execute(statements.NOTIFY)
+
+
+def _add(session: Session, statement: TextClause, rows: list[Row]) -> None:
     for start in range(0, len(rows), BATCH):
         numbered = [{**row.columns(), "number": n} for n, row in enumerate(rows[start : start + BATCH])]
-        session.execute(statements.ADD, {"rows": json.dumps(numbered)})
-    session.execute(statements.NOTIFY)
+        session.execute(statement, {"rows": json.dumps(numbered)})

@@ -28,15 +28,28 @@ LOCK_KEYS: Final = text(
     """SELECT pg_advisory_xact_lock(hashtextextended(key, 20)) FROM unnest(CAST(:keys AS text[])) AS key"""
 )
 
-# Only the first row of a key is ever due; the others wait at infinity for the one before them.
+# It reads nothing, so that SERIALIZABLE transactions with such rows have nothing in common.
 ADD: Final = text(
+    """
+    INSERT INTO durable_task (id, name, arguments, options, due_at, ring_at, expires_at)
+    SELECT new.id, new.name, new.arguments, new.options, due.at, due.at,
+           clock_timestamp() + make_interval(secs => new.expires_in)
+    FROM json_to_recordset(CAST(:rows AS json)) AS new(
+        id text, name text, arguments text, options text, due_in float8, expires_in float8)
+    CROSS JOIN LATERAL (SELECT clock_timestamp() + make_interval(secs => new.due_in) AS at) AS due
+    ON CONFLICT (id) DO NOTHING  -- an idempotency key that was used
+    """
+)
+
+# Only the first row of a key is ever due; the others wait at infinity for the one before them.
+ADD_IN_ORDER: Final = text(
     """
     INSERT INTO durable_task (id, name, arguments, options, ordering_key, due_at, ring_at, expires_at)
     SELECT new.id, new.name, new.arguments, new.options, new.ordering_key, due.at,
-           CASE WHEN new.ordering_key IS NOT NULL AND (new.follows OR EXISTS (
+           CASE WHEN new.follows OR EXISTS (
                SELECT FROM durable_task AS earlier
                WHERE earlier.ordering_key = new.ordering_key AND earlier.status = 'pending'
-           )) THEN 'infinity' ELSE due.at END,
+           ) THEN 'infinity' ELSE due.at END,
            clock_timestamp() + make_interval(secs => new.expires_in)
     FROM (
         SELECT given.*, bool_or(stored.id IS NULL) OVER (
@@ -263,13 +276,13 @@ PRUNE: Final = text(
 )
 
 # The statements' text up to the first parameter, which each driver writes in its own way.
-_WAIT_FOR_OTHERS: Final = tuple(str(each).partition(":")[0] for each in (LOCK_KEYS, ADD, FINISH, RETRY))
+_WAIT_FOR_OTHERS: Final = tuple(str(each).partition(":")[0] for each in (LOCK_KEYS, ADD, ADD_IN_ORDER, FINISH, RETRY))
 
 
 def waits_for_others(statement: str | None) -> bool:
     """Whether a statement, as a driver was given it, may wait until another session has committed.
 
-    That is for an ordering key (``LOCK_KEYS``), an idempotency key (``ADD``), or a row that is still locked
-    (``FINISH``, ``RETRY``) though the transaction which began the task has ended here.
+    That is for an ordering key (``LOCK_KEYS``), an idempotency key (``ADD``, ``ADD_IN_ORDER``), or a row that is still
+    locked (``FINISH``, ``RETRY``) though the transaction which began the task has ended here.
     """
     return statement is not None and statement.startswith(_WAIT_FOR_OTHERS)

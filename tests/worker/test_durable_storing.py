@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from celery import Celery
 from fastapi import FastAPI, HTTPException
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import celery_ext
@@ -49,6 +50,24 @@ async def test_every_kind_of_unit_sends(relayed: Worker, rows: Observer) -> None
     assert [await relayed.result(task_id) for task_id in ids] == [True] * 4
     for task_id in ids:
         await rows.until_status(task_id, "done")
+
+
+async def test_serializable_transactions_side_by_side(unheard: Celery[Any], rows: Observer) -> None:
+    """Tasks without an ordering key have nothing in common: none makes the commit of another one fail."""
+    record = task(unheard, "record")
+
+    async def begin(session: AsyncSession) -> None:
+        await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        await session.execute(text("SELECT count(*) FROM item WHERE false"))
+
+    async with db.transaction() as session:
+        await begin(session)
+        async with db.transaction() as inner:
+            await begin(inner)
+            record.delay_durably("first")
+        record.delay_durably("second")
+        record.apply_durably(("third",), idempotency_key="third")
+    assert len(await rows.durable_tasks()) == 3
 
 
 async def test_a_task_alone_is_stored_too(unheard: Celery[Any], rows: Observer) -> None:
