@@ -17,7 +17,6 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 from fastapi_chatdify_db.closing import within_one_limit
 from fastapi_chatdify_db.connecting import translate_connect_errors
 from fastapi_chatdify_db.connection_state import follow
-from fastapi_chatdify_db.exceptions import InvalidSettings
 from fastapi_chatdify_db.first_statements import FirstStatements
 from fastapi_chatdify_db.forks import forget_connections, in_forked_child
 from fastapi_chatdify_db.liveness import ping_when_idle
@@ -137,26 +136,21 @@ class Engines:
 
 def _engine_options(settings: DatabaseSettings, target: DriverTarget, poolclass: type[Pool]) -> dict[str, Any]:
     options: dict[str, Any] = {
+        **settings.db_engine_options,
         "connect_args": target.connect_args,
         "echo": settings.db_echo,
         # Parameters hold what users typed; they belong in no traceback unless the developer asks for all statements.
         "hide_parameters": not settings.db_echo,
     }
-    # SQLAlchemy keeps a SQLite database in memory on a pool of one connection, which takes no options.
-    if target.url.get_backend_name() != "sqlite" or target.url.database not in (None, "", ":memory:"):
-        options |= {
-            "poolclass": poolclass,  # for mode=memory, SQLite's dialect would choose another
-            "pool_size": settings.db_pool_size,
-            "max_overflow": settings.db_max_overflow,
-            "pool_timeout": settings.db_pool_timeout,
-            "pool_recycle": settings.db_pool_recycle,
-        }
-    if taken := options.keys() & settings.db_engine_options.keys():
-        raise InvalidSettings(
-            f"DB_ENGINE_OPTIONS: other settings, or the URL, decide about {', '.join(sorted(taken))}; "
-            "write e.g. DB_POOL_SIZE=5 or DATABASE_URL=...?sslmode=require"
-        )
-    return options | settings.db_engine_options
+    if target.url.get_backend_name() == "sqlite" and target.url.database in (None, "", ":memory:"):
+        return options  # SQLAlchemy keeps a database in memory on a pool of one connection, which takes no options
+    return options | {
+        "poolclass": poolclass,  # for mode=memory, SQLite's dialect would choose another
+        "pool_size": settings.db_pool_size,
+        "max_overflow": settings.db_max_overflow,
+        "pool_timeout": settings.db_pool_timeout,
+        "pool_recycle": settings.db_pool_recycle,
+    }
 
 
 # The driver's own BEGIN comes late and ends savepoints:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
-from pydantic_core import PydanticUseDefault
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_core import PydanticUseDefault, from_json
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -25,11 +25,31 @@ def _port(value: object) -> object:
     return value.rpartition(":")[2] if isinstance(value, str) and value.startswith("tcp://") else value
 
 
+def _engine_options(value: object) -> object:
+    """The options in a variable's JSON, or as they are; empty means none, and other settings come first."""
+    if value == "":
+        raise PydanticUseDefault
+    options = from_json(value) if isinstance(value, str) else value
+    if isinstance(options, dict) and (decided := sorted(options.keys() & _DECIDED)):
+        raise ValueError(
+            f"other settings decide about {', '.join(decided)}; write DB_POOL_SIZE, DB_ECHO, ..., or in DATABASE_URL "
+            "?sslmode=require, ?options=-c%20default_transaction_isolation%3Dserializable, ..."
+        )
+    return options
+
+
 # Not SecretStr: type checkers would refuse the plain str that every caller has.
 Secret = Annotated[str | None, Field(repr=False)]
 Port = Annotated[int, BeforeValidator(_port), Field(ge=1, le=65535)]
 # PostgreSQL takes its time-outs in milliseconds, up to the greatest integer of 32 bits.
 Seconds = Annotated[float, Field(ge=0, le=2_147_483, allow_inf_nan=False)]
+
+_DECIDED: Final = (
+    *("async_creator", "connect_args", "creator", "echo", "hide_parameters", "isolation_level", "max_overflow"),
+    *("module", "pool", "pool_pre_ping", "pool_recycle", "pool_reset_on_return", "pool_size", "pool_timeout"),
+    "poolclass",
+)
+"""Arguments of ``create_engine`` that are another setting's, or with which units of work would not be what they are."""
 
 SEVERAL_HOSTS: Final = (
     "name several hosts in the query, as both drivers understand it: "
@@ -90,7 +110,7 @@ class DatabaseSettings(BaseSettings):
     db_application_name: str = "fastapi_chatdify_db"
     db_pgbouncer: bool = False
     db_startup_timeout: Seconds = 30.0
-    db_engine_options: Annotated[dict[str, Any], Field(repr=False)] = {}
+    db_engine_options: Annotated[dict[str, Any], NoDecode, BeforeValidator(_engine_options), Field(repr=False)] = {}
 
     @field_validator("database_url", "postgres_password")
     @classmethod

@@ -21,7 +21,7 @@ from sqlalchemy import cast, event, literal, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_chatdify_db import Database, DatabaseSettings, InvalidSettings, db
+from fastapi_chatdify_db import Database, DatabaseSettings, db
 from tests.forking import PID, in_a_new_process
 from tests.observing import PATIENCE, Observer
 
@@ -204,15 +204,6 @@ async def test_arguments_of_create_engine(database_url: str) -> None:
         assert await asyncio.to_thread(database.sync_session.scalar, dated) == {"on": "2026-01-02"}
         assert (await session.connection()).sync_engine.get_execution_options()["theirs"] == 1
     await database.dispose()
-
-
-def test_arguments_that_settings_have_names_for(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
-    """The pool and the place of the database have settings of their own, so that there is one way to say them."""
-    monkeypatch.setenv("DB_ENGINE_OPTIONS", '{"pool_size": 3, "connect_args": {}, "query_cache_size": 9}')
-    database = Database("optioned", settings=DatabaseSettings)
-    for engine in ("async_engine", "sync_engine"):
-        with pytest.raises(InvalidSettings, match=r"^DB_ENGINE_OPTIONS: .* about connect_args, pool_size; write"):
-            getattr(database, engine)
 
 
 async def test_application_hears_of_each_statement(observer: Observer) -> None:

@@ -37,6 +37,14 @@ def test_defaults() -> None:
     assert DatabaseSettings().url().render_as_string() == "postgresql://postgres@localhost:5432/postgres"
 
 
+def test_engine_options_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are JSON; an empty variable, as Compose makes one, has none."""
+    monkeypatch.setenv("DB_ENGINE_OPTIONS", '{"query_cache_size": 9}')
+    assert DatabaseSettings().db_engine_options == {"query_cache_size": 9}
+    monkeypatch.setenv("DB_ENGINE_OPTIONS", "")
+    assert DatabaseSettings().db_engine_options == {}
+
+
 def test_variables_reach_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """The DB_POOL_* variables are the pools', in both engines."""
     values = {"DB_POOL_SIZE": "3", "DB_MAX_OVERFLOW": "4", "DB_POOL_TIMEOUT": "1.5", "DB_POOL_RECYCLE": "60"}
@@ -122,6 +130,10 @@ def test_port_that_nobody_chose(monkeypatch: pytest.MonkeyPatch, given: str, por
     ("variable", "value"),
     [
         ("POSTGRES_PORT", "tcp://10.43.0.7"),
+        ("DB_ENGINE_OPTIONS", "query_cache_size=9"),
+        ("DB_ENGINE_OPTIONS", "[1]"),
+        ("DB_ENGINE_OPTIONS", '{"pool_pre_ping": true}'),
+        ("DB_ENGINE_OPTIONS", '{"isolation_level": "AUTOCOMMIT"}'),
         ("DB_POOL_SIZE", "ten"),
         ("DB_POOL_SIZE", "0"),
         ("DB_POOL_TIMEOUT", "-1"),
