@@ -12,6 +12,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_chatdify_db.connecting import connect_errors_translated, unavailable
 from fastapi_chatdify_db.connection_state import ConnectionState, state_in, state_of
+from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.liveness import driver_errors, has_died, replace_connection, wants_another_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
 from fastapi_chatdify_db.sqlstates import timed_out
@@ -77,6 +78,9 @@ class FirstStatements:
             if has_died(context, again):  # so do all, behind a PgBouncer whose server is down
                 context.root_connection.invalidate(again)
                 raise unavailable(context.engine.url, again) from again
+            raise
+        except DatabaseUnavailable as none:
+            context.root_connection.invalidate(none)  # or a rollback of the dead one would fail, and hide the error
             raise
 
     def _run(

@@ -264,8 +264,9 @@ async def test_new_connection_that_cannot_be_prepared_is_not_used(observer: Obse
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+@pytest.mark.parametrize("work", [read_then_read, read_then_write, read_then_text])
 async def test_server_that_gives_no_new_connection(
-    observer: Observer, driver: str, caplog: pytest.LogCaptureFixture
+    observer: Observer, driver: str, work: Work, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is what the unit is told of, rather than of the connection that was lost, and all that is."""
     connects = []
@@ -278,7 +279,7 @@ async def test_server_that_gives_no_new_connection(
                 parameters.update(host="127.0.0.1", port=1)
 
     with pytest.raises(DatabaseUnavailable, match=r"Connect call failed|Connection refused"):
-        await run(observer, driver, read_then_read, refuse_the_second)
+        await run(observer, driver, work, refuse_the_second)
     assert len(connects) == 2
     assert caplog.messages == []
 
