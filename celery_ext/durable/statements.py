@@ -275,14 +275,15 @@ PRUNE: Final = text(
     """
 )
 
-# The statements' text up to the first parameter, which each driver writes in its own way.
-_WAIT_FOR_OTHERS: Final = tuple(str(each).partition(":")[0] for each in (LOCK_KEYS, ADD, ADD_IN_ORDER, FINISH, RETRY))
+_WAITING: Final = (LOCK_KEYS, ADD, ADD_IN_ORDER, FINISH, RETRY, OPTIONS, RING_NEXT_OF_KEY)
+# Their text up to the first parameter, which each driver writes in its own way.
+_WAITING_TEXTS: Final = tuple(str(each).partition(":")[0] for each in _WAITING)
 
 
 def waits_for_others(statement: str | None) -> bool:
     """Whether a statement, as a driver was given it, may wait until another session has committed.
 
-    That is for an ordering key (``LOCK_KEYS``), an idempotency key (``ADD``, ``ADD_IN_ORDER``), or a row that is still
-    locked (``FINISH``, ``RETRY``) though the transaction which began the task has ended here.
+    Many tasks may share an ordering key (``LOCK_KEYS``) or an idempotency key (``ADD``, ``ADD_IN_ORDER``). Those that
+    end a task wait for whoever has locked the table, e.g. a migration, or its row.
     """
-    return statement is not None and statement.startswith(_WAIT_FOR_OTHERS)
+    return statement is not None and statement.startswith(_WAITING_TEXTS)

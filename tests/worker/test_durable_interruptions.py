@@ -10,7 +10,7 @@ import psycopg2
 import pytest
 from celery import Celery
 from celery.exceptions import Ignore
-from sqlalchemy import Connection, event, select, text
+from sqlalchemy import Connection, TextClause, event, select, text
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
@@ -169,13 +169,21 @@ async def test_altered_table(unheard: Celery[celery_ext.Task], rows: Observer) -
 
 
 @pytest.mark.parametrize("limit", ["lock_timeout", "statement_timeout"])
-async def test_limit_that_passes_while_the_end_waits_for_a_key(
-    unheard: Celery[celery_ext.Task], rows: Observer, limit: str
+@pytest.mark.parametrize(
+    "lock",
+    [statements.LOCK_KEYS.bindparams(keys=["a"]), text("LOCK TABLE durable_task IN SHARE MODE")],
+    ids=["key", "table"],
+)
+async def test_limit_that_passes_while_the_end_waits(
+    unheard: Celery[celery_ext.Task], rows: Observer, lock: TextClause, limit: str
 ) -> None:
-    """Somebody else's COMMIT takes long; that is no failure of the task, which is run again."""
+    """Somebody else's COMMIT, or a migration, takes long; that is no failure of the task, which is run again."""
+    locks = [lock]
 
     @unheard.task(shared=False)
     def adds() -> None:
+        if locks:
+            other.execute(locks.pop())
         db.sync_session.add(Item("x"))
         db.sync_session.execute(text(f"SET LOCAL {limit} = 100"))
 
@@ -186,7 +194,6 @@ async def test_limit_that_passes_while_the_end_waits_for_a_key(
         def release(_: ExceptionContext) -> None:
             other.rollback()
 
-        other.execute(statements.LOCK_KEYS, {"keys": ["a"]})
         event.listen(db.sync_engine, "handle_error", release)
         deliver(adds, task_id)
         event.remove(db.sync_engine, "handle_error", release)
