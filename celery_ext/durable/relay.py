@@ -141,7 +141,7 @@ class Relay:
         try:
             sent = self._send_all(rows)
         except self._broker_errors:
-            self._disconnect()
+            self._drop_line()
             connection.execute(statements.UNCLAIM, {"ids": [row.id for row in rows]})
             raise
         rerung = sum(row.rings > 1 for row in sent)
@@ -235,6 +235,14 @@ class Relay:
         _expect_no_results(self._app)
         self._line = _Line(connection, producer, Confirms(connection))
         return self._line
+
+    def _drop_line(self) -> None:
+        """Disconnect without asking: AMQP's two handshakes would each wait for a broker that may be silent."""
+        if self._line is not None:
+            driver: Any = self._line.connection.connection
+            if hasattr(driver, "collect"):
+                driver.collect()
+            self._disconnect()
 
     def _disconnect(self) -> None:
         if self._line is not None:

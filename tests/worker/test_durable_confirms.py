@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from kombu import Queue
 from kombu.transport.base import StdChannel
 
 import celery_ext
+from celery_ext.durable import relay
 from celery_ext.durable.relay import BATCH, relaying
 from fastapi_chatdify_db import db
+from tests.forwarding import Forwarder
 from tests.observing import Observer
 from tests.worker.application import create_app
 from tests.worker.running import brokers, task, until_logged, urls
@@ -97,3 +100,24 @@ async def test_events_of_sent_tasks(queues: Queues, caplog: pytest.LogCaptureFix
             await until_logged(caplog, "relayed sent=20 rerung=0 refused=1")
             assert "relay pauses" not in caplog.text
     assert queues.messages() == 100
+
+
+async def test_broker_that_falls_silent(
+    queues: Queues, rows: Observer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The confirms are waited for, for ten seconds (here for three); the end of the connection is not."""
+    monkeypatch.setattr(relay, "_BROKER_LIMIT", 3.0)
+    proxy = Forwarder(urls("rabbitmq")[0])
+    queues.app.conf.update(broker_write_url=proxy.url)
+    record = task(queues.app, "record")
+    async with proxy.opened():
+        with relaying(queues.app, db):
+            async with db.transaction():
+                first = record.delay_durably("x")
+            await rows.until_sent(first)
+            proxy.fall_silent()
+            async with db.transaction():
+                record.delay_durably("y")
+            async with asyncio.timeout(8.0):
+                await until_logged(caplog, "relay pauses")
+            proxy.speak_again()
