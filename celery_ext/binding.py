@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from functools import partial
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import celery
-import psycopg2.extensions
-import psycopg2.extras
 from celery import Celery, _state, signals
 from celery.local import Proxy
 from celery.states import SUCCESS
 
-from celery_ext import context, event_loop
+from celery_ext import context, event_loop, greenlets
 from celery_ext.body import put_in_unit
 from celery_ext.durable.administration import health_figures
 from celery_ext.durable.relay import relaying
@@ -152,10 +149,8 @@ def _send_context(headers: dict[str, Any], **_: object) -> None:
 
 @signals.worker_init.connect(weak=False)
 def _let_psycopg2_yield(**_: object) -> None:
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("select"):
-        # libpq waits in C, where gevent cannot switch greenlets; with this callback psycopg2 waits in select().
-        psycopg2.extensions.set_wait_callback(psycopg2.extras.wait_select)
+    if greenlets.replace_threads():
+        greenlets.let_psycopg2_yield()
 
 
 @signals.worker_process_shutdown.connect(weak=False)

@@ -7,7 +7,6 @@ other one gets a second loop, and so on.
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 
+from celery_ext import greenlets
 from celery_ext.errors import AsyncTaskNotSupported, TaskCancelled
 from fastapi_chatdify_db.forks import in_forked_child
 
@@ -121,10 +121,7 @@ def _copy_outcome(task: asyncio.Task[Any], outcome: Future[T]) -> None:
 
 
 def _free_loop() -> asyncio.AbstractEventLoop:
-    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
-    if (gevent is not None and gevent.is_module_patched("threading")) or (
-        eventlet is not None and eventlet.is_monkey_patched("thread")
-    ):
+    if greenlets.replace_threads():
         raise AsyncTaskNotSupported("async def tasks need the pool prefork, threads or solo; on greenlets write def")
     try:
         here = asyncio.get_running_loop()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 
 import celery
@@ -12,7 +15,8 @@ from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLo
 from celery_ext import AsyncTaskNotSupported, StatementFailed
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
-from tests.observing import Observer
+from tests.observing import PATIENCE, Observer
+from tests.serving import free_socket
 from tests.worker.running import Worker, brokers, worker
 
 GREEN = ("gevent", "eventlet")
@@ -126,6 +130,36 @@ async def test_greenlets_wait_together(empty_tables: Observer, pool: str) -> Non
         await empty_tables.connection.execute("SELECT pg_advisory_unlock(7)")
         for result in results:
             await asyncio.to_thread(result.get, timeout=20)
+
+
+@pytest.mark.parametrize("pool", GREEN)
+def test_connect_among_greenlets_has_its_limit(pool: str) -> None:
+    """libpq does not know of ``connect_timeout`` where it does not wait itself; a silent server would keep the task."""
+    patch = {
+        "gevent": "from gevent.monkey import patch_all",
+        "eventlet": "from eventlet import monkey_patch as patch_all",
+    }
+    code = """
+patch_all()
+from celery.signals import worker_init
+import celery_ext
+from fastapi_chatdify_db import DatabaseUnavailable, db
+worker_init.send(None)
+try:
+    db.sync_engine.connect()
+except DatabaseUnavailable as error:
+    assert "timeout expired" in str(error), error
+else:
+    raise AssertionError
+"""
+    with free_socket() as silent:
+        url = f"postgresql://127.0.0.1:{silent.getsockname()[1]}/nobody?connect_timeout=1"
+        subprocess.run(
+            [sys.executable, "-c", patch[pool] + code],
+            env=os.environ | {"DATABASE_URL": url},
+            check=True,
+            timeout=PATIENCE,
+        )
 
 
 @pytest.mark.parametrize("task", ["sleep_after_insert", "add_item_async"])
