@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -72,6 +72,9 @@ CORE = _here("SQLAlchemy Core", "core")
 RAW = _here("raw asyncpg", "raw_asyncpg")
 FASTAPI_ASYNC = _peer("fastapi-async-sqlalchemy", "0.7.1.post3")
 CONTEXT_ASYNC = _peer("context-async-sqlalchemy", "2.1.9")
+CONTEXT_ASYNC_BEST = replace(
+    CONTEXT_ASYNC, name="context-async-sqlalchemy, no ping", module="context_async_sqlalchemy_best"
+)
 FASTAPI_SQLA = _peer("fastapi-sqla", "4.0.1", OLDER_WEB, "[asyncpg]")
 ADVANCED_ALCHEMY = _peer("advanced-alchemy", "1.12.0", extra="[fastapi]")
 PEERS = (FASTAPI_ASYNC, CONTEXT_ASYNC, FASTAPI_SQLA, ADVANCED_ALCHEMY)

@@ -8,9 +8,11 @@ from fastapi import FastAPI
 from model import POOL, URL, insert_one, modify_one, plain, read_one, read_twenty
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
+OPTIONS = {"pool_pre_ping": True, **POOL}
+
 
 def create_engine(host: str | None) -> AsyncEngine:
-    return create_async_engine(URL, pool_pre_ping=True, **POOL)
+    return create_async_engine(URL, **OPTIONS)
 
 
 def create_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:

@@ -1,4 +1,4 @@
-"""fastapi-sqla, as its README writes it: engine options are environment variables."""
+"""fastapi-sqla, whose engine options are environment variables."""
 
 from __future__ import annotations
 
