@@ -19,7 +19,8 @@ from kombu.serialization import dumps
 from celery_ext.errors import ArgumentsNotSerializable, DispatchFailed
 from celery_ext.execution import Execution
 from celery_ext.sender import send_within
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, innermost_unit
+from fastapi_chatdify_db.nesting import innermost_unit
+from fastapi_chatdify_db.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from celery_ext.task import Task

@@ -13,7 +13,8 @@ from celery_ext import context
 from celery_ext.durable.delivery import Delivery
 from celery_ext.errors import BodyBypassed, DurableDispatchUnsupported
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, innermost_unit
+from fastapi_chatdify_db.nesting import innermost_unit
+from fastapi_chatdify_db.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from celery_ext.task import Task

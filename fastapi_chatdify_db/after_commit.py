@@ -30,6 +30,8 @@ class CallbackQueue:
         """Register a callback, bound to the innermost transaction or savepoint of ``session`` if there is one."""
         transaction = None if session is None else innermost(session)
         if transaction is not None:
+            if is_doomed(transaction):
+                return
             if _is_committed(transaction):
                 self._due.append(callback)  # registered by an after_commit handler
                 return
@@ -94,6 +96,14 @@ def is_undone(transaction: SessionTransaction | None, ended: SessionTransaction)
     while ended.parent is not None and not ended.nested:
         ended = ended.parent
     return ended in self_and_parents(transaction)
+
+
+def is_doomed(transaction: SessionTransaction | None) -> bool:
+    """Whether a flush has failed in a savepoint or transaction: it can only be rolled back, or is so already.
+
+    ``after_soft_rollback`` has been called then, and may not be called again.
+    """
+    return transaction is not None and transaction._state is SessionTransactionState.DEACTIVE
 
 
 def _is_committed(transaction: SessionTransaction) -> bool:

@@ -47,11 +47,6 @@ class AsyncUnitOfWork(UnitOfWork):
     _async_sessions: Mapping[Engines, AsyncSession] = {}
 
     @cached_property
-    def _inner(self) -> dict[AsyncUnitOfWork, asyncio.Task[Any] | None]:
-        """The open ``async with`` blocks within the outermost unit, and the tasks that they began in."""
-        return {}
-
-    @cached_property
     def _rolling_back(self) -> asyncio.Lock:
         """Held during a rollback: the response may end the block of a generator that its finalizer ends, too."""
         return asyncio.Lock()
@@ -110,9 +105,6 @@ class AsyncUnitOfWork(UnitOfWork):
 
     async def __aenter__(self) -> Self:
         self.open()
-        if isinstance(self.outer, AsyncUnitOfWork):
-            self._inner = self.outer._inner
-            self._inner[self] = asyncio.current_task()
         return self
 
     async def __aexit__(
@@ -124,16 +116,6 @@ class AsyncUnitOfWork(UnitOfWork):
             await self.finish_async(commit=self.is_kept(error))
         finally:
             self.close()
-            self._inner.pop(self, None)  # with the task: a connection keeps the context that it was made in
-
-    def _left_behind(self) -> list[UnitOfWork]:
-        """Open units within this one that nobody will end: in generators whose task has ended, or has left them."""
-        left: list[UnitOfWork] = [*self.suspended]
-        for block, task in reversed([*self._inner.items()]):
-            left += block.suspended
-            if task is None or task.done() or task is asyncio.current_task():
-                left.append(block)
-        return left
 
     async def _finish_async(self, *, commit: bool) -> None:
         try:
@@ -143,7 +125,9 @@ class AsyncUnitOfWork(UnitOfWork):
             else:
                 await self._rollback_async()
         finally:
-            await self._run_due_callbacks_async()
+            if self._callbacks is not None:
+                with self.made_current():
+                    await self._run_due_callbacks_async()
 
     async def _commit_async(self) -> None:
         async_sessions = [session for session in self._async_sessions.values() if session.in_transaction()]

@@ -17,8 +17,9 @@ from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.base import Base
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import InvalidSettings, NotInSyncUnit, OutsideUnitOfWork
+from fastapi_chatdify_db.nesting import current_unit, note_retryable_error, outlives_its_unit
 from fastapi_chatdify_db.settings import DatabaseSettings
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit, note_retryable_error, outlives_its_unit
+from fastapi_chatdify_db.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork, finish, run_to_completion
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, units_inside
+from fastapi_chatdify_db.nesting import units_inside, units_left_inside
+from fastapi_chatdify_db.unit_of_work import UnitOfWork
 
 logger: Final = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class HTTPExchange(AsyncUnitOfWork):
             self.close()
             del self._receive  # and a recorded body: a pooled connection keeps the context it was made in, and so us
             if self._started and not self._complete and self.has_inner:
-                left_behind = self._left_behind()
+                left_behind = units_left_inside(self)
                 self._log_loss(left_behind)
                 await run_to_completion(_roll_back(left_behind))
 
@@ -171,8 +172,10 @@ class HTTPExchange(AsyncUnitOfWork):
         if not self.has_inner:
             return []
         blocks = units_inside(self)
+        if not self._has_producer:
+            return blocks
         # A def dependency's block looks like one of a def producer, which ends its own.
-        return [block for block in blocks if block not in self.suspended] if self._has_producer else blocks
+        return [block for block in blocks if not (block.is_suspended and block.open_outer is self)]
 
     @property
     def _has_producer(self) -> bool:
@@ -182,7 +185,9 @@ class HTTPExchange(AsyncUnitOfWork):
         return getattr(effective or self._scope.get("route"), "is_sse_stream", False)
 
     def _wants_retry(self) -> bool:
-        return self._may_retry and self.asked_to_retry and not (self._started or self.has_committed)
+        if not (self._may_retry and self.asked_to_retry) or self._started:
+            return False
+        return not any(unit.has_committed for unit in (self, *self.inside))
 
     async def _answer(self, failure: Exception) -> None:
         if self._wants_retry():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from fastapi_chatdify_db.nesting import innermost_unit
 from fastapi_chatdify_db.request_id import current_request_id
-from fastapi_chatdify_db.unit_of_work import innermost_unit
 
 
 class UnitOfWorkFilter(logging.Filter):

@@ -13,8 +13,8 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_chatdify_db.exchange import CommitOn, HTTPExchange
+from fastapi_chatdify_db.nesting import innermost_unit
 from fastapi_chatdify_db.retries import Retries
-from fastapi_chatdify_db.unit_of_work import innermost_unit
 from fastapi_chatdify_db.websocket_exchange import WebSocketExchange
 
 logger: Final = logging.getLogger(__name__)

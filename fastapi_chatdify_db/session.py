@@ -14,7 +14,8 @@ from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.database import db
-from fastapi_chatdify_db.unit_of_work import UnitOfWork, current_unit
+from fastapi_chatdify_db.nesting import current_unit
+from fastapi_chatdify_db.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

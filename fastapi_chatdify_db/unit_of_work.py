@@ -2,74 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
-from collections.abc import Mapping
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from threading import Lock
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
-from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.orm import Session
 
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit
-from fastapi_chatdify_db.forks import in_forked_child
+from fastapi_chatdify_db.nesting import current, innermost_unit
 from fastapi_chatdify_db.refused_commits import prepare_commit
 from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, in_use, roll_back_or_discard
-from fastapi_chatdify_db.sqlstates import asks_to_retry
 from fastapi_chatdify_db.surroundings import in_event_loop, in_generator
 
 logger: Final = logging.getLogger(__name__)
 
-_current: Final[ContextVar[UnitOfWork | None]] = ContextVar("fastapi_chatdify_db.unit_of_work", default=None)
-
 _ids: Final = count(1)
-
-
-def current_unit(engines: Engines) -> UnitOfWork | None:
-    """The open unit of work that the sessions of ``engines`` belong to here, or None."""
-    unit = _current.get()
-    while unit is not None and (unit.closed or unit.only not in (None, engines)):
-        unit = unit.outer
-    return unit
-
-
-def innermost_unit() -> UnitOfWork | None:
-    """The open unit of work around the running code, whichever database it is for, or None."""
-    unit = _current.get()
-    while unit is not None and unit.closed:  # in another context, by a generator finalized there
-        unit = unit.outer
-    return unit
-
-
-def outlives_its_unit() -> bool:
-    """Whether the running code was started in a unit of work, e.g. by ``asyncio.create_task``, that has ended."""
-    return _current.get() is not None and innermost_unit() is None
-
-
-def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
-    """The open units between the running code and ``outer``, the innermost first, and those suspended within them."""
-    found: list[UnitOfWork] = []
-    unit = _current.get()
-    while unit is not None and unit is not outer:
-        if not unit.closed:
-            found += (*unit.suspended, unit)
-        unit = unit.outer
-    return [*(found if unit is outer else ()), *outer.suspended]
-
-
-def note_retryable_error(context: ExceptionContext) -> None:
-    """Note in the units around a statement that it failed with a serialization failure or deadlock, worth a retry."""
-    if asks_to_retry(context.original_exception):
-        unit = _current.get()
-        while unit is not None:
-            unit.untouched, unit.asked_to_retry = False, True
-            unit = unit.outer
 
 
 class UnitOfWork:
@@ -92,6 +48,8 @@ class UnitOfWork:
     """Whether nothing was asked of the unit yet, so that there is nothing to end."""
     has_inner: bool = False
     """Whether a unit was opened within this one."""
+    is_suspended: bool = False
+    """Whether it stands still in a generator, of a ``def`` dependency: the code within it is not that generator's."""
     awaits_response: bool = False
     """Whether the response around this unit has begun and is not complete, so that what follows is not kept yet."""
     closed: bool = False
@@ -99,6 +57,7 @@ class UnitOfWork:
     asked_to_retry: bool = False
     _has_committed_inside = False
     _before: UnitOfWork | None = None
+    _inside: dict[UnitOfWork, asyncio.Task[Any] | None]
     _callbacks: CallbackQueue | None = None
     _sync_sessions: Mapping[Engines, FollowedSession] = {}
     _sessions: tuple[FollowedSession, ...] = ()
@@ -112,10 +71,22 @@ class UnitOfWork:
         """The number that the unit's log records show; unique within the process."""
         return next(_ids)
 
-    @cached_property
-    def suspended(self) -> list[UnitOfWork]:
-        """The open units within this one, the innermost first, that stand still in a generator: a dependency's."""
-        return []
+    @property
+    def inside(self) -> dict[UnitOfWork, asyncio.Task[Any] | None]:
+        """The open units within the outermost one, in the order of their beginning, and their tasks (None: a thread).
+
+        All of them have one registry: FastAPI may end a dependency's unit before another's that began within it.
+        """
+        registry: dict[UnitOfWork, asyncio.Task[Any] | None] = self.__dict__.setdefault("_inside", {})
+        return registry
+
+    @property
+    def open_outer(self) -> UnitOfWork | None:
+        """The innermost unit around this one that is still open."""
+        unit = self.outer
+        while unit is not None and unit.closed:
+            unit = unit.outer
+        return unit
 
     def sync_session(self, engines: Engines) -> Session:
         """The unit's session on one database."""
@@ -172,24 +143,27 @@ class UnitOfWork:
         if outer is not None and not self.stands_alone:
             self.outer = outer
             outer.has_inner = True
+            self._inside = outer.inside
+            self._inside[self] = asyncio.current_task() if in_event_loop() else None
             # FastAPI runs a def dependency with yield in a thread, and drops that thread's context.
-            if not in_event_loop() and in_generator():
-                self.suspended = outer.suspended  # one list for blocks within each other, too
-                self.suspended.insert(0, self)
-        _current.set(self)
+            self.is_suspended = not in_event_loop() and in_generator()
+        current.set(self)
 
     def close(self) -> None:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
-        if self._before is not None:
-            self._before._has_committed_inside |= self.has_committed
-        if self.outer is not None and self in self.outer.suspended:
-            self.outer.suspended.remove(self)
+        if (around := self._before) is not None:
+            committed = self.has_committed
+            while around is not None:  # some may have ended before this one
+                around._has_committed_inside |= committed
+                around = around._before
+        if self.outer is not None:
+            self.inside.pop(self, None)  # with the task: a connection keeps the context that it was made in
         self.closed = True
         for session in self._sessions:
             session.end()
         # Without a token: a generator that is finalized late runs in another context than it began in.
-        if _current.get() is self:
-            _current.set(self._before)
+        if current.get() is self:
+            current.set(self._before)
 
     def finish(self, *, commit: bool) -> None:
         """Commit, unless the unit is marked for rollback, or roll back; then run the callbacks that are due.
@@ -207,7 +181,18 @@ class UnitOfWork:
             else:
                 self._rollback()
         finally:
-            self._run_due_callbacks()
+            if self._callbacks is not None:
+                with self.made_current():
+                    self._run_due_callbacks()
+
+    @contextmanager
+    def made_current(self) -> Iterator[None]:
+        """Let callbacks belong to this unit also while a dependency's, within it, is the current one."""
+        token = current.set(self)
+        try:
+            yield
+        finally:
+            current.reset(token)
 
     def __enter__(self) -> Self:
         self.open()
@@ -293,8 +278,3 @@ class UnitOfWork:
                 log_failed_callback(callback, error)
         if to_raise is not None:
             raise to_raise
-
-
-@in_forked_child
-def _leave_parents_unit() -> None:
-    _current.set(None)

@@ -154,7 +154,10 @@ async def test_savepoint_whose_flush_fails_drops_its_callbacks(observer: Observe
                 db.on_commit(lambda: ran.append("released, then dropped"))
             db.session.add(Item(None))  # type: ignore[arg-type]  # what the column refuses
             db.on_commit(lambda: ran.append(name))
-            await db.session.flush()
+            try:
+                await db.session.flush()
+            finally:
+                db.on_commit(lambda: ran.append("afterwards"))
 
     async with db.transaction() as session:
         session.add(Item("a"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from itertools import count
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, HTTPException
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -133,6 +134,47 @@ async def test_what_is_committed_is_not_done_again(counter: Observer, path: str)
     async with serve(app) as client:
         assert (await client.post(path)).status_code == 500
     assert await counter.names() == ["run 1"]
+
+
+async def test_dependency_that_committed_in_its_block(observer: Observer) -> None:
+    """While the block is open, and after one around it has ended before it, as a dependency of a function does."""
+    app, numbers = FastAPI(), count()
+    app.add_middleware(DBSessionMiddleware, retries=2)
+
+    async def commit(what: str) -> None:
+        async with db.transaction() as session:
+            session.add(Item(f"{what} {next(numbers)}"))
+
+    async def block() -> AsyncIterator[None]:
+        async with db.transaction():
+            yield
+
+    async def committing_block() -> AsyncIterator[None]:
+        async with db.transaction():
+            await commit("before")
+            yield
+
+    async def block_with_a_log() -> AsyncIterator[None]:
+        async with db.transaction():
+            try:
+                yield
+            except DBAPIError:
+                await commit("log")
+                raise
+
+    @app.post("/open", dependencies=[Depends(committing_block)])
+    async def answer() -> None:
+        with suppress(DBAPIError):
+            await db.session.execute(text(ASKS_TO_RETRY))
+        raise HTTPException(503)
+
+    @app.post("/log", dependencies=[Depends(block, scope="function"), Depends(block_with_a_log)])
+    async def fail() -> None:
+        await db.session.execute(text(ASKS_TO_RETRY))
+
+    async with serve(app) as client:
+        assert [(await client.post(path)).status_code for path in ("/open", "/log")] == [503, 500]
+    assert await observer.names() == ["before 0", "log 1"]
 
 
 async def test_savepoint_is_no_commit(observer: Observer) -> None:

@@ -73,6 +73,12 @@ async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncC
         if status != 200:
             raise HTTPException(status)
 
+    @app.post("/behind", dependencies=[Depends(transaction, scope="function")])
+    def behind_one_that_ends_first(
+        session: Annotated[Session, Depends(def_transaction)], name: str, status: int = 200
+    ) -> None:
+        plain_def(session, name, status)
+
     @app.post("/nested-def")
     def nested_def(session: Annotated[Session, Depends(nested_def_transactions)], name: str) -> None:
         session.add(Item(name))
@@ -146,7 +152,7 @@ async def client(app: FastAPI, observer: Observer) -> AsyncIterator[httpx.AsyncC
         yield client
 
 
-@pytest.mark.parametrize("path", ["/given", "/current", "/sync", "/def", "/nested-def"])
+@pytest.mark.parametrize("path", ["/given", "/current", "/sync", "/def", "/behind", "/nested-def"])
 async def test_commits_before_the_response(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
     """A dependency that yields within a block ends after the response; its COMMIT does not, nor its failure."""
     statuses = [(await client.post(path, params={"name": name})).status_code for name in ("a", "a", "b")]
@@ -155,7 +161,7 @@ async def test_commits_before_the_response(client: httpx.AsyncClient, observer: 
     assert await observer.in_transaction() == 0
 
 
-@pytest.mark.parametrize("path", ["/given", "/def"])
+@pytest.mark.parametrize("path", ["/given", "/def", "/behind"])
 async def test_error_keeps_nothing(client: httpx.AsyncClient, observer: Observer, path: str) -> None:
     """By the same rule as the request itself."""
     assert (await client.post(path, params={"name": "a", "status": 404})).status_code == 404
@@ -187,6 +193,28 @@ async def test_stream_left_by_its_client_rolls_back(
     await observer.until_no_transactions()
     assert await observer.names() == ["before"]
     assert "a response was cut short" in caplog.text
+
+
+async def test_callback_of_the_request(app: FastAPI, client: httpx.AsyncClient, observer: Observer) -> None:
+    """It writes with the request's session, not with that of a dependency's block, which may still be rolled back."""
+
+    async def add_audit() -> None:
+        db.session.add(Item("audit"))
+
+    async def audit() -> None:
+        db.on_commit(add_audit)
+
+    @app.post("/audited", dependencies=[Depends(audit), Depends(transaction)])
+    async def audited() -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"begin"
+            raise ZeroDivisionError
+
+        return StreamingResponse(body())
+
+    with pytest.raises(httpx.RemoteProtocolError):
+        await client.post("/audited")
+    assert await observer.names() == ["audit"]
 
 
 async def test_stream_commits_at_its_end(client: httpx.AsyncClient, observer: Observer) -> None:

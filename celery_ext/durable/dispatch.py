@@ -12,7 +12,7 @@ from celery_ext.durable.row import check_accepted, new_row
 from celery_ext.errors import DurableDispatchUnsupported
 from fastapi_chatdify_db.database import Database
 from fastapi_chatdify_db.exceptions import OutsideUnitOfWork
-from fastapi_chatdify_db.unit_of_work import current_unit
+from fastapi_chatdify_db.nesting import current_unit
 
 if TYPE_CHECKING:
     from celery_ext.task import Task

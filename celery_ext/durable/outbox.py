@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from celery_ext.durable import statements
 from celery_ext.durable.row import Row
-from fastapi_chatdify_db.after_commit import innermost, is_undone, self_and_parents
+from fastapi_chatdify_db.after_commit import innermost, is_doomed, is_undone, self_and_parents
 from fastapi_chatdify_db.session_end import FollowedSession
 
 BATCH: Final = 1000
@@ -55,7 +55,9 @@ class Outbox:
         session = self._session
         if not session.in_transaction():
             session.begin()
-        self._rows.append((row, innermost(session)))
+        if is_doomed(transaction := innermost(session)):
+            return
+        self._rows.append((row, transaction))
         self._added_in_flush |= session._flushing  # by a handler of the flush, which may be the COMMIT's own
 
     def keys(self) -> set[str]:

@@ -22,7 +22,7 @@ from example_app.settings import get_settings
 from example_app.worker import app as celery_app
 from fastapi_chatdify_db import DatabaseSettings, db
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.unit_of_work import note_retryable_error
+from fastapi_chatdify_db.nesting import note_retryable_error
 from tests.serving import serve
 
 API_TOKEN = "api-token"

@@ -12,7 +12,7 @@ from example_app.fakes.faults import Fault
 from example_app.main import create_app
 from fastapi_chatdify_db import DatabaseSettings, InvalidSettings, db
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.unit_of_work import note_retryable_error
+from fastapi_chatdify_db.nesting import note_retryable_error
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside
 from tests.serving import serve
 

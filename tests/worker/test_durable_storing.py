@@ -218,7 +218,7 @@ async def test_nothing_is_left_of_a_rollback(unheard: Celery[Any], rows: Observe
 
 
 async def test_nothing_is_left_of_a_savepoint_whose_flush_fails(unheard: Celery[Any], rows: Observer) -> None:
-    """Be it stored before the flush or by a handler of it."""
+    """Be it stored before the flush, by a handler of it, or after it."""
     record = task(unheard, "record")
     event.listen(Item, "before_insert", lambda *_: record.delay_durably("by a handler"), once=True)
 
@@ -226,7 +226,10 @@ async def test_nothing_is_left_of_a_savepoint_whose_flush_fails(unheard: Celery[
         async with db.session.begin_nested():
             record.delay_durably("inside")
             db.session.add(Item(None))  # type: ignore[arg-type]  # what the column refuses
-            await db.session.flush()
+            try:
+                await db.session.flush()
+            finally:
+                record.delay_durably("afterwards")
 
     async with db.transaction():
         record.delay_durably("before")
