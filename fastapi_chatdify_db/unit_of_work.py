@@ -188,11 +188,12 @@ class UnitOfWork:
     @contextmanager
     def made_current(self) -> Iterator[None]:
         """Let callbacks belong to this unit also while a dependency's, within it, is the current one."""
-        token = current.set(self)
+        before = current.get()
+        current.set(self)
         try:
             yield
         finally:
-            current.reset(token)
+            current.set(before)
 
     def __enter__(self) -> Self:
         self.open()

@@ -53,6 +53,8 @@ class _Line:
     """A connection to the broker, and its publisher."""
 
     connection: BrokerConnection
+    driver: Any
+    """The transport's own; kombu's property for it would connect again."""
     producer: Producer
     confirms: Confirms
 
@@ -233,16 +235,14 @@ class Relay:
         connection = broker.clone(transport_options=options)
         producer = self._app.amqp.Producer(connection.default_channel)
         _expect_no_results(self._app)
-        self._line = _Line(connection, producer, Confirms(connection))
+        self._line = _Line(connection, connection.connection, producer, Confirms(connection))
         return self._line
 
     def _drop_line(self) -> None:
         """Disconnect without asking: AMQP's two handshakes would each wait for a broker that may be silent."""
-        if self._line is not None:
-            driver: Any = self._line.connection.connection
-            if hasattr(driver, "collect"):
-                driver.collect()
-            self._disconnect()
+        if self._line is not None and hasattr(self._line.driver, "collect"):
+            self._line.driver.collect()
+        self._disconnect()
 
     def _disconnect(self) -> None:
         if self._line is not None:

@@ -62,6 +62,27 @@ async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: p
         app.close()
 
 
+async def test_broker_that_goes_away(prefork: Worker, rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    """Likewise what it claimed before it found its connection broken."""
+    there = urlsplit(prefork.environment["TEST_BROKER"])
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        elsewhere = there._replace(netloc=there.netloc.replace(f":{there.port}", f":{door.getsockname()[1]}"))
+        app = create_app(elsewhere.geturl(), prefork.environment["TEST_BACKEND"], prefork.environment["TEST_QUEUE"])
+        app.finalize()
+        add_item = task(app, "add_item")
+        with relaying(app, db, grace=3600):
+            async with forwarding(door, there.port):
+                async with db.transaction():
+                    first = add_item.delay_durably("x")
+                await rows.until_status(first, "done")
+            async with db.transaction():
+                second = add_item.delay_durably("y")
+            await until_logged(caplog, "relay pauses (2)")
+        assert await rows.connection.fetchval("SELECT rings FROM durable_task WHERE id = $1", second) == 0
+        app.close()
+
+
 @pytest.mark.parametrize("scheme", ["amqp", "redis"])
 async def test_broker_that_is_mute(
     rows: Observer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, scheme: str
