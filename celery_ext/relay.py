@@ -87,7 +87,10 @@ def run(
         float, typer.Option(min=0.1, max=86_400, help="Seconds until a row that was sent is rung again; doubles.")
     ] = GRACE,
     loglevel: Annotated[
-        LogLevel, typer.Option("--loglevel", "-l", case_sensitive=False, help="Unless the application sets up its own.")
+        LogLevel,
+        typer.Option(
+            "--loglevel", "-l", case_sensitive=False, help="Unless the application has a receiver of setup_logging."
+        ),
     ] = "INFO",
 ) -> None:
     """Send rows that are due, until SIGTERM or SIGINT; any number of relays may run side by side."""

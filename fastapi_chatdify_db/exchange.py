@@ -175,7 +175,7 @@ class HTTPExchange(AsyncUnitOfWork):
         if not self._has_producer:
             return blocks
         # A def dependency's block looks like one of a def producer, which ends its own.
-        return [block for block in blocks if not (block.is_suspended and block.open_outer is self)]
+        return [block for block in blocks if not block.is_suspended]
 
     @property
     def _has_producer(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import PydanticUseDefault, from_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -30,7 +31,9 @@ def _engine_options(value: object) -> object:
     if value == "":
         raise PydanticUseDefault
     options = from_json(value) if isinstance(value, str) else value
-    if isinstance(options, dict) and (decided := sorted(options.keys() & _DECIDED)):
+    if not isinstance(options, dict):
+        return options
+    if decided := sorted({*options, *(options.get("execution_options") or ())} & {*_DECIDED}):
         raise ValueError(
             f"other settings decide about {', '.join(decided)}; write DB_POOL_SIZE, DB_ECHO, ..., or in DATABASE_URL "
             "?sslmode=require, ?options=-c%20default_transaction_isolation%3Dserializable, ..."
@@ -112,6 +115,11 @@ class DatabaseSettings(BaseSettings):
     db_startup_timeout: Seconds = 30.0
     db_engine_options: Annotated[dict[str, Any], NoDecode, BeforeValidator(_engine_options), Field(repr=False)] = {}
 
+    @field_validator("postgres_port", mode="before")
+    @classmethod
+    def _ignore_beside_a_url(cls, value: object, info: ValidationInfo) -> object:
+        return cls.model_fields["postgres_port"].default if info.data.get("database_url") else value
+
     @field_validator("database_url", "postgres_password")
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
@@ -138,6 +146,9 @@ class DatabaseSettings(BaseSettings):
         if name in type(self).model_fields:  # pydantic's error would show the value
             raise InvalidSettings(f"settings do not change; make others: db.settings = DatabaseSettings({name}=...)")
         super().__setattr__(name, value)
+
+    def __hash__(self) -> int:
+        return hash(tuple(value for value in self.__dict__.values() if isinstance(value, Hashable)))
 
     def make_same_engines_as(self, other: DatabaseSettings) -> bool:
         """Whether all fields that engines are made from are equal; what an application's subclass adds may differ."""

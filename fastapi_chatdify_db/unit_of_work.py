@@ -151,11 +151,10 @@ class UnitOfWork:
 
     def close(self) -> None:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
-        if (around := self._before) is not None:
-            committed = self.has_committed
-            while around is not None:  # some may have ended before this one
-                around._has_committed_inside |= committed
-                around = around._before
+        around = self._before if self.has_committed else None
+        while around is not None and not around._has_committed_inside:  # some may have ended before this one
+            around._has_committed_inside = True
+            around = around._before
         if self.outer is not None:
             self.inside.pop(self, None)  # with the task: a connection keeps the context that it was made in
         self.closed = True

@@ -10,7 +10,7 @@ from typing import Annotated
 import asyncpg
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, params
 from fastapi.sse import EventSourceResponse
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -75,6 +75,11 @@ async def block() -> AsyncIterator[AsyncSession]:
         session.add(Item("a"))
         await session.flush()
         yield session
+
+
+async def empty_block() -> AsyncIterator[None]:
+    async with db.transaction():
+        yield
 
 
 async def query_the_block(session: Annotated[AsyncSession, Depends(block)]) -> AsyncIterable[str]:
@@ -217,8 +222,11 @@ async def test_block_around_events_that_are_left_by_their_client_keeps_nothing(
     assert "a response was cut short" in caplog.text
 
 
+@pytest.mark.parametrize("dependencies", [[], [Depends(empty_block)]], ids=["alone", "in a dependency's"])
 @pytest.mark.parametrize("writes_first", [True, False])
-async def test_block_of_the_producer(observer: Observer, writes_first: bool) -> None:
+async def test_block_of_the_producer(
+    observer: Observer, writes_first: bool, dependencies: list[params.Depends]
+) -> None:
     """It ends where the producer ends it, and is kept whole, though it was open before the response began."""
     opened = Event()
 
@@ -238,7 +246,7 @@ async def test_block_of_the_producer(observer: Observer, writes_first: bool) -> 
     app.add_middleware(Hesitating)
     app.add_middleware(DBSessionMiddleware)
 
-    @app.get("/", response_class=EventSourceResponse)
+    @app.get("/", response_class=EventSourceResponse, dependencies=dependencies)
     def produce() -> Iterable[str]:
         with db.sync_transaction() as session:
             if writes_first:

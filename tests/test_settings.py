@@ -43,6 +43,7 @@ def test_engine_options_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DatabaseSettings().db_engine_options == {"query_cache_size": 9}
     monkeypatch.setenv("DB_ENGINE_OPTIONS", "")
     assert DatabaseSettings().db_engine_options == {}
+    assert hash(DatabaseSettings()) == hash(DatabaseSettings())
 
 
 def test_variables_reach_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +124,7 @@ def test_port_that_nobody_chose(monkeypatch: pytest.MonkeyPatch, given: str, por
     """In Kubernetes, a Service named ``postgres`` puts its address into POSTGRES_PORT of every pod."""
     monkeypatch.setenv("POSTGRES_PORT", given)
     assert DatabaseSettings().url().port == port
+    monkeypatch.setenv("POSTGRES_PORT", "5432,5433")  # libpq's way to say several
     assert DatabaseSettings(database_url="postgres://one:6432/first").url().port == 6432
 
 
@@ -134,6 +136,7 @@ def test_port_that_nobody_chose(monkeypatch: pytest.MonkeyPatch, given: str, por
         ("DB_ENGINE_OPTIONS", "[1]"),
         ("DB_ENGINE_OPTIONS", '{"pool_pre_ping": true}'),
         ("DB_ENGINE_OPTIONS", '{"isolation_level": "AUTOCOMMIT"}'),
+        ("DB_ENGINE_OPTIONS", '{"execution_options": {"isolation_level": "AUTOCOMMIT"}}'),
         ("DB_POOL_SIZE", "ten"),
         ("DB_POOL_SIZE", "0"),
         ("DB_POOL_TIMEOUT", "-1"),

@@ -90,6 +90,10 @@ class Outbox:
 def _insert(session: Session, rows: list[Row]) -> None:
     if not rows:
         return
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row.id, row)  # of several with one idempotency key
+    rows = [*first.values()]
     if keys := sorted({row.ordering_key for row in rows if row.ordering_key is not None}):
         session.execute(statements.LOCK_KEYS, {"keys": keys})
     _add(session, statements.ADD_IN_ORDER, [row for row in rows if row.ordering_key is not None])

@@ -148,6 +148,18 @@ async def test_used_idempotency_key_holds_nothing_up(unheard: Celery[celery_ext.
     assert [row["due"] for row in await rows.connection.fetch(query)] == [True, False]
 
 
+async def test_first_of_a_key_counts(unheard: Celery[celery_ext.Task], rows: Observer) -> None:
+    """Whichever options the second one has, and whatever becomes of what follows it."""
+    add, key = task(unheard, "add_item"), str(uuid4())
+    async with db.transaction():
+        add.apply_durably(("first",), idempotency_key=key)
+        add.apply_durably(("second",), idempotency_key=key, ordering_key="k")
+        add.apply_durably(("next",), ordering_key="k")
+    assert [arguments for _, arguments in await rows.durable_tasks()] == ['[["next"], {}]', '[["first"], {}]']
+    due = "SELECT count(*) FROM durable_task WHERE ring_at < 'infinity'"
+    assert await rows.connection.fetchval(due) == 2
+
+
 async def test_idempotency_key_is_the_tasks_own(unheard: Celery[Any], rows: Observer) -> None:
     """Two tasks may use the same key, e.g. an order's number."""
     async with db.transaction():
