@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from celery import Celery
 
+import celery_ext
 from celery_ext.durable import relay
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
@@ -45,34 +46,36 @@ async def forwarding(door: socket.socket, port: int | None) -> AsyncIterator[Non
                 await end.wait_closed()
 
 
+def app_behind(door: socket.socket, prefork: Worker) -> tuple[Celery[celery_ext.Task], int | None]:
+    """An application that looks for the worker's broker at a socket, and the broker's own port."""
+    there = urlsplit(prefork.environment["TEST_BROKER"])
+    door.bind(("127.0.0.1", 0))
+    elsewhere = there._replace(netloc=there.netloc.replace(f":{there.port}", f":{door.getsockname()[1]}"))
+    app = create_app(elsewhere.geturl(), prefork.environment["TEST_BACKEND"], prefork.environment["TEST_QUEUE"])
+    app.finalize()
+    return app, there.port
+
+
 async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
     """What a relay claimed for a broker that is down is due at once, not after the time of grace."""
-    there = urlsplit(prefork.environment["TEST_BROKER"])
     with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        elsewhere = there._replace(netloc=there.netloc.replace(f":{there.port}", f":{door.getsockname()[1]}"))
-        app = create_app(elsewhere.geturl(), prefork.environment["TEST_BACKEND"], prefork.environment["TEST_QUEUE"])
-        app.finalize()
+        app, port = app_behind(door, prefork)
         with relaying(app, db, grace=3600):
             async with db.transaction():
                 task_id = task(app, "add_item").delay_durably("x")
             await until_logged(caplog, "relay pauses")
-            async with forwarding(door, there.port):
+            async with forwarding(door, port):
                 await rows.until_status(task_id, "done")
         app.close()
 
 
 async def test_broker_that_goes_away(prefork: Worker, rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
     """Likewise what it claimed before it found its connection broken."""
-    there = urlsplit(prefork.environment["TEST_BROKER"])
     with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        elsewhere = there._replace(netloc=there.netloc.replace(f":{there.port}", f":{door.getsockname()[1]}"))
-        app = create_app(elsewhere.geturl(), prefork.environment["TEST_BACKEND"], prefork.environment["TEST_QUEUE"])
-        app.finalize()
+        app, port = app_behind(door, prefork)
         add_item = task(app, "add_item")
         with relaying(app, db, grace=3600):
-            async with forwarding(door, there.port):
+            async with forwarding(door, port):
                 async with db.transaction():
                     first = add_item.delay_durably("x")
                 await rows.until_status(first, "done")
