@@ -21,10 +21,7 @@ current: Final[ContextVar[UnitOfWork | None]] = ContextVar("fastapi_chatdify_db.
 
 def innermost_unit() -> UnitOfWork | None:
     """The open unit of work around the running code, whichever database it is for, or None."""
-    unit = current.get()
-    while unit is not None and unit.closed:  # in another context, by a generator finalized there
-        unit = unit.outer
-    return unit
+    return _first_open(current.get())
 
 
 def current_unit(engines: Engines) -> UnitOfWork | None:
@@ -47,9 +44,11 @@ def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
     while unit is not None and unit is not outer:
         around.add(unit)
         unit = unit.outer
+    if unit is not outer:  # whose code this is not
+        around.clear()
     found: list[UnitOfWork] = []
     for block in [*outer.inside]:  # a copy: threads may open and close some meanwhile
-        if block.open_outer in (outer, *found) if block.is_suspended else (unit is outer and block in around):
+        if block in around or (block.is_suspended and _first_open(block.outer) in (outer, *found)):
             found.append(block)
     return found[::-1]
 
@@ -59,7 +58,7 @@ def units_left_inside(outer: UnitOfWork) -> list[UnitOfWork]:
     left: list[UnitOfWork] = []
     for block, task in [*outer.inside.items()]:
         if block.is_suspended:
-            is_left = block.open_outer in (None, outer, *left)
+            is_left = _first_open(block.outer) in (None, *left)  # None: outer has ended
         else:
             is_left = task is not None and (task.done() or task is asyncio.current_task())
         if is_left:
@@ -74,6 +73,13 @@ def note_retryable_error(context: ExceptionContext) -> None:
         while unit is not None:
             unit.untouched, unit.asked_to_retry = False, True
             unit = unit.outer
+
+
+def _first_open(unit: UnitOfWork | None) -> UnitOfWork | None:
+    """``unit``, or the innermost one around it that is still open."""
+    while unit is not None and unit.closed:  # in another context, by a generator finalized there
+        unit = unit.outer
+    return unit
 
 
 @in_forked_child

@@ -118,6 +118,7 @@ class DatabaseSettings(BaseSettings):
     @field_validator("postgres_port", mode="before")
     @classmethod
     def _ignore_beside_a_url(cls, value: object, info: ValidationInfo) -> object:
+        # It may be somebody else's, in a form of theirs: libpq's 5432,5433, Kubernetes' udp://10.43.0.7:5432.
         return cls.model_fields["postgres_port"].default if info.data.get("database_url") else value
 
     @field_validator("database_url", "postgres_password")

@@ -80,14 +80,6 @@ class UnitOfWork:
         registry: dict[UnitOfWork, asyncio.Task[Any] | None] = self.__dict__.setdefault("_inside", {})
         return registry
 
-    @property
-    def open_outer(self) -> UnitOfWork | None:
-        """The innermost unit around this one that is still open."""
-        unit = self.outer
-        while unit is not None and unit.closed:
-            unit = unit.outer
-        return unit
-
     def sync_session(self, engines: Engines) -> Session:
         """The unit's session on one database."""
         session = self._sync_sessions.get(engines)
@@ -144,9 +136,10 @@ class UnitOfWork:
             self.outer = outer
             outer.has_inner = True
             self._inside = outer.inside
-            self._inside[self] = asyncio.current_task() if in_event_loop() else None
+            on_loop = in_event_loop()
+            self._inside[self] = asyncio.current_task() if on_loop else None
             # FastAPI runs a def dependency with yield in a thread, and drops that thread's context.
-            self.is_suspended = not in_event_loop() and in_generator()
+            self.is_suspended = not on_loop and in_generator()
         current.set(self)
 
     def close(self) -> None:
