@@ -121,12 +121,13 @@ async def chatdify(
         settings: Further environment variables.
     """
     known = Secrets()
-    url = f"http://127.0.0.1:{port or _free_port()}"
-    chatwoot = FakeChatwoot(known.chatwoot_key, f"{url}/api/v1/chatwoot-webhook", known.webhook)
     dify = FakeDify(known.dify_key)
     async with AsyncExitStack() as resources:
-        chatwoot_url = await resources.enter_async_context(served(chatwoot.app))
-        dify_url = await resources.enter_async_context(served(dify.app))
+        with socket.create_server(("127.0.0.1", 0)) as reserved:  # or a fake might be given the same port
+            url = f"http://127.0.0.1:{port or reserved.getsockname()[1]}"
+            chatwoot = FakeChatwoot(known.chatwoot_key, f"{url}/api/v1/chatwoot-webhook", known.webhook)
+            chatwoot_url = await resources.enter_async_context(served(chatwoot.app))
+            dify_url = await resources.enter_async_context(served(dify.app))
         resources.push_async_callback(chatwoot.close)
         environment = {
             "ENVIRONMENT": "development",
@@ -161,12 +162,6 @@ def _make_queue(broker_url: str, queue: str) -> None:
         channel: Any = connection.channel()  # the stubs know none of its methods
         channel.queue_declare(queue)
         channel.session.close()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 async def _stop(process: Process) -> None:
