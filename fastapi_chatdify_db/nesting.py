@@ -21,7 +21,7 @@ current: Final[ContextVar[UnitOfWork | None]] = ContextVar("fastapi_chatdify_db.
 
 def innermost_unit() -> UnitOfWork | None:
     """The open unit of work around the running code, whichever database it is for, or None."""
-    return _first_open(current.get())
+    return first_open(current.get())
 
 
 def current_unit(engines: Engines) -> UnitOfWork | None:
@@ -48,7 +48,7 @@ def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
         around.clear()
     found: list[UnitOfWork] = []
     for block in [*outer.inside]:  # a copy: threads may open and close some meanwhile
-        if block in around or (block.is_suspended and _first_open(block.outer) in (outer, *found)):
+        if block in around or (block.is_suspended and first_open(block.outer) in (outer, *found)):
             found.append(block)
     return found[::-1]
 
@@ -58,7 +58,7 @@ def units_left_inside(outer: UnitOfWork) -> list[UnitOfWork]:
     left: list[UnitOfWork] = []
     for block, task in [*outer.inside.items()]:
         if block.is_suspended:
-            is_left = _first_open(block.outer) in (None, *left)  # None: outer has ended
+            is_left = first_open(block.outer) in (None, *left)  # None: outer has ended
         else:
             is_left = task is not None and (task.done() or task is asyncio.current_task())
         if is_left:
@@ -75,7 +75,7 @@ def note_retryable_error(context: ExceptionContext) -> None:
             unit = unit.outer
 
 
-def _first_open(unit: UnitOfWork | None) -> UnitOfWork | None:
+def first_open(unit: UnitOfWork | None) -> UnitOfWork | None:
     """``unit``, or the innermost one around it that is still open."""
     while unit is not None and unit.closed:  # in another context, by a generator finalized there
         unit = unit.outer

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit
-from fastapi_chatdify_db.nesting import current, innermost_unit
+from fastapi_chatdify_db.nesting import current, first_open, innermost_unit
 from fastapi_chatdify_db.refused_commits import prepare_commit
 from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, in_use, roll_back_or_discard
 from fastapi_chatdify_db.surroundings import in_event_loop, in_generator
@@ -156,6 +156,9 @@ class UnitOfWork:
         # Without a token: a generator that is finalized late runs in another context than it began in.
         if current.get() is self:
             current.set(self._before)
+        if self._before is not None:
+            # A job that starts the next one within its unit would keep all before it.
+            self._before, self.outer = first_open(self._before), first_open(self.outer)
 
     def finish(self, *, commit: bool) -> None:
         """Commit, unless the unit is marked for rollback, or roll back; then run the callbacks that are due.

@@ -129,6 +129,34 @@ async def test_session_is_freed_at_its_end() -> None:
         gc.enable()
 
 
+async def test_jobs_that_start_the_next_leave_nothing_behind() -> None:
+    """Each begins within the unit of the one before it; the last does not hold on to all of them."""
+    sessions: weakref.WeakSet[AsyncSession] = weakref.WeakSet()
+    done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    jobs: set[asyncio.Task[None]] = set()
+
+    async def job(left: int, begun: asyncio.Event, one_before_ended: asyncio.Event) -> None:
+        ended, next_begun = asyncio.Event(), asyncio.Event()
+        async with db.transaction() as session:
+            sessions.add(session)
+            begun.set()
+            await one_before_ended.wait()
+            if left:
+                task = asyncio.create_task(job(left - 1, next_begun, ended))
+                jobs.add(task)
+                task.add_done_callback(jobs.discard)
+                await next_begun.wait()
+            else:
+                gc.collect()
+                done.set_result(len(sessions))
+        ended.set()
+
+    at_once = asyncio.Event()
+    at_once.set()
+    await job(50, asyncio.Event(), at_once)
+    assert await done <= 3
+
+
 async def test_connection_keeps_nothing_of_the_task_that_opened_it(observer: Observer) -> None:
     """It keeps the context in which it was made, and so the unit, but not what the unit's task returned."""
 
