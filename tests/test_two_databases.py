@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy import UniqueConstraint, func, select, text
+from sqlalchemy import UniqueConstraint, event, func, select, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
 from fastapi_chatdify_db import (
     ChatdifyDBError,
@@ -28,7 +28,7 @@ from fastapi_chatdify_db import (
 )
 from tests.either_driver import backend_of
 from tests.models import Item
-from tests.observing import Observer
+from tests.observing import Observer, Other
 from tests.serving import serve
 
 
@@ -100,7 +100,7 @@ async def test_both_roll_back(reports: Database, observer: Observer) -> None:
 async def test_statement_that_fails_on_the_second_keeps_the_first_from_committing(
     reports: Database, observer: Observer, path: str
 ) -> None:
-    """Everything is flushed to every database before any commits, so only a COMMIT itself can come too late."""
+    """Everything is flushed to every database before any commits."""
     async with serve(app_on_both(reports)) as client:
         assert (await client.post(path, params={"title": "\0"})).status_code == 500
     assert await observer.names() == []
@@ -217,16 +217,56 @@ async def test_failure_in_a_savepoint_is_none(app: FastAPI, reports: Database, o
     assert await count(reports) == 1
 
 
+@pytest.mark.parametrize("path", ["/200", "/def/200"])
+async def test_constraint_of_the_second_that_is_checked_at_the_commit_keeps_the_first_from_committing(
+    reports: Database, observer: Observer, path: str
+) -> None:
+    """It is checked before either commits."""
+    async with serve(app_on_both(reports)) as client:
+        assert (await client.post(path, params={"title": "same"})).status_code == 200
+        await observer.connection.execute("DELETE FROM item")
+        assert (await client.post(path, params={"title": "same"})).status_code == 500
+    assert await observer.names() == []
+    assert await count(reports) == 1
+
+
+async def test_same_for_both_sessions_of_one_database(app: FastAPI, observer: Observer) -> None:
+    """An ``async def`` dependency and a ``def`` endpoint, too, keep both of their rows or none."""
+
+    async def dependency(name: str) -> None:
+        db.session.add(Item(name))
+
+    @app.post("/", dependencies=[Depends(dependency)])
+    def handler() -> None:
+        db.sync_session.add(Item("of the def"))
+
+    async with serve(app) as client:
+        assert (await client.post("/", params={"name": "same"})).status_code == 200
+        await observer.connection.execute("DELETE FROM item WHERE name = 'of the def'")
+        assert (await client.post("/", params={"name": "same"})).status_code == 500
+    assert await observer.names() == ["same"]
+
+
 async def test_second_commit_that_fails_is_an_error_though_the_first_stays(
-    reports: Database, observer: Observer
+    app: FastAPI, reports: Database, observer: Observer, other: Other
 ) -> None:
     """Two databases have no common commit: the client gets the error, the first one keeps its row."""
-    async with serve(app_on_both(reports)) as client:
-        assert (await client.post("/200", params={"title": "same"})).status_code == 200
-        await observer.connection.execute("DELETE FROM item")
-        assert (await client.post("/200", params={"title": "same"})).status_code == 500
+
+    @app.post("/")
+    async def handler() -> None:
+        db.session.add(Item("a"))
+        reports.session.add(Report("a"))
+        backend = await reports.session.run_sync(backend_of)
+
+        def lose_the_connection(_: Session) -> None:
+            assert other.ask(f"SELECT pg_terminate_backend({backend})")
+
+        event.listen(db.session.sync_session, "after_commit", lose_the_connection)
+
+    async with serve(app) as client:
+        assert (await client.post("/")).status_code == 500
     assert await observer.names() == ["a"]
-    assert await count(reports) == 1
+    assert await count(reports) == 0
 
 
 @pytest.mark.parametrize("status", [200, 404])

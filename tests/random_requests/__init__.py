@@ -1,0 +1,1 @@
+"""Random requests, and what the documentation says that becomes of them."""
