@@ -95,9 +95,7 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if execution is None:
         if not task.db_session or joinable_unit() is not None:
             return body(*args, **kwargs)
-        own = UnitOfWork()
-        own.isolation_level = task.db_isolation_level
-        with own:
+        with UnitOfWork(isolation_level=task.db_isolation_level):
             return body(*args, **kwargs)
     if (unit := execution.begin()) is None:
         return body(*args, **kwargs)
@@ -193,9 +191,7 @@ async def _run_joining(task: Task, body: Body, args: tuple[Any, ...], kwargs: di
 
 async def _run_in_own_unit(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In a unit of its own; also when called in a request's thread, whose session belongs to the server's loop."""
-    unit = AsyncUnitOfWork()
-    unit.isolation_level = task.db_isolation_level
-    async with unit:
+    async with AsyncUnitOfWork(isolation_level=task.db_isolation_level):
         return await body(*args, **kwargs)
 
 

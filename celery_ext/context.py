@@ -38,7 +38,7 @@ def inject(headers: dict[str, Any]) -> None:
 def restore(request: Context) -> Callable[[], None] | None:
     """Make the sender's context the current one; returns what undoes that, or None where there is nothing to change."""
     sent = vars(request)
-    carrier = {name: value for name in _trace_headers() if (value := sent.get(name)) is not None}
+    carrier = _trace_in(sent)
     has_another_trace = _has_another_trace(request, carrier)
     request_id = sent.get(_REQUEST_ID)
     if request_id is None and not has_another_trace:
@@ -61,8 +61,7 @@ def senders_trace(headers: Mapping[str, Any]) -> Iterator[None]:
     if propagate is None:
         yield
         return
-    carrier = {name: value for name in _trace_headers() if (value := headers.get(name)) is not None}
-    token = otel.attach(propagate.extract(carrier, otel.Context()))
+    token = otel.attach(propagate.extract(_trace_in(headers), otel.Context()))
     try:
         yield
     finally:
@@ -80,8 +79,10 @@ def _has_another_trace(request: Context, carrier: dict[str, str]) -> bool:
     return bool(carrier) or (current.is_valid and not request.is_eager)
 
 
-def _trace_headers() -> frozenset[str]:
-    return frozenset() if propagate is None else _fields(propagate.get_global_textmap())
+def _trace_in(headers: Mapping[str, Any]) -> dict[str, str]:
+    """Those of some headers that OpenTelemetry's propagator reads."""
+    names = () if propagate is None else _fields(propagate.get_global_textmap())
+    return {name: value for name in names if (value := headers.get(name)) is not None}
 
 
 @lru_cache(maxsize=1)

@@ -44,7 +44,7 @@ class Execution:
         self._leave_context = context.restore(self.request)
         self.delivery: Delivery | None = Delivery.of(task, task_id, self.request)
         if task.db_session:
-            self._open(AsyncUnitOfWork() if task.is_async else UnitOfWork())
+            self._open_unit(AsyncUnitOfWork if task.is_async else UnitOfWork)
         _current.set(self)
 
     @classmethod
@@ -85,12 +85,12 @@ class Execution:
         self._body_over = True
         if not self._unit.untouched or self.task.is_async:
             self._unit.close()
-            self._open(UnitOfWork())
+            self._open_unit(UnitOfWork)
 
     def end(self, error: Exception | None, *, succeeded: bool) -> None:
         """At ``task_postrun``: commit what the handlers did.
 
-        The task's state can't change any more, so errors are logged.
+        The task's state cannot change any more, so errors are logged.
 
         Parameters:
             error: What the task has ended with: a failure, or Celery's ``Retry``, ``Ignore`` or ``Reject``.
@@ -112,11 +112,10 @@ class Execution:
             if self.delivery is not None:
                 self.delivery.close()
 
-    def _open(self, unit: UnitOfWork) -> None:
-        unit.task_id = self._task_id
-        unit.isolation_level = self.task.db_isolation_level
-        unit.open()
-        self._unit = unit
+    def _open_unit(self, kind: type[UnitOfWork]) -> None:
+        self._unit = kind(isolation_level=self.task.db_isolation_level)
+        self._unit.task_id = self._task_id
+        self._unit.open()
 
     def _find_bypass(self) -> BodyBypassed | None:
         """The error of a task that succeeded while its body did not run in the unit, and that lost something by it."""

@@ -18,10 +18,10 @@ from sqlalchemy.orm.exc import StaleDataError
 import celery_ext
 from example_app.clients.chatwoot import PerhapsRefused
 from example_app.clients.http import OutsideError
+from example_app.db import db
 from example_app.db.models import Message, MessageState
 from example_app.logs import logger
 from example_app.settings import get_settings
-from fastapi_chatdify_db import db
 
 Work = Callable[[Message], Awaitable[MessageState]]
 """Does a step outside, holding no connection; notes the outcome and returns the message's next state."""
@@ -79,8 +79,11 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
     except Exception as error:
         foreseen = isinstance(error, (OutsideError, TimeoutError))
         logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=not foreseen)
-        tries_left = message.attempts <= retries
-        if _is_transient(error, tries_left=tries_left) and (tries_left or given_up is None):
+        if message.attempts <= retries:
+            again = not isinstance(error, OutsideError) or error.may_pass
+        else:
+            again = given_up is None and _may_pass_later(error)
+        if again:
             raise task.retry(exc=error, countdown=pause(message.attempts, error)) from error
         if given_up is None:
             raise
@@ -99,8 +102,9 @@ def pause(attempts: int, error: Exception) -> float:
     return min(max(backoff, asked), _LONGEST_PAUSE)
 
 
-def _is_transient(error: Exception, *, tries_left: bool) -> bool:
+def _may_pass_later(error: Exception) -> bool:
+    """Whether a failure that outlasted the retries may pass some day."""
     if isinstance(error, OutsideError):
         # If it stays, each try of a hand-over sets the conversation's status and posts in vain.
-        return error.may_pass and (tries_left or not isinstance(error, PerhapsRefused))
-    return tries_left or isinstance(error, TimeoutError)  # an API that hangs may answer later; a bug of ours stays
+        return error.may_pass and not isinstance(error, PerhapsRefused)
+    return isinstance(error, TimeoutError)  # an API that hangs may answer later; a bug of ours stays

@@ -9,9 +9,9 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from example_app.db import db
 from example_app.db.models import FINISHED, Dialogue, Message, MessageState, WebhookDelivery
 from example_app.events import MessageCreated, WebhookConversation
-from fastapi_chatdify_db import db
 
 DELIVERIES_KEPT: Final = timedelta(days=7)
 """Longer than anybody sends the same webhook again."""

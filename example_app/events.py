@@ -1,10 +1,12 @@
-"""The payloads of Chatwoot's webhooks, as far as we look at them."""
+"""Chatwoot's webhooks: their payloads, as far as we look at them, and how a body is read."""
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, JsonValue
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, ValidationError
+from pydantic_core import from_json
 
 from example_app.schemas import Text
 
@@ -141,3 +143,38 @@ WEBHOOK_EXAMPLE: Final = {
     "sender": {"id": 12, "name": "Ana"},
     "conversation": {"id": 7, "status": "pending", "meta": {"assignee": None}},
 }
+
+_MODELS: Final[dict[str, type[WebhookEvent]]] = {
+    event: model
+    for model in (MessageCreated, ConversationChanged, ConversationDeleted)
+    for event in get_args(model.model_fields["event"].annotation)
+}
+
+
+def parse(body: bytes) -> WebhookEvent:
+    """Read a webhook's body.
+
+    Raises:
+        fastapi.exceptions.RequestValidationError: It is no JSON, or lacks what its event has.
+    """
+    try:
+        payload = from_json(body)
+        event = payload.get("event") if isinstance(payload, dict) else None
+        model = _MODELS.get(event, OtherEvent) if isinstance(event, str) else OtherEvent
+        if model in (ConversationChanged, ConversationDeleted):
+            conversation = payload.get("conversation") or payload
+            payload = {"account": _account_of(conversation)} | payload | {"conversation": conversation}
+        return model.model_validate(payload)
+    except ValidationError as error:
+        errors = error.errors(include_input=False)
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
+    except ValueError:
+        raise RequestValidationError([{"loc": ("body",), "msg": "not JSON", "type": "json_invalid"}]) from None
+
+
+def _account_of(conversation: object) -> dict[str, int] | None:
+    """The account, which events about a conversation name only in its latest message."""
+    match conversation:
+        case {"messages": [{"account_id": int(account_id)}, *_]}:
+            return {"id": account_id}
+    return None

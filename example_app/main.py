@@ -14,11 +14,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 import celery_ext
 from example_app import logs, worker
 from example_app.api import conversations, health, problems, webhook
-from example_app.api.doors import WEBHOOK, BodyLimit, SameOrigin
+from example_app.api.security import WEBHOOK, BodyLimit, SameOrigin
 from example_app.clients import close_clients
+from example_app.db import db
 from example_app.page import routes as page
 from example_app.settings import Settings, get_settings
-from fastapi_chatdify_db import db, health_router
+from fastapi_chatdify_db import health_router
 
 PREFIX: Final = "/api/v1"
 

@@ -15,10 +15,10 @@ from sqlalchemy import func, select
 from example_app.clients import get_chatwoot, get_dify
 from example_app.clients.dify import Answer, Question, StillAnswering
 from example_app.clients.http import NotFound, Rejected
+from example_app.db import db
 from example_app.db.models import Message, MessageState
 from example_app.logs import logger
 from example_app.settings import get_settings
-from fastapi_chatdify_db import db
 
 _CLOCK_SKEW: Final = 60.0
 """Seconds by which Dify's clock may differ from ours."""

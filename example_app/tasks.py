@@ -15,9 +15,9 @@ from example_app import dialogues, steps
 from example_app.attempts import attempt, pause
 from example_app.clients import get_dify
 from example_app.clients.http import OutsideError
+from example_app.db import db
 from example_app.db.models import Message, MessageState
 from example_app.worker import app
-from fastapi_chatdify_db import db
 
 TASKS_KEPT: Final = 7
 """Days for which the rows of tasks that are done are kept."""

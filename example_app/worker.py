@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from celery import Celery
 from celery.signals import setup_logging, worker_init
-from kombu.transport import sqlalchemy as sqlalchemy_transport
-from sqlalchemy import NullPool
 
 import celery_ext
-import example_app.db  # noqa: F401  # which says where the database is
 from example_app import logs
-from example_app.settings import Settings, get_settings
+from example_app.db import db
+from example_app.settings import get_settings
 from fastapi_chatdify_db import InvalidSettings
-
-POLLING_INTERVAL: Final = 0.05
-"""Seconds between two looks into a queue that is a PostgreSQL table."""
-
-
-def _transport_options(settings: Settings) -> dict[str, Any]:
-    if settings.broker_url.startswith("sqla+"):
-        # A pool would be inherited by the processes that a worker forks: two would use one connection.
-        return {"poolclass": NullPool}
-    return {}
 
 
 def _configuration() -> dict[str, Any]:
@@ -33,7 +21,6 @@ def _configuration() -> dict[str, Any]:
         "result_backend": settings.result_backend,
         # Nobody reads a result. With results, Celery would need the backend whenever a task is sent.
         "task_ignore_result": True,
-        "broker_transport_options": _transport_options(settings),
         "task_default_queue": settings.celery_task_default_queue,
         "broker_connection_retry_on_startup": True,
         "worker_concurrency": settings.celery_worker_concurrency,
@@ -47,12 +34,9 @@ def _configuration() -> dict[str, Any]:
     }
 
 
-# The transport hands its option polling_interval on to create_engine(), which refuses it.
-sqlalchemy_transport.Transport.polling_interval = POLLING_INTERVAL
-
 app = Celery("chatdify", task_cls=celery_ext.Task, include=["example_app.tasks"])
-app.add_defaults(_configuration)
-celery_ext.init_app(app)
+app.add_defaults(_configuration)  # called at the first use: importing this module reads no setting
+celery_ext.init_app(app, db=db)
 
 
 @setup_logging.connect

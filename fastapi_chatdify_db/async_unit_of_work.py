@@ -15,16 +15,16 @@ from anyio import CancelScope, CapacityLimiter, to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from fastapi_chatdify_db.after_commit import AfterCommit, log_failed_callback
+from fastapi_chatdify_db.after_commit import AfterCommit, CallbackQueue, log_failed_callback
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError
 from fastapi_chatdify_db.refused_commits import prepare_commit
 from fastapi_chatdify_db.session_end import (
     FollowedSession,
-    asks_at_end,
-    asks_at_rollback,
+    end_may_wait,
     end_reads,
     roll_back_or_discard,
+    rollback_may_wait,
     states,
 )
 from fastapi_chatdify_db.surroundings import in_event_loop
@@ -95,7 +95,7 @@ class AsyncUnitOfWork(UnitOfWork):
         if self._callbacks is None and not self._sync_sessions:
             begun = [session for session in self._sessions if session.in_transaction()]
             keeps = commit and not self.rollback_only
-            if not any(map(asks_at_end, begun)) and (keeps or not any(map(asks_at_rollback, begun))):
+            if not any(map(end_may_wait, begun)) and (keeps or not any(map(rollback_may_wait, begun))):
                 # Nothing here waits for the server: no cancellation can interrupt it, and it needs no greenlet.
                 end = end_reads if keeps else roll_back_or_discard
                 for session in begun:
@@ -111,7 +111,7 @@ class AsyncUnitOfWork(UnitOfWork):
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if error is not None:
-            self.abandon()
+            self.abandon_sessions_in_use()
         try:
             await self.finish_async(commit=self.is_kept(error))
         finally:
@@ -127,7 +127,7 @@ class AsyncUnitOfWork(UnitOfWork):
         finally:
             if self._callbacks is not None:
                 with self.made_current():
-                    await self._run_due_callbacks_async()
+                    await self._run_due_async(self._callbacks)
 
     async def _commit_async(self) -> None:
         async_sessions = [session for session in self._async_sessions.values() if session.in_transaction()]
@@ -160,9 +160,9 @@ class AsyncUnitOfWork(UnitOfWork):
                     await _in_thread(partial(roll_back_or_discard, sync_session))
         self._settle_callbacks(committed=False)
 
-    async def _run_due_callbacks_async(self) -> None:
+    async def _run_due_async(self, callbacks: CallbackQueue) -> None:
         to_raise: AfterCommitError | None = None
-        while callback := self._next_callback():
+        while callback := callbacks.pop_due():
             try:
                 if inspect.iscoroutinefunction(callback):
                     await callback()

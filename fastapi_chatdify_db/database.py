@@ -17,7 +17,7 @@ from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
 from fastapi_chatdify_db.base import Base
 from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import InvalidSettings, NotInSyncUnit, OutsideUnitOfWork
-from fastapi_chatdify_db.nesting import current_unit, note_retryable_error, outlives_its_unit
+from fastapi_chatdify_db.nesting import current_unit, outlives_its_unit
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.unit_of_work import UnitOfWork
 
@@ -64,7 +64,7 @@ class Database:
         """By owner, what makes a context manager that is open during the lifespan; entered and left in threads."""
         self.figures: dict[str, Callable[[AsyncConnection], Awaitable[Figures]]] = {}
         """By name, what asks the database for figures that the health check shows besides the pool."""
-        self.engines: Final = Engines(lambda: self.settings, on_error=note_retryable_error)
+        self.engines: Final = Engines(lambda: self.settings)
 
     def __repr__(self) -> str:
         return f"<Database {self.name}>"

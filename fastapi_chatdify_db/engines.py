@@ -9,7 +9,6 @@ from weakref import WeakSet
 
 import sqlalchemy
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
@@ -20,6 +19,7 @@ from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
 from fastapi_chatdify_db.forks import forget_connections, in_forked_child
 from fastapi_chatdify_db.liveness import ping_when_idle
+from fastapi_chatdify_db.nesting import note_retryable_error
 from fastapi_chatdify_db.per_loop_engine import PerLoopAsyncEngine
 from fastapi_chatdify_db.refused_commits import note_failures
 from fastapi_chatdify_db.session_end import FollowedSession
@@ -38,12 +38,10 @@ class Engines:
 
     Parameters:
         settings: Called once, at the first use of an engine.
-        on_error: Told of every error that a driver raises through one of the engines.
     """
 
-    def __init__(self, settings: Callable[[], DatabaseSettings], on_error: Callable[[ExceptionContext], None]) -> None:
+    def __init__(self, settings: Callable[[], DatabaseSettings]) -> None:
         self._settings = settings
-        self._on_error = on_error
         _all.add(self)
 
     @cached_property
@@ -117,7 +115,7 @@ class Engines:
 
     def _listen(self, engine: Engine) -> None:
         settings = self._settings()
-        event.listen(engine, "handle_error", self._on_error)
+        event.listen(engine, "handle_error", note_retryable_error)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _leave_transactions_to_sqlalchemy)
             event.listen(engine, "begin", _begin_explicitly)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from typing import Final
 
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -30,6 +31,14 @@ _BODY_LIMIT: Final = "starlette.max_body_size"
 """The scope's key for the limit of Starlette's ``RequestBodyLimitMiddleware``."""
 
 
+class _Sent(Enum):
+    """How much of the response the client was sent."""
+
+    NOTHING = 0
+    START = 1
+    ALL = 2
+
+
 class TryAgain(Exception):
     """PostgreSQL asked for the transaction to be run again, and the client was told nothing yet."""
 
@@ -43,9 +52,8 @@ class HTTPExchange(AsyncUnitOfWork):
     """
 
     # uvicorn begins a pipelined request in the context of the one before.
-    stands_alone = True
-    _started = False
-    _complete = False
+    is_root = True
+    _sent = _Sent.NOTHING
     _keeps = True
     """Whether what is written while the body is sent is to be committed, as the response's status says."""
     _failure: Exception | None = None
@@ -77,17 +85,17 @@ class HTTPExchange(AsyncUnitOfWork):
                 await self._answer(failure)
             if not self.at_rest:
                 # An incomplete body means that the client left: it keeps nothing of what was written meanwhile.
-                if not self._complete:
+                if self._sent is not _Sent.ALL:
                     self._log_loss([self])
-                await self.finish_async(commit=self._complete)
+                await self.finish_async(commit=self._sent is _Sent.ALL)
         except BaseException:
-            self.abandon()
+            self.abandon_sessions_in_use()
             await self.finish_async(commit=False)
             raise
         finally:
             self.close()
             del self._receive  # and a recorded body: a pooled connection keeps the context it was made in, and so us
-            if self._started and not self._complete and self.has_inner:
+            if self._sent is _Sent.START and self.has_inner:
                 left_behind = units_left_inside(self)
                 self._log_loss(left_behind)
                 await run_to_completion(_roll_back(left_behind))
@@ -98,45 +106,55 @@ class HTTPExchange(AsyncUnitOfWork):
         if kind == _START:
             if not self.untouched or self.has_inner:
                 if not self._body_is_under_way(message):
-                    return self._settle_and_send(message)
+                    return self._commit_and_start(message)
                 self._keeps = self._wants_commit(message)
                 for block in self._blocks():
-                    block.awaits_response = True
-            self._started = True
+                    block.needs_whole_response = True
+            self._sent = _Sent.START
         elif kind in _BODY and not message.get("more_body"):
             if (not self.untouched or self.has_inner) and (not self.at_rest or self._has_producer or self._blocks()):
-                return self._settle_and_send(message)
-            self._complete = True
+                return self._commit_and_end(message)
+            self._sent = _Sent.ALL
         return self._send(message)
 
-    async def _settle_and_send(self, message: Message) -> None:
-        is_start = message["type"] == _START
-        commit = self._wants_commit(message) if is_start else self._keeps
-        if not is_start and self._has_producer:
+    async def _commit_and_start(self, start: Message) -> None:
+        blocks = self._blocks()
+        for block in blocks:
+            block.needs_whole_response = True  # for what is done after this commit
+        await self._finish_with(blocks, commit=self._wants_commit(start))
+        for session in self._sessions:
+            session.forget_block()
+        self._sent = _Sent.START
+        await self._send(start)
+
+    async def _commit_and_end(self, last: Message) -> None:
+        if self._has_producer:
             # A producer that failed ends the stream one turn of the loop before its task group cancels this task.
             await asyncio.sleep(0)
+        blocks = self._blocks()
+        for block in blocks:
+            block.needs_whole_response = False
+        await self._finish_with(blocks, commit=self._keeps)
+        self._sent = _Sent.ALL
+        await self._send(last)
+
+    async def _finish_with(self, blocks: list[UnitOfWork], *, commit: bool) -> None:
         try:
             if not commit and self._wants_retry():
                 raise TryAgain
-            if blocks := self._blocks():
+            if blocks:
                 # A cancellation comes neither between their commits nor during a sync one's.
-                await run_to_completion(self._finish_with(blocks, commit=commit, is_start=is_start))
+                await run_to_completion(self._finish_all(blocks, commit=commit))
             else:
                 await self.finish_async(commit=commit)
         except Exception as error:
             self._failure = error
             raise
-        if is_start:
-            for session in self._sessions:
-                session.forget_block()
         self._failure = None
         self.rollback_only = False
-        self._started, self._complete = True, not is_start
-        await self._send(message)
 
-    async def _finish_with(self, blocks: list[UnitOfWork], *, commit: bool, is_start: bool) -> None:
+    async def _finish_all(self, blocks: list[UnitOfWork], *, commit: bool) -> None:
         for block in blocks:
-            block.awaits_response = is_start  # for what is done after this commit
             await finish(block, commit=commit)
         await self.finish_async(commit=commit)
 
@@ -151,7 +169,7 @@ class HTTPExchange(AsyncUnitOfWork):
         return not (length.isdecimal() and int(length) > limit)
 
     def _log_loss(self, units: list[UnitOfWork]) -> None:
-        if any(unit.asks_at_end for unit in units):
+        if any(unit.end_may_wait for unit in units):
             logger.warning(
                 "a response was not completed, since its client left or it was never sent, and what it wrote is "
                 "rolled back; path %a",  # whose characters the client chose
@@ -165,7 +183,7 @@ class HTTPExchange(AsyncUnitOfWork):
         if any(name.lower() == b"content-length" for name, _ in start.get("headers", ())):
             return False
         # FastAPI's producer may begin a statement at any moment, also during our COMMIT.
-        return any(unit.in_use or (self._has_producer and unit.asks_at_end) for unit in (self, *self._blocks()))
+        return any(unit.in_use or (self._has_producer and unit.end_may_wait) for unit in (self, *self._blocks()))
 
     def _blocks(self) -> list[UnitOfWork]:
         """The open ``transaction()`` blocks of dependencies with ``yield``, which FastAPI ends after the response."""
@@ -185,21 +203,21 @@ class HTTPExchange(AsyncUnitOfWork):
         return getattr(effective or self._scope.get("route"), "is_sse_stream", False)
 
     def _wants_retry(self) -> bool:
-        if not (self._may_retry and self.asked_to_retry) or self._started:
+        if not (self._may_retry and self.asked_to_retry) or self._sent is not _Sent.NOTHING:
             return False
         return not any(unit.has_committed for unit in (self, *self.inside))
 
     async def _answer(self, failure: Exception) -> None:
         if self._wants_retry():
             raise TryAgain
-        if self._started:
+        if self._sent is not _Sent.NOTHING:
             raise failure
         try:
             if self._failure is None:
                 raise failure  # the application's own: its handlers have seen it
             await self._ask_handlers(failure)
         except Exception as error:
-            if self._started or self.has_committed or not _is_for_want_of_a_connection(error):
+            if self._sent is not _Sent.NOTHING or self.has_committed or not _is_for_want_of_a_connection(error):
                 raise
             logger.error("answered 503: %r", error)
             busy = HTTPException(503, "The database gives no connection, try again.", headers={"Retry-After": "1"})
@@ -219,7 +237,7 @@ class HTTPExchange(AsyncUnitOfWork):
 async def _roll_back(left_behind: list[UnitOfWork]) -> None:
     """Roll back blocks in a body whose client is gone: Starlette leaves its generator to the garbage collector."""
     for block in left_behind:
-        block.shut()  # it may belong to a thread that goes on
+        block.abandon_sessions()  # it may belong to a thread that goes on
         await finish(block, commit=False)
 
 

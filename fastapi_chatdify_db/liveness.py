@@ -37,14 +37,10 @@ def ping_when_idle(engine: Engine, seconds: float, patience: float) -> None:
     limit = min(_PING_LIMIT, max(_LEAST_PING_LIMIT, patience))
 
     def test(dbapi_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+        if is_async and dbapi_connection.driver_connection.is_closed():
+            raise DisconnectionError("the server has closed the connection")
         idle = time.monotonic() - state_in(record).idle_since
-        if is_async:
-            if dbapi_connection.driver_connection.is_closed():
-                raise DisconnectionError("the server has closed the connection")
-            suspicious = False
-        else:
-            suspicious = _has_something_to_read(dbapi_connection)
-        if suspicious or idle > seconds:
+        if idle > seconds or (not is_async and _has_something_to_read(dbapi_connection)):
             try:
                 _ping(engine, dbapi_connection, limit)
             except Exception as error:  # asyncpg's own kinds too, which the dialect translates only for its cursors
@@ -70,12 +66,14 @@ def wants_another_connection(context: ExecutionContext, error: Exception) -> boo
 
 def has_died(context: ExecutionContext, error: Exception) -> bool:
     """Whether a statement failed because its connection died."""
+    asyncpg = _asyncpg(context.dialect)
+    internal = () if asyncpg is None else asyncpg.InternalClientError
     return (
         # 57P01 to 57P05 are the server's last words on a connection, and may be read before its end is. When asyncpg
         # reads them while nothing was asked, it raises InternalClientError, which SQLAlchemy 2.0 leaves as it is.
         (sqlstate(error) or "").startswith("57P0")
-        or isinstance(error, _internal_error(context.dialect))
-        or isinstance(error.__cause__, _internal_error(context.dialect))
+        or isinstance(error, internal)
+        or isinstance(error.__cause__, internal)
         or context.dialect.is_disconnect(
             error,  # type: ignore[arg-type]  # asyncpg's adapter may raise an OSError too
             context.root_connection.connection.dbapi_connection,
@@ -120,11 +118,6 @@ def replace_connection(context: ExecutionContext, error: Exception) -> None:
             raise error from None
         raise
     context.cursor = context.create_cursor()
-
-
-def _internal_error(dialect: Dialect) -> tuple[type[Exception], ...]:
-    asyncpg = _asyncpg(dialect)
-    return () if asyncpg is None else (asyncpg.InternalClientError,)
 
 
 def _asyncpg(dialect: Dialect) -> Any:

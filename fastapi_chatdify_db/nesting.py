@@ -44,7 +44,7 @@ def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
     while unit is not None and unit is not outer:
         around.add(unit)
         unit = unit.outer
-    if unit is not outer:  # whose code this is not
+    if unit is not outer:  # the running code does not belong to it
         around.clear()
     found: list[UnitOfWork] = []
     for block in [*outer.inside]:  # a copy: threads may open and close some meanwhile
@@ -54,7 +54,7 @@ def units_inside(outer: UnitOfWork) -> list[UnitOfWork]:
 
 
 def units_left_inside(outer: UnitOfWork) -> list[UnitOfWork]:
-    """The open units within one that has ended, in generators whose task has ended, or has left them."""
+    """The units still open within one that has ended: the tasks of their generators have ended, or gone on without."""
     left: list[UnitOfWork] = []
     for block, task in [*outer.inside.items()]:
         if block.is_suspended:

@@ -1,4 +1,4 @@
-"""Running a request again: from its recorded body, alone on its path."""
+"""Running a request again, from its recorded body, while no other request for its URL's path runs."""
 
 from __future__ import annotations
 

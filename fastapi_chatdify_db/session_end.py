@@ -30,7 +30,7 @@ _IN_USE_ELSEWHERE: Final = "isce"
 """SQLAlchemy's code of the error: https://docs.sqlalchemy.org/en/20/errors.html#illegalstatechangeerror-and-concurrency-exceptions."""
 
 _OUR_HOOKS: Final = 1
-"""How many listeners to a session's ``before_commit``, and to its ``after_commit``, are ours; they ask nothing."""
+"""How many listeners to ``before_commit``, and to ``after_commit``, are ours, which send nothing to the server."""
 
 
 class FollowedSession(Session):
@@ -99,11 +99,11 @@ def states(session: FollowedSession) -> Iterator[ConnectionState]:
     return (state for connection in _open_connections(session) if (state := state_of(connection)) is not None)
 
 
-def asks_at_end(session: FollowedSession) -> bool:
+def end_may_wait(session: FollowedSession) -> bool:
     """Whether a commit or a rollback of the session may have to wait for the server; True when in doubt."""
     hooks = session.dispatch
     return (
-        any(map(_connection_asks, session.connections))
+        any(map(_connection_may_wait, session.connections))
         or not session._is_clean()  # as commit() asks; session.new, dirty and deleted are copies
         or not session.is_active
         or session.in_nested_transaction()
@@ -112,7 +112,7 @@ def asks_at_end(session: FollowedSession) -> bool:
     )
 
 
-def asks_at_rollback(session: FollowedSession) -> bool:
+def rollback_may_wait(session: FollowedSession) -> bool:
     """Whether the application has hooks that may ask the server when the session is rolled back."""
     return bool(session.dispatch.after_rollback) or bool(session.dispatch.after_soft_rollback)
 
@@ -158,7 +158,7 @@ def end_reads(session: Session) -> None:
         transaction.close()
 
 
-def _connection_asks(connection: Connection) -> bool:
+def _connection_may_wait(connection: Connection) -> bool:
     if connection.closed:
         return False
     if has_begun(connection):

@@ -1,4 +1,4 @@
-"""What a process does with the database before it serves: wait for it, create the tables."""
+"""What the lifespan does: wait for the database, create the tables, run services beside the application."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads that go on after their unit: their statements keep off a connection that was given back."""
+"""Keeps the statements of threads that outlive their unit off a connection that was given back."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit
 from fastapi_chatdify_db.nesting import current, first_open, innermost_unit
 from fastapi_chatdify_db.refused_commits import prepare_commit
-from fastapi_chatdify_db.session_end import FollowedSession, asks_at_end, in_use, roll_back_or_discard
+from fastapi_chatdify_db.session_end import FollowedSession, end_may_wait, in_use, roll_back_or_discard
 from fastapi_chatdify_db.surroundings import in_event_loop, in_generator
 
 logger: Final = logging.getLogger(__name__)
@@ -33,15 +33,16 @@ class UnitOfWork:
 
     Parameters:
         only: The database that the unit is for; None serves every database.
+        isolation_level: PostgreSQL's name of the level that its transactions run at; None is the server's default.
     """
 
     # Defaults on the class, so that a unit that nobody uses costs little.
     only: Engines | None = None
-    stands_alone: bool = False
-    """Whether code that outlives the unit is left without one, even if another was open where this one began."""
+    is_root: bool = False
+    """Whether it has no ``outer`` even within another unit: code that outlives it is then left without a unit."""
     outer: UnitOfWork | None = None
+    """The open unit that this one was opened in, which code that outlives this one goes on in."""
     isolation_level: str | None = None
-    """PostgreSQL's name of the level that the unit's transactions run at; None is the server's default."""
     task_id: str | None = None
     """The id of the Celery task whose unit this is."""
     untouched: bool = True
@@ -49,22 +50,24 @@ class UnitOfWork:
     has_inner: bool = False
     """Whether a unit was opened within this one."""
     is_suspended: bool = False
-    """Whether it stands still in a generator, of a ``def`` dependency: the code within it is not that generator's."""
-    awaits_response: bool = False
-    """Whether the response around this unit has begun and is not complete, so that what follows is not kept yet."""
+    """Whether a ``def`` dependency with ``yield`` opened it, whose generator stands still while the endpoint runs."""
+    needs_whole_response: bool = False
+    """Whether it may only commit once the response around it, which has begun, is complete."""
     closed: bool = False
     rollback_only: bool = False
     asked_to_retry: bool = False
     _has_committed_inside = False
-    _before: UnitOfWork | None = None
+    _previous: UnitOfWork | None = None
+    """The unit that was current before this one, and is again after it: ``outer``, if this is no root."""
     _inside: dict[UnitOfWork, asyncio.Task[Any] | None]
     _callbacks: CallbackQueue | None = None
     _sync_sessions: Mapping[Engines, FollowedSession] = {}
     _sessions: tuple[FollowedSession, ...] = ()
     """Every session, including those behind async ones."""
 
-    def __init__(self, only: Engines | None = None) -> None:
+    def __init__(self, only: Engines | None = None, *, isolation_level: str | None = None) -> None:
         self.only = only
+        self.isolation_level = isolation_level
 
     @cached_property
     def id(self) -> int:
@@ -109,20 +112,20 @@ class UnitOfWork:
         """Whether another task or thread is in the middle of an operation of one of the sessions."""
         return any(map(in_use, self._sessions))
 
-    def abandon(self) -> None:
+    def abandon_sessions_in_use(self) -> None:
         """Before the rollback that ends the unit: refuse the commit of a task or thread amid an operation."""
         for session in self._sessions:
             session.abandoned = in_use(session)
 
-    def shut(self) -> None:
+    def abandon_sessions(self) -> None:
         """Before a rollback from outside the unit's code: refuse whatever that code does with the sessions later."""
         for session in self._sessions:
             session.abandoned = True
 
     @property
-    def asks_at_end(self) -> bool:
+    def end_may_wait(self) -> bool:
         """Whether ending the unit may have to wait for the server; True when in doubt."""
-        return any(asks_at_end(session) for session in self._sessions if session.in_transaction())
+        return any(end_may_wait(session) for session in self._sessions if session.in_transaction())
 
     @property
     def has_committed(self) -> bool:
@@ -131,8 +134,8 @@ class UnitOfWork:
 
     def open(self) -> None:
         """Make this the current unit of the running task or thread."""
-        self._before = outer = innermost_unit()
-        if outer is not None and not self.stands_alone:
+        self._previous = outer = innermost_unit()
+        if outer is not None and not self.is_root:
             self.outer = outer
             outer.has_inner = True
             self._inside = outer.inside
@@ -144,10 +147,10 @@ class UnitOfWork:
 
     def close(self) -> None:
         """Refuse further work and return to the unit around this one; ``finish`` has been called before."""
-        around = self._before if self.has_committed else None
+        around = self._previous if self.has_committed else None
         while around is not None and not around._has_committed_inside:  # some may have ended before this one
             around._has_committed_inside = True
-            around = around._before
+            around = around._previous
         if self.outer is not None:
             self.inside.pop(self, None)  # with the task: a connection keeps the context that it was made in
         self.closed = True
@@ -155,10 +158,10 @@ class UnitOfWork:
             session.end()
         # Without a token: a generator that is finalized late runs in another context than it began in.
         if current.get() is self:
-            current.set(self._before)
-        if self._before is not None:
+            current.set(self._previous)
+        if self._previous is not None:
             # A job that starts the next one within its unit would keep all before it.
-            self._before, self.outer = first_open(self._before), first_open(self.outer)
+            self._previous, self.outer = first_open(self._previous), first_open(self.outer)
 
     def finish(self, *, commit: bool) -> None:
         """Commit, unless the unit is marked for rollback, or roll back; then run the callbacks that are due.
@@ -178,7 +181,7 @@ class UnitOfWork:
         finally:
             if self._callbacks is not None:
                 with self.made_current():
-                    self._run_due_callbacks()
+                    self._run_due(self._callbacks)
 
     @contextmanager
     def made_current(self) -> Iterator[None]:
@@ -196,7 +199,7 @@ class UnitOfWork:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None:
-            self.abandon()
+            self.abandon_sessions_in_use()
         try:
             self.finish(commit=self.is_kept(error))
         finally:
@@ -204,15 +207,15 @@ class UnitOfWork:
 
     def is_kept(self, error: BaseException | None) -> bool:
         """Whether the unit, whose block ended in ``error`` or None, may commit; logs what is lost unexpectedly."""
-        if error is None and self.awaits_response and self.asks_at_end:
+        if error is None and self.needs_whole_response and self.end_may_wait:
             logger.warning("a response was cut short, and what it wrote in a transaction() around it is rolled back")
-        if isinstance(error, GeneratorExit) and (self.asks_at_end or self._callbacks is not None):
+        if isinstance(error, GeneratorExit) and (self.end_may_wait or self._callbacks is not None):
             # After a ``break`` the unit stayed the current one: the code that went on may have used its db.session.
             logger.warning(
                 "a generator was left within its transaction(), which is rolled back, with what was done through "
                 "db.session since; close the generator before you go on: async with contextlib.aclosing(...)"
             )
-        return error is None and not self.awaits_response
+        return error is None and not self.needs_whole_response
 
     def _first_sync_session(self, engines: Engines) -> Session:
         # Threads that ask at the same time get one session: setdefault() gives all of them the first lock.
@@ -236,9 +239,6 @@ class UnitOfWork:
         if self._callbacks is not None:
             self._callbacks.settle(committed=committed)
 
-    def _next_callback(self) -> AfterCommit | None:
-        return None if self._callbacks is None else self._callbacks.pop_due()
-
     def _commit(self) -> None:
         sessions = [session for session in self._sync_sessions.values() if session.in_transaction()]
         try:
@@ -258,9 +258,9 @@ class UnitOfWork:
                 roll_back_or_discard(session)
         self._settle_callbacks(committed=False)
 
-    def _run_due_callbacks(self) -> None:
+    def _run_due(self, callbacks: CallbackQueue) -> None:
         to_raise: AfterCommitError | None = None
-        while callback := self._next_callback():
+        while callback := callbacks.pop_due():
             try:
                 if inspect.iscoroutine(result := callback()):
                     result.close()

@@ -64,7 +64,7 @@ def async_target(settings: DatabaseSettings) -> DriverTarget:
         if options.get(name, "prefer") not in ("disable", "prefer"):
             raise InvalidSettings(f"DATABASE_URL: asyncpg cannot insist on {name}; remove it")
     connect_args: dict[str, Any] = {name: _number(name, options.pop(name)) for name in _ASYNCPG_ONLY if name in options}
-    server_settings = _server_settings(settings, options)
+    server_settings = {"application_name": options.pop("application_name"), **_timeouts_at_connect(settings)}
     seconds = _number("connect_timeout", options.pop("connect_timeout"))
     if seconds > 0:  # no limit in libpq otherwise
         connect_args.setdefault("timeout", seconds)
@@ -90,14 +90,13 @@ def sync_target(settings: DatabaseSettings) -> DriverTarget:
     if url.get_backend_name() == "sqlite":
         return DriverTarget(url.set(drivername="sqlite"))
     place, options = _split_query(url, settings)
-    server_settings = _server_settings(settings, options)
     connect_args: dict[str, Any] = {
         **LIBPQS,
         **{name: value for name, value in options.items() if name not in _ASYNCPG_ONLY},
     }
     connect_args.setdefault("client_encoding", "utf8")  # as asyncpg's always is, whatever the role's
-    connect_args["application_name"] = server_settings.pop("application_name")
-    flags = [connect_args.get("options", ""), *(f"-c {name}={value}" for name, value in server_settings.items())]
+    timeouts = _timeouts_at_connect(settings)
+    flags = [connect_args.get("options", ""), *(f"-c {name}={value}" for name, value in timeouts.items())]
     if options_flag := " ".join(filter(None, flags)):
         connect_args["options"] = options_flag
     return DriverTarget(place.set(drivername="postgresql+psycopg2"), connect_args)
@@ -112,14 +111,9 @@ def session_timeouts(settings: DatabaseSettings) -> dict[str, int]:
     return {name: max(1, round(value * 1000)) for name, value in seconds.items() if value}
 
 
-def _server_settings(settings: DatabaseSettings, options: dict[str, str]) -> dict[str, str]:
-    """The server's parameters for a new connection; takes ``application_name`` out of the URL's ``options``."""
-    name = options.pop("application_name", settings.db_application_name)
-    if "db_application_name" in settings.model_fields_set:
-        name = settings.db_application_name
+def _timeouts_at_connect(settings: DatabaseSettings) -> dict[str, str]:
     # PgBouncer refuses start-up parameters that it does not track; the engines set the time-outs another way then.
-    timeouts = {} if settings.db_pgbouncer else session_timeouts(settings)
-    return {"application_name": name} | {parameter: str(ms) for parameter, ms in timeouts.items()}
+    return {} if settings.db_pgbouncer else {name: str(ms) for name, ms in session_timeouts(settings).items()}
 
 
 def _normalized(url: URL) -> URL:
@@ -143,7 +137,8 @@ def _normalized(url: URL) -> URL:
 def _split_query(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, str]]:
     """The URL with nothing in its query but where the server is, and the rest of the query in libpq's spelling.
 
-    Unless the query says otherwise, a connect may take as long as the wait for a free one (``db_pool_timeout``).
+    Unless the query says otherwise, a connect may take as long as the wait for a free one (``db_pool_timeout``). The
+    query's ``application_name`` yields to a ``db_application_name`` that was set.
     """
     place = {name: value for name, value in url.query.items() if name in ("host", "port")}
     options = {name: values[-1] for name, values in url.normalized_query.items() if name not in place}
@@ -152,6 +147,8 @@ def _split_query(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, s
         options.setdefault("sslmode", {"true": "require", "false": "disable"}.get(ssl.lower(), ssl))
     options.pop("async_fallback", None)
     options.setdefault("connect_timeout", str(max(_LEAST_CONNECT_TIMEOUT, ceil(settings.db_pool_timeout))))
+    if "application_name" not in options or "db_application_name" in settings.model_fields_set:
+        options["application_name"] = settings.db_application_name
     return url.set(query=place), options
 
 

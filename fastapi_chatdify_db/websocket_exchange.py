@@ -29,7 +29,7 @@ class WebSocketExchange(AsyncUnitOfWork):
     for the session or read from the client. Messages that other tasks push do not commit.
     """
 
-    stands_alone = True
+    is_root = True
     _accepted = False
     _receiving = False
     """Whether the handler waits for the client."""

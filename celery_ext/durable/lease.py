@@ -36,7 +36,7 @@ def hold(database: Database, task_id: str) -> bool:
         sqlalchemy.exc.DBAPIError: The connection is broken, or the database does not answer in time.
         DatabaseUnavailable: There is no connection to be had, or others have waited for one as long.
     """
-    with _turn():
+    with _locked():
         connection = _connections.get(database)
         if connection is not None and connection.invalidated:
             connection = None
@@ -83,7 +83,7 @@ def _ask(connection: Connection, statement: TextClause, task_id: str) -> object:
 
 
 @contextmanager
-def _turn() -> Iterator[None]:
+def _locked() -> Iterator[None]:
     """Hold ``_lock``; whoever has it may be waiting for a silent database, and so may have others behind it.
 
     Raises:

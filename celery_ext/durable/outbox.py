@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from celery_ext.durable import statements
 from celery_ext.durable.row import Row
-from fastapi_chatdify_db.after_commit import innermost, is_doomed, is_undone, self_and_parents
+from fastapi_chatdify_db.savepoints import innermost, is_doomed, is_undone, self_and_parents
 from fastapi_chatdify_db.session_end import FollowedSession
 
 BATCH: Final = 1000

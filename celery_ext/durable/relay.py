@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from selectors import EVENT_READ, DefaultSelector
 from socket import socketpair
 from threading import Thread
 from typing import Any, Final
 
 from celery import Celery
-from kombu import Connection as BrokerConnection
-from kombu import Producer
-from kombu.exceptions import OperationalError
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_ext.context import senders_trace
 from celery_ext.durable import statements
-from celery_ext.durable.confirms import Confirms
-from celery_ext.durable.row import deserialize
+from celery_ext.durable.broker import Broker
 from celery_ext.durable.silence import Silence
 from celery_ext.durable.table import MISSING, is_missing
 from fastapi_chatdify_db.connecting import reason
@@ -38,25 +32,9 @@ _WATCH_INTERVAL: Final = 1.0  # second between two looks at how long the databas
 _POLL_INTERVAL: Final = 1.0  # second; finds rows that were due but locked. Of all others notifications tell
 _SEARCH_INTERVAL: Final = 5.0  # seconds between two searches for forgotten rows
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while the broker or the database is down
-_BROKER_LIMIT: Final = 10.0  # seconds for the broker to answer
 _STATEMENT_LIMIT: Final = 30  # seconds for the database to answer
 _SILENT: Final = _STATEMENT_LIMIT + 5.0  # seconds after which it will not answer: it would have cancelled the statement
 _SILENT_AT_STOP: Final = 10.0  # seconds that a stopped relay waits for an answer
-_LIMITS: Final = {  # kombu's transport options for _BROKER_LIMIT
-    "amqp": ("read_timeout", "write_timeout"),
-    "redis": ("socket_timeout", "socket_connect_timeout"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A connection to the broker, and its publisher."""
-
-    connection: BrokerConnection
-    driver: Any
-    """The transport's own; kombu's property for it would connect again."""
-    producer: Producer
-    confirms: Confirms
 
 
 class Relay:
@@ -72,20 +50,13 @@ class Relay:
     """
 
     def __init__(self, app: Celery[Any], database: Database, *, grace: float) -> None:
-        app.loader.import_default_modules()  # they have the tasks' own options (queue, time limits, ...)
         self._app = app
+        self._broker = Broker(app)
         self._database = database
         self._grace = grace
-        broker = app.connection_for_write()
-        self._broker_errors: tuple[type[BaseException], ...] = (
-            OperationalError,
-            *broker.connection_errors,
-            *broker.channel_errors,
-        )
         self._stopping = False
         self._wake_reader, self._wake_writer = socketpair()
         self._silence = Silence()
-        self._line: _Line | None = None
         self._looked_for_forgotten = 0.0
         self._failures = 0  # since the last round that went well
 
@@ -120,12 +91,12 @@ class Relay:
                         self._relay(connection)
                 except Exception as error:
                     self._failures += 1
-                    foreseen = isinstance(error, (SQLAlchemyError, OSError, *self._broker_errors))
+                    foreseen = isinstance(error, (SQLAlchemyError, OSError, *self._broker.errors))
                     why = MISSING if is_missing(error) else reason(error)
                     logger.warning("relay pauses (%d): %s", self._failures, why, exc_info=not foreseen)
                     self._pause(min(_LONGEST_PAUSE, 0.1 * 2 ** min(self._failures, 10)))
         finally:
-            self._disconnect()
+            self._broker.disconnect()
             self._wake_reader.close()
             self._wake_writer.close()
 
@@ -141,71 +112,14 @@ class Relay:
         if not rows:
             return 0
         try:
-            sent = self._send_all(rows)
-        except self._broker_errors:
-            self._drop_line()
+            sent = self._broker.send(rows)
+        except self._broker.errors:
+            self._broker.drop()
             connection.execute(statements.UNCLAIM, {"ids": [row.id for row in rows]})
             raise
         rerung = sum(row.rings > 1 for row in sent)
         logger.info("relayed sent=%d rerung=%d refused=%d", len(sent), rerung, len(rows) - len(sent))
         return len(rows)
-
-    def _send_all(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
-        try:
-            return self._send_together(rows)
-        except self._broker_errors as error:
-            if not self._concerns_one_message(error):
-                raise
-        return self._send_one_by_one(rows)
-
-    def _send_together(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
-        line = self._line or self._connect()
-        sent: list[tuple[int, Row[Any]]] = []
-        for row in rows:
-            number = line.confirms.published + 1  # the task's; its event (task_send_sent_event) has the next
-            if self._send(line, row):
-                sent.append((number, row))
-        refused = line.confirms.wait(_BROKER_LIMIT)
-        for row in (row for number, row in sent if number in refused):
-            logger.error("task %s[%s] can not be sent: the broker refused it; is its queue full?", row.name, row.id)
-        return [row for number, row in sent if number not in refused]
-
-    def _send_one_by_one(self, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
-        """Leave out what the broker refuses: a queue or an exchange that is missing or declared otherwise."""
-        sent: list[Row[Any]] = []
-        self._disconnect()
-        for row in rows:
-            try:
-                sent += self._send_together([row])
-            except self._broker_errors as error:
-                if not self._concerns_one_message(error):
-                    raise
-                logger.error("task %s[%s] can not be sent: %s", row.name, row.id, reason(error))
-                self._disconnect()
-        return sent
-
-    def _concerns_one_message(self, error: BaseException) -> bool:
-        return isinstance(error, self._line.connection.channel_errors if self._line is not None else ())
-
-    def _send(self, line: _Line, row: Row[Any]) -> bool:
-        send = getattr(self._app.tasks.get(row.name), "apply_async", None)
-        try:
-            args, kwargs = deserialize(row.arguments)
-            options = deserialize(row.options)
-            options |= {"task_id": row.id, "retries": row.retries, "producer": line.producer, "retry": False}
-            options["expires"] = None  # the row has it; the task's own option would count from now
-            # OpenTelemetry's own instrumentation writes the span of the sending over the trace that is stored.
-            with senders_trace(options.get("headers") or {}):
-                if send is None:
-                    self._app.send_task(row.name, args, kwargs, **options)
-                else:
-                    send(args, kwargs, **options)
-        except self._broker_errors:
-            raise
-        except Exception:  # a row that cannot be sent must not keep the others back
-            logger.exception("task %s[%s] can not be sent", row.name, row.id)
-            return False
-        return True
 
     def _wait(self, connection: Connection) -> None:
         now = time.monotonic()
@@ -226,39 +140,6 @@ class Relay:
             for each in (self._wake_reader, *further):
                 either.register(each, EVENT_READ)
             either.select(seconds)
-
-    def _connect(self) -> _Line:
-        broker = self._app.connection_for_write()
-        limits = _LIMITS.get(str(broker.transport.driver_type), ())
-        options = {**(broker.transport_options or {}), **dict.fromkeys(limits, _BROKER_LIMIT)}
-        options.pop("confirm_publish", None)  # it waits after each message; Confirms does so once a batch
-        connection = broker.clone(transport_options=options)
-        producer = self._app.amqp.Producer(connection.default_channel)
-        _expect_no_results(self._app)
-        self._line = _Line(connection, connection.connection, producer, Confirms(connection))
-        return self._line
-
-    def _drop_line(self) -> None:
-        """Disconnect without asking: AMQP's two handshakes would each wait for a broker that may be silent."""
-        if self._line is not None and hasattr(self._line.driver, "collect"):
-            self._line.driver.collect()
-        self._disconnect()
-
-    def _disconnect(self) -> None:
-        if self._line is not None:
-            self._line.connection.release()
-            self._line = None
-
-
-def _expect_no_results(app: Celery[Any]) -> None:
-    """Send without asking the result backend to tell of results: nobody here waits for them.
-
-    A backend would remember every task, and while it is away, nothing could be sent. One that is shared by threads
-    (``result_backend_thread_safe``) is left alone: the others may wait for results.
-    """
-    backend: Any = app.backend
-    if not backend.thread_safe:  # then it is this thread's own
-        backend.on_task_call = lambda *_: None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 from uuid import NAMESPACE_OID, uuid5
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from celery_ext.task import Task
 
 HEADER: Final = "durable"
-"""The message header with the id of the task's row. Tasks that pass on their headers give it to other tasks, too."""
+"""The message header with the id of the task's row; another task's id is from a sender that passed its headers on."""
 _LONGEST: Final = 3.2e9
 """Seconds: a hundred years, which PostgreSQL can add to its clock."""
 _LONGEST_ORDERING_KEY: Final = 500
@@ -54,15 +54,10 @@ class Row:
 
     def columns(self) -> dict[str, object]:
         """The values to insert; times count from now, which may be a while after the call."""
-        return {
-            "id": self.id,
-            "name": self.name,
-            "arguments": self.arguments,
-            "options": self.options,
-            "ordering_key": self.ordering_key,
-            "due_in": seconds_until(self.due),
-            "expires_in": None if self.expires is None else seconds_until(self.expires),
-        }
+        values = asdict(self)
+        due, expires = values.pop("due"), values.pop("expires")
+        expires_in = None if expires is None else seconds_until(expires)
+        return values | {"due_in": seconds_until(due), "expires_in": expires_in}
 
 
 def new_row(

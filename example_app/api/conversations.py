@@ -7,10 +7,11 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Body, Depends, HTTPException, Query, Security
 
 from example_app import dialogues
-from example_app.api.doors import TokenFirst, bearer
 from example_app.api.problems import documented
+from example_app.api.security import TokenFirst, bearer
 from example_app.clients import get_chatwoot
 from example_app.clients.chatwoot import Chatwoot as ChatwootClient
+from example_app.db import db
 from example_app.schemas import (
     ConversationID,
     CustomAttributes,
@@ -31,7 +32,6 @@ from example_app.schemas import (
 )
 from example_app.settings import get_settings
 from example_app.teams import directory
-from fastapi_chatdify_db import db
 
 router: Final = APIRouter(
     tags=["conversations"],

@@ -8,12 +8,12 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Depends
 from sqlalchemy import text
 
-from example_app.api.doors import require_token
 from example_app.api.problems import documented
+from example_app.api.security import require_token
 from example_app.clients import get_chatwoot
 from example_app.clients.chatwoot import Chatwoot
+from example_app.db import db
 from example_app.schemas import Health, TestConversation
-from fastapi_chatdify_db import db
 
 router: Final = APIRouter(prefix="/health", tags=["health"])
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
 
-from example_app.api.doors import WEBHOOK
+from example_app.api.security import WEBHOOK
 from example_app.clients.http import Busy, NotFound, OutsideError, Unanswered
 from example_app.logs import logger
 

@@ -7,14 +7,21 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Header
 
 from example_app import dialogues, tasks
-from example_app.api.doors import WEBHOOK, authentic_body
 from example_app.api.problems import documented
+from example_app.api.security import WEBHOOK, authentic_body
 from example_app.db.models import MessageState
-from example_app.events import WEBHOOK_EXAMPLE, ConversationChanged, ConversationDeleted, MessageCreated, OtherEvent
+from example_app.events import (
+    WEBHOOK_EXAMPLE,
+    ConversationChanged,
+    ConversationDeleted,
+    MessageCreated,
+    OtherEvent,
+    parse,
+)
 from example_app.logs import logger
 from example_app.schemas import WebhookResult
 from example_app.settings import get_settings
-from example_app.webhook import parse, reason_to_skip
+from example_app.triage import reason_to_skip
 
 router: Final = APIRouter(tags=["webhook"], responses=documented(401, 413, 422, 500))
 

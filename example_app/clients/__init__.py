@@ -22,7 +22,7 @@ _clients: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, _Clients]] = WeakKe
 
 
 async def get_chatwoot() -> Chatwoot:
-    """The running loop's Chatwoot; also a FastAPI dependency."""
+    """The running loop's Chatwoot; as a FastAPI dependency, a ``def`` would run in a thread, which has no loop."""
     return _of_this_loop().chatwoot
 
 

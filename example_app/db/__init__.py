@@ -1,4 +1,4 @@
-"""What is stored: ``Base`` and the models."""
+"""The application's database: ``db``, ``Base`` and the models."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from fastapi_chatdify_db import Base, db
 
 db.settings = get_settings  # called at the first use: importing the application reads no setting
 
-__all__ = ["Base", "Dialogue", "Message", "MessageState", "WebhookDelivery"]
+__all__ = ["Base", "Dialogue", "Message", "MessageState", "WebhookDelivery", "db"]

@@ -41,9 +41,6 @@ class Dialogue(Base):
     handed_over_at: Mapped[datetime | None] = mapped_column(Timestamp, init=False, default=None)  # the last time
     created_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now(), onupdate=func.now())
-    messages: Mapped[list[Message]] = relationship(
-        back_populates="dialogue", init=False, repr=False, order_by="Message.id", passive_deletes=True
-    )
 
 
 class Message(Base):
@@ -67,7 +64,7 @@ class Message(Base):
     workflow_status: Mapped[str | None] = mapped_column(Text, default=None)  # what our API was told to set
     created_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now(), onupdate=func.now())
-    dialogue: Mapped[Dialogue] = relationship(back_populates="messages", init=False, repr=False)
+    dialogue: Mapped[Dialogue] = relationship(init=False, repr=False)
 
 
 class WebhookDelivery(Base):

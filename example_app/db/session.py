@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastapi_chatdify_db import db, get_async_session, get_session, get_sync_session
+from example_app.db import db
+from fastapi_chatdify_db import get_async_session, get_session, get_sync_session
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

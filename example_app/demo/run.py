@@ -13,10 +13,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from example_app.db import db
 from example_app.demo.stack import Stack, chatdify
 from example_app.demo.story import CONVERSATION, tell
 from example_app.settings import Settings
-from fastapi_chatdify_db import DatabaseSettings, db
+from fastapi_chatdify_db import DatabaseSettings
 from fastapi_chatdify_db.embedded import embedded_postgres
 
 _URLS = """

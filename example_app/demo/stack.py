@@ -68,7 +68,7 @@ class Stack:
     @asynccontextmanager
     async def worker(self, name: str = "worker") -> AsyncIterator[Process]:
         """A worker process with its children, which may not have connected yet."""
-        arguments = ("-m", "celery", "-A", "example_app.worker", "worker")
+        arguments = ("-m", "celery", "-A", "example_app.demo.worker", "worker")
         options = ("--without-gossip", "--without-mingle", "-n", f"{name}-{os.getpid()}@%h")
         async with self._process(name, *arguments, *options) as process:
             yield process

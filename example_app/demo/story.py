@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy import func, select, text
 
+from example_app.db import db
 from example_app.db.models import FINISHED, Message
 from example_app.demo.stack import Stack
 from example_app.fakes.faults import Fault
-from fastapi_chatdify_db import db
 
 CONVERSATION: Final = 7
 TIME_LIMIT: Final = 60.0
@@ -26,7 +26,7 @@ TIME_LIMIT: Final = 60.0
 
 _MESSAGES: Final = (
     ("Hello, is anybody there?", None),
-    ("Where is my parcel?", Fault("POST", "/chat-messages", 429, times=2, retry_after="1")),
+    ("Where is my parcel?", Fault("POST", "/chat-messages", 429, times=2, headers={"Retry-After": "1"})),
     ("It was due yesterday.", None),
     ("Is the [bold]blue[/bold] one still to be had?", None),
     ("Thank you!", Fault("POST", "/messages", 502, too_late=True)),

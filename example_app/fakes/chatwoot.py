@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from example_app.api.doors import sign
+from example_app.api.security import sign
 from example_app.fakes.faults import Faults
 
 BOT = {"id": 1, "type": "agent_bot", "name": "Chatdify"}

@@ -21,8 +21,7 @@ class Fault:
         times: How many requests fail.
         every: Which of the matching requests fail: all, or every tenth, ...
         seen: How many requests matched so far.
-        retry_after: Value of the ``Retry-After`` header.
-        headers: Of the answer, besides.
+        headers: Of the answer.
         code: Of the error, as Dify names it.
         delay: Seconds until the answer.
         too_late: Whether the request is carried out all the same, only its answer is lost.
@@ -34,7 +33,6 @@ class Fault:
     times: int = 1
     every: int = 1
     seen: int = 0
-    retry_after: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     code: str | None = None
     delay: float = 0.0
@@ -63,9 +61,8 @@ class Faults:
             if fault.too_late:
                 await app(scope, receive, _discard)
             await asyncio.sleep(fault.delay)
-            headers = {**fault.headers, **({"Retry-After": fault.retry_after} if fault.retry_after else {})}
             error = {"error": "told to"} | ({"code": fault.code} if fault.code else {})
-            await JSONResponse(error, fault.status, headers)(scope, receive, send)
+            await JSONResponse(error, fault.status, fault.headers)(scope, receive, send)
 
         return faulty
 

@@ -13,9 +13,9 @@ from sqlalchemy import func, select
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
+from example_app.db import db
 from example_app.db.models import Dialogue, Message, MessageState
 from example_app.tasks import STEPS
-from fastapi_chatdify_db import db
 
 DIALOGUES_SHOWN: Final = 20
 MESSAGES_SHOWN: Final = 50

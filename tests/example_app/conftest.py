@@ -12,7 +12,7 @@ import httpx
 import pytest
 from kombu import Connection, Queue
 
-from example_app.api.doors import sign
+from example_app.api.security import sign
 from example_app.clients import close_clients
 from example_app.fakes.chatwoot import FakeChatwoot
 from example_app.fakes.dify import FakeDify
@@ -22,7 +22,6 @@ from example_app.settings import get_settings
 from example_app.worker import app as celery_app
 from fastapi_chatdify_db import DatabaseSettings, db
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.nesting import note_retryable_error
 from tests.serving import serve
 
 API_TOKEN = "api-token"
@@ -65,7 +64,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Co
     )
     # What the application tells the one database is not for the tests that follow, nor theirs for it.
     monkeypatch.setattr(db, "_settings", get_settings)
-    monkeypatch.setattr(db, "engines", Engines(lambda: db.settings, on_error=note_retryable_error))
+    monkeypatch.setattr(db, "engines", Engines(lambda: db.settings))
     monkeypatch.setattr(db, "services", {})
     monkeypatch.setattr(db, "creates_tables", False)
     assert celery_app.conf.broker_url == "memory://localhost"

@@ -12,7 +12,6 @@ from example_app.fakes.faults import Fault
 from example_app.main import create_app
 from fastapi_chatdify_db import DatabaseSettings, InvalidSettings, db
 from fastapi_chatdify_db.engines import Engines
-from fastapi_chatdify_db.nesting import note_retryable_error
 from tests.example_app.conftest import WEBHOOK_SECRET, Configure, Outside
 from tests.serving import serve
 
@@ -138,7 +137,7 @@ async def test_chatwoots_failures_are_problems(
     for status, answered in ((500, 502), (400, 502), (429, 503), (503, 503)):
         outside.chatwoot.faults.due.clear()
         for method in ("GET", "POST"):
-            outside.chatwoot.faults.add(Fault(method, "", status, times=100, retry_after="11"))
+            outside.chatwoot.faults.add(Fault(method, "", status, times=100, headers={"Retry-After": "11"}))
         response = await post(client, path, body)
         assert response.status_code == answered
         assert "told to" not in response.text
@@ -221,7 +220,7 @@ async def test_database_down_is_unhealthy(client: httpx.AsyncClient, monkeypatch
     """A database that does not answer is a 503, as for any other request."""
     gone = DatabaseSettings(database_url="postgresql://127.0.0.1:1/gone")
     with monkeypatch.context() as patch:
-        patch.setattr(db, "engines", Engines(lambda: gone, on_error=note_retryable_error))
+        patch.setattr(db, "engines", Engines(lambda: gone))
         response = await client.get("/api/v1/health")
     assert (response.status_code, response.json()["title"]) == (503, "Service Unavailable")
 

@@ -20,14 +20,17 @@ from tests.example_app.stepping import ASK, ask, ask_in_vain, dispatched, receiv
 
 
 @pytest.mark.parametrize("mode", ["blocking", "streaming"])
-@pytest.mark.parametrize(("status", "retry_after"), [(429, "0"), (503, "Wed, 21 Oct 2015 07:28:00 GMT"), (500, None)])
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [(429, {"Retry-After": "0"}), (503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), (500, {})],
+)
 async def test_passing_faults_are_retried(
-    outside: Outside, configure: Configure, mode: str, status: int, retry_after: str | None
+    outside: Outside, configure: Configure, mode: str, status: int, headers: dict[str, str]
 ) -> None:
     """After a 429, 503 or 500 Dify is asked again, until it answers."""
     configure(DIFY_RESPONSE_MODE=mode)
     [message] = await receive(outside, "Hello")
-    outside.dify.faults.add(Fault(*ASK, status, times=2, retry_after=retry_after))
+    outside.dify.faults.add(Fault(*ASK, status, times=2, headers=headers))
     while await run(ask, message) != "answered":
         pass
     [conversation] = outside.dify.conversations.values()

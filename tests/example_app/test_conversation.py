@@ -92,7 +92,7 @@ async def test_many_conversations_with_faults(own_database: str, broker: Broker,
     conversations, each = CONVERSATIONS, 5
     async with chatdify(tmp_path, own_database, url, settings=quick(queue)) as stack, stack.web(), stack.worker():
         ask = ("POST", "/chat-messages")
-        stack.dify.faults.add(Fault(*ask, 429, times=1000, every=31, retry_after="0"))
+        stack.dify.faults.add(Fault(*ask, 429, times=1000, every=31, headers={"Retry-After": "0"}))
         stack.dify.faults.add(Fault(*ask, 500, times=1000, every=37))
         stack.dify.faults.add(Fault(*ask, 500, times=1000, every=41, too_late=True))
         stack.dify.faults.add(Fault(*ask, 504, times=1000, every=43, too_late=True, delay=1.2))

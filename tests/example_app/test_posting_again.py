@@ -18,7 +18,7 @@ from tests.example_app.stepping import ask, receive, respond, run
 async def test_nobody_waits_for_years(outside: Outside, header: str) -> None:
     """Whoever asks to wait longer than an hour is not believed."""
     outside.chatwoot.conversation(7)
-    outside.chatwoot.faults.add(Fault("GET", "", 429, retry_after=header))
+    outside.chatwoot.faults.add(Fault("GET", "", 429, headers={"Retry-After": header}))
     chatwoot = await get_chatwoot()
     with pytest.raises(Busy) as caught:
         await chatwoot.conversation(7)

@@ -262,7 +262,7 @@ async def test_retry_after_that_is_none(outside: Outside, header: str) -> None:
 async def test_retry_after_that_is_a_date(outside: Outside) -> None:
     """The pause lasts until then."""
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=1000), usegmt=True)
-    outside.dify.faults.add(Fault("GET", "/conversations", 429, retry_after=date))
+    outside.dify.faults.add(Fault("GET", "/conversations", 429, headers={"Retry-After": date}))
     with pytest.raises(Busy) as caught:
         await (await get_dify()).conversations("customer")
     assert 900 < caught.value.retry_after <= 1000

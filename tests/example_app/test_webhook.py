@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from example_app import dialogues
-from example_app.api import doors
+from example_app.api import security
 from example_app.events import WEBHOOK_EXAMPLE
 from example_app.main import create_app
 from example_app.tasks import process_message_with_dify
@@ -215,7 +215,7 @@ async def test_forged_webhook_is_refused(
 ) -> None:
     """A webhook without, with a wrong or with an old signature gets 401, and nothing is stored."""
     body, now = json.dumps(message()).encode(), int(time.time())
-    monkeypatch.setattr(doors, "time", SimpleNamespace(time=lambda: now))  # a slow machine shall not make it valid
+    monkeypatch.setattr(security, "time", SimpleNamespace(time=lambda: now))  # a slow machine shall not make it valid
     response = await client.post(PATH, content=body, headers=headers(body, str(now)))
     assert response.status_code == 401
     assert response.headers["Content-Type"] == "application/problem+json"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 from celery import Celery
+from kombu.transport.sqlalchemy import Transport
+from sqlalchemy import NullPool
 
 import celery_ext
 from tests.worker import tasks as tasks
@@ -15,13 +17,17 @@ def create_app(broker: str, backend: str, queue: str) -> Celery[celery_ext.Task]
     app = Celery("tests", broker=broker, backend=backend, task_cls=celery_ext.Task)
     app.conf.update(
         task_default_queue=queue,
-        broker_transport_options={"polling_interval": 0.05} if broker.startswith("sqla") else {},
         broker_connection_retry_on_startup=True,
         worker_hijack_root_logger=False,
         result_expires=300,
         task_track_started=False,
         broker_connection_timeout=2.0,
     )
+    if broker.startswith("sqla"):
+        # A pool would be inherited by the processes that a worker forks: two would use one connection.
+        app.conf.broker_transport_options = {"poolclass": NullPool}
+        # As an option, the transport would hand it on to create_engine(), which refuses it.
+        Transport.polling_interval = 0.05
     celery_ext.init_app(app)
     return app
 

@@ -14,7 +14,7 @@ from kombu import Queue
 from kombu.transport.base import StdChannel
 
 import celery_ext
-from celery_ext.durable import relay
+from celery_ext.durable import broker
 from celery_ext.durable.relay import BATCH, relaying
 from fastapi_chatdify_db import db
 from tests.forwarding import Forwarder
@@ -66,7 +66,7 @@ async def test_full_queue(queues: Queues, rows: Observer, caplog: pytest.LogCapt
         sent.append(add_item.delay_durably("after"))
     with relaying(queues.app, db, grace=3600):
         await until_logged(caplog, "relayed sent=2 rerung=0 refused=1")
-    assert f"task {add_item.name}[{refused}] can not be sent: the broker refused it" in caplog.text
+    assert f"task {add_item.name}[{refused}] cannot be sent: the broker refused it" in caplog.text
     assert "relay pauses" not in caplog.text
     assert queues.messages() == len(sent)
     claimed = "SELECT count(*) FROM durable_task WHERE rings = 1 AND ring_at > now() + interval '30 minutes'"
@@ -106,7 +106,7 @@ async def test_broker_that_falls_silent(
     queues: Queues, rows: Observer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The confirms are waited for, for ten seconds (here for three); the end of the connection is not."""
-    monkeypatch.setattr(relay, "_BROKER_LIMIT", 3.0)
+    monkeypatch.setattr(broker, "_TIME_LIMIT", 3.0)
     proxy = Forwarder(urls("rabbitmq")[0])
     queues.app.conf.update(broker_write_url=proxy.url)
     record = task(queues.app, "record")

@@ -49,7 +49,7 @@ async def test_row_that_cannot_be_read_is_passed_over(
         innocent = add.delay_durably("innocent")
     await rows.until_status(old, "done")
     await rows.until_status(innocent, "done")
-    assert f"[{bad}] can not be sent" in caplog.text
+    assert f"[{bad}] cannot be sent" in caplog.text
 
 
 @pytest.mark.skipif("rabbitmq" not in brokers(), reason="needs RabbitMQ")
@@ -71,7 +71,7 @@ async def test_row_that_the_broker_refuses(
             add.apply_durably(("refused",), exchange="chatdify-test-nowhere", routing_key="x")
             good += [] if alone else [add.delay_durably("c")]
         with relaying(app, db):
-            while "can not be sent" not in caplog.text or "relayed sent=" not in caplog.text:
+            while "cannot be sent" not in caplog.text or "relayed sent=" not in caplog.text:
                 await asyncio.sleep(0.02)
                 assert "relay pauses (3)" not in caplog.text
     finally:

@@ -13,7 +13,7 @@ import pytest
 from celery import Celery
 
 import celery_ext
-from celery_ext.durable import relay
+from celery_ext.durable import broker
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.observing import PATIENCE, Observer
@@ -91,7 +91,7 @@ async def test_broker_that_is_mute(
     rows: Observer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     """One that accepts a connection and says nothing is waited for ten seconds (here a half), and then tried again."""
-    monkeypatch.setattr(relay, "_BROKER_LIMIT", 0.5)
+    monkeypatch.setattr(broker, "_TIME_LIMIT", 0.5)
     with free_socket() as listener:
         app = create_app(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}//", "cache+memory://", "nowhere")
         app.finalize()

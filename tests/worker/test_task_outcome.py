@@ -73,7 +73,7 @@ async def test_handlers_write(prefork: Worker, empty_tables: Observer, outcome: 
 
 
 async def test_handlers_whose_commit_fails_are_logged(prefork: Worker, empty_tables: Observer) -> None:
-    """The task's state can't change any more; the log has the error with its traceback."""
+    """The task's state cannot change any more; the log has the error with its traceback."""
     result = prefork.task("handled").delay("handler fails", "succeed")
     await asyncio.to_thread(result.get, timeout=20)
     await asyncio.to_thread(prefork.until_logged, "what the handlers of task tests.worker.tasks.callbacks.handled")

@@ -8,8 +8,7 @@ from alembic import context
 from sqlalchemy import Connection
 
 from celery_ext.durable.table import metadata as durable_tasks
-from example_app.db import Base
-from fastapi_chatdify_db import db
+from example_app.db import Base, db
 
 _METADATA = [Base.metadata, durable_tasks]
 _TABLES = frozenset(name for metadata in _METADATA for name in metadata.tables)

@@ -63,7 +63,7 @@ async def authentic_body(
     request: Request,
     secret: Annotated[str | None, Query(description="For a Chatwoot that does not sign its webhooks")] = None,
 ) -> bytes:
-    """The body of a webhook that Chatwoot sent: signed, or to a URL with the secret. It is read only if it may be.
+    """The body of a webhook that Chatwoot sent: signed, or to a URL with the secret. Without either, it is not read.
 
     Raises:
         fastapi.HTTPException: 401, also for a signature that is older than ``CHATWOOT_WEBHOOK_MAX_AGE``;
@@ -128,7 +128,7 @@ class BodyLimit:
 
 
 class SameOrigin:
-    """Refuses, with 403, what other web sites' pages have a browser post: without secrets, nothing else stops them.
+    """Refuses, with 403, what a browser posts for another site's page: without secrets, nothing else stops it.
 
     Their links and pictures may come in: they change nothing, and the browser keeps the answer from the page.
 
