@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.datastructures import Headers
@@ -54,8 +55,8 @@ class HTTPExchange(AsyncUnitOfWork):
     # uvicorn begins a pipelined request in the context of the one before.
     is_root = True
     _sent = _Sent.NOTHING
-    _keeps = True
-    """Whether what is written while the body is sent is to be committed, as the response's status says."""
+    _is_held_back = False
+    """Whether the work of before the response is committed, or rolled back, at the end of the body only."""
     _failure: Exception | None = None
     """What committing before a message raised. The application may turn it into another exception where it sends."""
 
@@ -104,15 +105,14 @@ class HTTPExchange(AsyncUnitOfWork):
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
+            self._status = message["status"]
             if not self.untouched or self.has_inner:
                 if not self._body_is_under_way(message):
                     return self._commit_and_start(message)
-                self._keeps = self._wants_commit(message)
-                for block in self._blocks():
-                    block.needs_whole_response = True
+                self._hold_back()
             self._sent = _Sent.START
         elif kind in _BODY and not message.get("more_body"):
-            if (not self.untouched or self.has_inner) and (not self.at_rest or self._has_producer or self._blocks()):
+            if (not self.untouched or self.has_inner) and (not self.at_rest or self._producer or self._blocks()):
                 return self._commit_and_end(message)
             self._sent = _Sent.ALL
         return self._send(message)
@@ -121,20 +121,20 @@ class HTTPExchange(AsyncUnitOfWork):
         blocks = self._blocks()
         for block in blocks:
             block.needs_whole_response = True  # for what is done after this commit
-        await self._finish_with(blocks, commit=self._wants_commit(start))
+        await self._finish_with(blocks, commit=self._wants_commit())
         for session in self._sessions:
             session.forget_block()
         self._sent = _Sent.START
         await self._send(start)
 
     async def _commit_and_end(self, last: Message) -> None:
-        if self._has_producer:
+        if self._producer:
             # A producer that failed ends the stream one turn of the loop before its task group cancels this task.
             await asyncio.sleep(0)
         blocks = self._blocks()
         for block in blocks:
             block.needs_whole_response = False
-        await self._finish_with(blocks, commit=self._keeps)
+        await self._finish_with(blocks, commit=self._keeps_body())
         self._sent = _Sent.ALL
         await self._send(last)
 
@@ -158,8 +158,23 @@ class HTTPExchange(AsyncUnitOfWork):
             await finish(block, commit=commit)
         await self.finish_async(commit=commit)
 
-    def _wants_commit(self, start: Message) -> bool:
-        if not self._commit_on(start["status"]):
+    def _hold_back(self) -> None:
+        """Commit at the end of the body: before it, the COMMIT may meet a statement of the task that produces it."""
+        self._is_held_back = True
+        blocks = self._blocks()
+        for block in blocks:
+            block.needs_whole_response = True
+        producer = self._producer
+        if producer and inspect.isasyncgenfunction(inspect.unwrap(producer)):  # a def goes on in its thread meanwhile
+            for unit in (self, *blocks):
+                unit.end_reads()
+
+    def _keeps_body(self) -> bool:
+        """Whether what was written while the body was sent is to be committed."""
+        return self._wants_commit() if self._is_held_back or self._producer else True
+
+    def _wants_commit(self) -> bool:
+        if not self._commit_on(self._status):
             return False
         # Starlette's limit (FastAPI's max_body_size=) is enforced outside of us: a 413 takes the place of any response.
         limit = self._scope.get(_BODY_LIMIT)
@@ -177,30 +192,31 @@ class HTTPExchange(AsyncUnitOfWork):
             )
 
     def _body_is_under_way(self, start: Message) -> bool:
-        """Whether another task already produces the body (FastAPI's server-sent events), whose end then commits."""
+        """Whether another task already produces the body, whose end then commits."""
         if start["status"] in _WITHOUT_BODY:
             return False
         if any(name.lower() == b"content-length" for name, _ in start.get("headers", ())):
             return False
         # FastAPI's producer may begin a statement at any moment, also during our COMMIT.
-        return any(unit.in_use or (self._has_producer and unit.end_may_wait) for unit in (self, *self._blocks()))
+        return self._producer is not None or any(unit.in_use for unit in (self, *self._blocks()))
 
     def _blocks(self) -> list[UnitOfWork]:
         """The open ``transaction()`` blocks of dependencies with ``yield``, which FastAPI ends after the response."""
         if not self.has_inner:
             return []
         blocks = units_inside(self)
-        if not self._has_producer:
+        if not self._producer:
             return blocks
         # A def dependency's block looks like one of a def producer, which ends its own.
         return [block for block in blocks if not block.is_suspended]
 
     @property
-    def _has_producer(self) -> bool:
-        """Whether FastAPI's task group produces the body: server-sent events."""
+    def _producer(self) -> Callable[..., object] | None:
+        """The generator function that produces the body in FastAPI's task group: of server-sent events."""
         # The route of an included router does not know the arguments of include_router(); its context does.
         effective = self._scope.get("fastapi", {}).get("effective_route_context")
-        return getattr(effective or self._scope.get("route"), "is_sse_stream", False)
+        route: Any = effective or self._scope.get("route")
+        return route.endpoint if getattr(route, "is_sse_stream", False) else None
 
     def _wants_retry(self) -> bool:
         if not (self._may_retry and self.asked_to_retry) or self._sent is not _Sent.NOTHING:

@@ -20,7 +20,7 @@ from fastapi_chatdify_db.engines import Engines
 from fastapi_chatdify_db.exceptions import AfterCommitError, NotInSyncUnit
 from fastapi_chatdify_db.nesting import current, first_open, innermost_unit
 from fastapi_chatdify_db.refused_commits import prepare_commit
-from fastapi_chatdify_db.session_end import FollowedSession, end_may_wait, in_use, roll_back_or_discard
+from fastapi_chatdify_db.session_end import FollowedSession, end_may_wait, end_reads, in_use, roll_back_or_discard
 from fastapi_chatdify_db.surroundings import in_event_loop, in_generator
 
 logger: Final = logging.getLogger(__name__)
@@ -126,6 +126,12 @@ class UnitOfWork:
     def end_may_wait(self) -> bool:
         """Whether ending the unit may have to wait for the server; True when in doubt."""
         return any(end_may_wait(session) for session in self._sessions if session.in_transaction())
+
+    def end_reads(self) -> None:
+        """Give back, without waiting for the server, the connections of sessions that have only read."""
+        for session in self._sessions:
+            if session.in_transaction() and not (in_use(session) or end_may_wait(session)):
+                end_reads(session)
 
     @property
     def has_committed(self) -> bool:

@@ -33,6 +33,10 @@ class WebSocketExchange(AsyncUnitOfWork):
     _accepted = False
     _receiving = False
     """Whether the handler waits for the client."""
+    _handler_waits = False
+    """Whether the handler waits for a task that it made to read the next message."""
+    _settling = False
+    """Whether a commit or a rollback is under way, or the callbacks after it, which may use a session in a thread."""
     _unread: Message | None = None
     """The message that the client has sent and the handler does not have yet."""
 
@@ -68,7 +72,9 @@ class WebSocketExchange(AsyncUnitOfWork):
             await self._undo_failures()
 
     async def _receive_settled(self) -> Message:
-        self._reader = asyncio.current_task()
+        task = asyncio.current_task()
+        self._handler_waits = task not in (self._reader, self._handler)
+        self._reader = task
         await self._undo_failures()
         # Else a task is at work on what this one has read, and settles when it answers.
         if not (self.in_use or (self.rollback_only and self._others_at_work())):
@@ -97,8 +103,10 @@ class WebSocketExchange(AsyncUnitOfWork):
         task = asyncio.current_task()
         if task is self._reader or task in (self._workers or {self._handler}):
             return True
+        if task is self._handler and all(map(_is_done, self._workers)):
+            return True  # it has waited for them
         if None in self._workers:
-            return not self.in_use
+            return not (self.in_use or self._settling)
         # While the handler waits for the next message, another task may send the answers of tasks that are done.
         return self._receiving and bool(self._workers) and all(map(_is_done, self._workers))
 
@@ -131,11 +139,16 @@ class WebSocketExchange(AsyncUnitOfWork):
         return any(_is_done(worker) and worker._log_traceback for worker in self._workers)
 
     def _others_at_work(self) -> list[asyncio.Task[Any]]:
-        """All but the task that reads, which has sent what it had to send."""
-        return [task for task in self._workers if task not in (None, self._reader) and not task.done()]
+        """All but whoever reads or waits for the next message, who has sent what was to be sent."""
+        idle = (None, self._reader, self._handler if self._handler_waits else None)
+        return [task for task in self._workers if task not in idle and not task.done()]
 
     async def _settle(self, *, commit: bool) -> None:
-        await self.finish_async(commit=commit)
+        self._settling = True
+        try:
+            await self.finish_async(commit=commit)
+        finally:
+            self._settling = False
         self.rollback_only = False
         self._workers.clear()
 

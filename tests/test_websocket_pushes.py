@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from threading import Event
 
 import pytest
 import websockets
@@ -99,6 +100,37 @@ async def test_heartbeat_beside_a_callback(observer: Observer) -> None:
     async with asyncio.timeout(PATIENCE), connected(websocket_app(handler)) as socket:
         assert [await socket.recv(), await socket.recv()] == ["beat", "stored"]
     assert ran == ["callback"]
+
+
+async def test_heartbeat_beside_a_callback_in_a_thread(observer: Observer) -> None:
+    """It neither commits what the callback has written so far, nor meets its statements."""
+    beaten = Event()
+
+    async def handler(socket: WebSocket) -> None:
+        loop, may_beat = asyncio.get_running_loop(), asyncio.Event()
+
+        def fail_after_a_beat() -> None:
+            db.sync_session.add(Item("of the callback"))
+            loop.call_soon_threadsafe(may_beat.set)
+            assert beaten.wait(PATIENCE)
+            raise ZeroDivisionError
+
+        async def beat() -> None:
+            await may_beat.wait()
+            await socket.send_text("beat")
+            beaten.set()
+
+        await socket.accept()
+        beating = asyncio.create_task(beat())
+        db.session.add(Item(await socket.receive_text()))
+        db.on_commit(fail_after_a_beat)
+        await socket.send_text("stored")
+        await beating
+
+    async with asyncio.timeout(PATIENCE), connected(websocket_app(handler)) as socket:
+        await socket.send("a")
+        assert [await socket.recv(), await socket.recv()] == ["beat", "stored"]
+    assert await observer.names() == ["a"]
 
 
 async def test_heartbeat_beside_a_thread(observer: Observer) -> None:

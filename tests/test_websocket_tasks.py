@@ -198,18 +198,41 @@ async def roll_back_in_a_thread(name: str) -> None:
     await run_in_threadpool(in_thread)
 
 
+@pytest.mark.parametrize("receive", [WebSocket.receive_text, wait_for, select])
 @pytest.mark.parametrize("dry_run", [roll_back, roll_back_in_a_task, roll_back_in_a_thread])
-async def test_dry_run_without_an_answer(observer: Observer, dry_run: Callable[[str], Awaitable[None]]) -> None:
+async def test_dry_run_without_an_answer(
+    observer: Observer,
+    dry_run: Callable[[str], Awaitable[None]],
+    receive: Callable[[WebSocket], Awaitable[str]],
+) -> None:
     """It is over when the handler waits for the next message, which is kept."""
 
     async def handler(socket: WebSocket) -> None:
         await socket.accept()
-        await dry_run(await socket.receive_text())
-        db.session.add(Item(await socket.receive_text()))
+        await dry_run(await receive(socket))
+        db.session.add(Item(await receive(socket)))
         await socket.send_text("stored")
 
     async with connected(websocket_app(handler)) as socket:
         await socket.send("dry run")
+        await socket.send("a")
+        assert await socket.recv() == "stored"
+        assert await observer.names() == ["a"]
+
+
+async def test_handler_answers_for_a_task_that_is_done(observer: Observer) -> None:
+    """Though another task received the message, and another one did the work."""
+
+    async def work(name: str) -> None:
+        db.session.add(Item(name))
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        await asyncio.create_task(work(await select(socket)))
+        await socket.send_text("stored")
+        await asyncio.Event().wait()
+
+    async with connected(websocket_app(handler)) as socket:
         await socket.send("a")
         assert await socket.recv() == "stored"
         assert await observer.names() == ["a"]
