@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +23,7 @@ from celery_ext.portable import portable
 from celery_ext.result import check_result
 from celery_ext.soft_limit import soft_limit_held_back
 from fastapi_chatdify_db.async_unit_of_work import AsyncUnitOfWork
+from fastapi_chatdify_db.exceptions import AfterCommitError
 from fastapi_chatdify_db.sqlstates import asks_to_retry
 from fastapi_chatdify_db.surroundings import in_event_loop
 from fastapi_chatdify_db.unit_of_work import UnitOfWork
@@ -115,7 +117,8 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             if delivery is not None:
                 delivery.finish(unit.sync_session(task.database.engines))
         except BaseException:
-            unit.finish(commit=False)
+            with _error_of_the_body_first(task):
+                unit.finish(commit=False)
             raise
         _commit(unit, task)
         if delivery is not None and unit.rollback_only:
@@ -123,6 +126,15 @@ def _run(task: Task, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return result
     finally:
         execution.body_ended()
+
+
+@contextmanager
+def _error_of_the_body_first(task: Task) -> Iterator[None]:
+    """Log what callbacks raise after a commit of the body's own: it may have sent its retry, or its replacement."""
+    try:
+        yield
+    except AfterCommitError:
+        logger.exception("an on_commit callback of %s failed, which then ended in an error of its own", task.name)
 
 
 def _commit(unit: UnitOfWork, task: Task) -> None:
@@ -169,7 +181,8 @@ async def _committed(unit: AsyncUnitOfWork, execution: Execution, body: Callable
         if delivery is not None:
             await unit.async_session(task.database.engines).run_sync(delivery.finish)
     except BaseException:
-        await unit.finish_async(commit=False)
+        with _error_of_the_body_first(task):
+            await unit.finish_async(commit=False)
         raise
     try:
         await unit.finish_async(commit=True)

@@ -57,6 +57,20 @@ def prepare_commit(session: Session) -> None:
         TransactionAborted: A statement has failed.
         sqlalchemy.exc.SQLAlchemyError: The flush failed, now or before, or a deferred constraint is violated.
     """
+    refuse_failed(session)
+    assert isinstance(session, FollowedSession)
+    if any(state.has_effects for state in states(session)):
+        session.execute(_CHECK_NOW)
+
+
+def refuse_failed(session: Session) -> None:
+    """Flush a session, and raise what PostgreSQL would refuse its commit for.
+
+    Raises:
+        SessionInUse: A task or thread is in the middle of an operation of it.
+        TransactionAborted: A statement has failed.
+        sqlalchemy.exc.SQLAlchemyError: The flush failed, now or before.
+    """
     assert isinstance(session, FollowedSession)
     if in_use(session):
         raise SessionInUse(IN_USE)
@@ -70,8 +84,6 @@ def prepare_commit(session: Session) -> None:
                 session.execute(text("SELECT 1"))
             except DBAPIError as error:
                 raise (refusal(state) if was_given_up(error.orig) else error) from None
-    if any(state.has_effects for state in states(session)):
-        session.execute(_CHECK_NOW)
 
 
 def _refuse_doomed_commit(session: FollowedSession) -> None:

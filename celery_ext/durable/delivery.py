@@ -23,6 +23,7 @@ from celery_ext.portable import as_text
 from celery_ext.soft_limit import soft_limit_held_back
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
 from fastapi_chatdify_db.exceptions import AfterCommitError
+from fastapi_chatdify_db.refused_commits import refuse_failed
 from fastapi_chatdify_db.surroundings import in_event_loop
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Delivery:
             Dropped: It was done by another worker, or cancelled, after this one had lost its lease.
         """
         self._finishing = True
+        refuse_failed(session)  # or the mark would fail where the COMMIT should, with an error that names no cause
         if not self._succeed(session):
             logger.warning("task %s[%s] was ended elsewhere, and is rolled back", self._task.name, self.task_id)
             raise Dropped
@@ -113,7 +115,9 @@ class Delivery:
         with suppress(DBAPIError, PoolTimeout, NotImplementedError), self._task.database.sync_transaction() as session:
             session.execute(statements.LIMIT_LOCKS)
             if self._begun and not is_transient(error):
-                if self._record(session, error) or isinstance(error, AfterCommitError):
+                recorded = self._record(session, error)
+                self.close()  # until the COMMIT the row is locked; after it, the next attempt may come at once
+                if recorded or isinstance(error, AfterCommitError):
                     return error
                 name, kind = self._task.name, type(error).__name__
                 logger.warning("task %s[%s] had ended already, and does not end in %s", name, self.task_id, kind)
@@ -140,6 +144,7 @@ class Delivery:
     def close(self) -> None:
         """Give up the lease if this delivery took it; a duplicate's may belong to another thread."""
         if self._leased:
+            self._leased = False
             lease.free(self._task.database, self.task_id)
 
     def _lock(self, session: Session) -> Row[Any] | None:

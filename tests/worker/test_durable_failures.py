@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 from celery import Celery
@@ -10,6 +11,7 @@ from celery.app.trace import trace_task
 from celery.exceptions import Ignore, Reject, Retry
 from greenlet import GreenletExit
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 
 import celery_ext
 from celery_ext.durable import administration
@@ -131,6 +133,63 @@ async def test_callback_that_fails_to_be_heard(
     assert await rows.durable_tasks() == [("done", "[[], {}]")]
     assert await rows.names() == ["x"]
     assert adds.AsyncResult(task_id).state == "FAILURE"
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+async def test_callback_that_fails_after_a_commit_of_the_bodys_own(
+    unheard: Celery[celery_ext.Task], rows: Observer, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The row ends as the body did, whose retry is stored; the log has the callback's error."""
+
+    def tell() -> None:
+        raise AfterCommitError("not to be reached")
+
+    @unheard.task(shared=False, bind=True)
+    def in_def(self: celery_ext.Task) -> None:
+        db.sync_session.add(Item("x"))
+        db.on_commit(tell)
+        db.sync_session.commit()
+        raise self.retry(countdown=3600)
+
+    @unheard.task(shared=False, bind=True)
+    async def in_async(self: celery_ext.Task) -> None:
+        db.session.add(Item("x"))
+        db.on_commit(tell)
+        await db.session.commit()
+        raise self.retry(countdown=3600)
+
+    retried = in_def if kind == "def" else in_async
+    async with db.transaction():
+        task_id = retried.delay_durably()
+    await asyncio.to_thread(deliver, retried, task_id)
+    assert await rows.connection.fetchrow("SELECT status, retries FROM durable_task") == ("pending", 1)
+    assert await rows.names() == ["x"]
+    assert "not to be reached" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+async def test_statement_whose_failure_was_swallowed(
+    unheard: Celery[celery_ext.Task], rows: Observer, kind: str
+) -> None:
+    """The row says, as a result does, which error it was and what to do about it."""
+
+    @unheard.task(shared=False)
+    def in_def() -> None:
+        with suppress(DBAPIError):
+            db.sync_session.execute(text("SELECT 1 / 0"))
+
+    @unheard.task(shared=False)
+    async def in_async() -> None:
+        with suppress(DBAPIError):
+            await db.session.execute(text("SELECT 1 / 0"))
+
+    failing = in_def if kind == "def" else in_async
+    async with db.transaction():
+        task_id = failing.delay_durably()
+    await asyncio.to_thread(deliver, failing, task_id)
+    [[error]] = await rows.connection.fetch("SELECT error FROM durable_task WHERE status = 'failed'")
+    assert "SQLSTATE 22012" in error
+    assert "begin_nested" in error
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])

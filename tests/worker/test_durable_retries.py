@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 import celery_ext
 from celery_ext.durable import statements
+from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.failing import ASKS_TO_RETRY
 from tests.observing import Observer
@@ -84,6 +85,15 @@ async def test_retry_begins_anew(unheard: Celery[celery_ext.Task], rows: Observe
     deliver(retries, task_id)
     row = await rows.connection.fetchrow("SELECT status, retries, rings, error FROM durable_task")
     assert row == ("pending", 1, 0, "ValueError: not yet")
+
+
+async def test_retry_of_a_task_that_has_committed_before(prefork: Worker, rows: Observer) -> None:
+    """It is not taken for work that still goes on, however soon it comes."""
+    with relaying(prefork.app, db, grace=3600):
+        async with db.transaction():
+            task_id = prefork.task("committed_and_retried").delay_durably("x")
+        await rows.until_status(task_id, "done")
+    assert await rows.names() == ["x 0", "x 1", "x 2", "x 3"]
 
 
 async def test_retry_that_does_not_give_up(relayed: Worker, rows: Observer) -> None:

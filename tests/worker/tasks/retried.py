@@ -48,6 +48,15 @@ def three_times(self: Task, name: str) -> None:
 
 
 @shared_task(base=Task, bind=True)
+def committed_and_retried(self: Task, name: str) -> None:
+    """Commit a row, and ask to be run again at once."""
+    insert(f"{name} {self.request.retries}")
+    db.sync_session.commit()
+    if self.request.retries < 3:
+        raise self.retry(countdown=0)
+
+
+@shared_task(base=Task, bind=True)
 def retried_with(self: Task, name: str, options: dict[str, Any]) -> None:
     """Retry with options, and tell which ones the next attempt has."""
     if self.request.retries == 0:
