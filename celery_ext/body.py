@@ -86,7 +86,7 @@ def _translating(task: Task, run: Body) -> Body:
                 cancelled = TaskCancelled(f"{task.name} let out a {type(error).__name__}; catch it where it was meant")
                 error = cancelled.with_traceback(error.__traceback__)
             if execution.delivery is not None:
-                error = execution.delivery.ended_by(error)
+                error = execution.delivery.record_end(error)
             raise portable(error)  # noqa: B904  # it has its cause, or hides it
 
     return run_translated

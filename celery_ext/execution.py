@@ -103,7 +103,7 @@ class Execution:
             if self._unit is not None:
                 self._end_unit(self._unit)
             if self.delivery is not None and error is not None and not self._begun:
-                self.delivery.ended_early(error)
+                self.delivery.record_early_end(error)
         except Exception:
             logger.exception("what the handlers of task %s[%s] wrote is lost", self.task.name, self._task_id)
         finally:

@@ -17,7 +17,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 import celery_ext
 from example_app.clients.chatwoot import PerhapsRefused
-from example_app.clients.http import OutsideError
+from example_app.clients.http import UpstreamError
 from example_app.db import db
 from example_app.db.models import Message, MessageState
 from example_app.logs import logger
@@ -45,7 +45,7 @@ async def attempt(task: celery_ext.Task, message_id: int, work: Work, given_up: 
     Raises:
         celery.exceptions.Retry: It failed, and is tried again later.
         celery.exceptions.Ignore: The dialogue was deleted, or another worker has the message.
-        OutsideError: There is no giving up, and the failure will not pass, or is a ``PerhapsRefused`` after as many
+        UpstreamError: There is no giving up, and the failure will not pass, or is a ``PerhapsRefused`` after as many
             attempts: the task has failed.
     """
     try:
@@ -77,10 +77,10 @@ async def _outcome(task: celery_ext.Task, message: Message, work: Work, given_up
     except (SQLAlchemyError, Ignore):
         raise  # celery_ext decides whether it may pass, or has found that another worker has the message
     except Exception as error:
-        foreseen = isinstance(error, (OutsideError, TimeoutError))
+        foreseen = isinstance(error, (UpstreamError, TimeoutError))
         logger.warning("message %d, attempt %d: %r", message.id, message.attempts, error, exc_info=not foreseen)
         if message.attempts <= retries:
-            again = not isinstance(error, OutsideError) or error.may_pass
+            again = not isinstance(error, UpstreamError) or error.may_pass
         else:
             again = given_up is None and _may_pass_later(error)
         if again:
@@ -98,13 +98,13 @@ def pause(attempts: int, error: Exception) -> float:
         error: What the last one failed with.
     """
     backoff = get_settings().celery_retry_countdown * 2.0 ** min(attempts - 1, 20)
-    asked = error.retry_after if isinstance(error, OutsideError) else 0.0
+    asked = error.retry_after if isinstance(error, UpstreamError) else 0.0
     return min(max(backoff, asked), _LONGEST_PAUSE)
 
 
 def _may_pass_later(error: Exception) -> bool:
     """Whether a failure that outlasted the retries may pass some day."""
-    if isinstance(error, OutsideError):
+    if isinstance(error, UpstreamError):
         # If it stays, each try of a hand-over sets the conversation's status and posts in vain.
         return error.may_pass and not isinstance(error, PerhapsRefused)
     return isinstance(error, TimeoutError)  # an API that hangs may answer later; a bug of ours stays

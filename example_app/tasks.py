@@ -14,7 +14,7 @@ from celery_ext.durable import administration
 from example_app import dialogues, steps
 from example_app.attempts import attempt, pause
 from example_app.clients import get_dify
-from example_app.clients.http import OutsideError
+from example_app.clients.http import UpstreamError
 from example_app.db import db
 from example_app.db.models import Message, MessageState
 from example_app.worker import app
@@ -51,7 +51,7 @@ async def delete_dify_conversation(self: celery_ext.Task, chatwoot_conversation_
     try:
         for conversation in await dify.conversations(user):
             await dify.delete_conversation(conversation, user)
-    except OutsideError as error:
+    except UpstreamError as error:
         if not error.may_pass:
             raise
         raise self.retry(exc=error, countdown=pause(self.request.retries + 1, error)) from error

@@ -22,7 +22,7 @@ class TeamDirectory:
         """The team of that name, or None; a name that is not cached is looked for in Chatwoot first.
 
         Raises:
-            OutsideError: Chatwoot did not answer.
+            UpstreamError: Chatwoot did not answer.
         """
         return (self._is_fresh() and _named(self._teams, name)) or _named(await self.refresh(chatwoot), name)
 
@@ -30,7 +30,7 @@ class TeamDirectory:
         """Read the teams from Chatwoot.
 
         Raises:
-            OutsideError: Chatwoot did not answer.
+            UpstreamError: Chatwoot did not answer.
         """
         self._teams = await chatwoot.teams()
         self._read_at = time.monotonic()

@@ -113,7 +113,7 @@ class AsyncUnitOfWork(UnitOfWork):
         if error is not None:
             self.abandon_sessions_in_use()
         try:
-            await self.finish_async(commit=self.is_kept(error))
+            await self.finish_async(commit=self.may_commit(error))
         finally:
             self.close()
 

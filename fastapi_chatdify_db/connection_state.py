@@ -27,7 +27,7 @@ class ConnectionState:
     """Whether a transaction has begun on the server, as far as the driver knows; no I/O."""
     in_flight: Callable[[], bool]
     """Whether a statement, perhaps of another task or thread, is waiting for its answer."""
-    reads_alone: bool = False
+    reads_in_autocommit: bool = False
     """Whether plain reads may run without a transaction."""
     started: bool = False
     """Whether anything but plain reads was run since the checkout."""
@@ -76,7 +76,7 @@ def follow(engine: Engine) -> None:
     Listeners to ``connect`` that ask for the state have to be added after this. A connection that is given back in the
     middle of a statement or transaction is closed, or else the next unit of work would go on in it.
     """
-    event.listen(engine, "connect", _note_asyncpgs if engine.dialect.is_async else _note_psycopg2s)
+    event.listen(engine, "connect", _track_asyncpg if engine.dialect.is_async else _track_psycopg2)
     event.listen(engine, "checkin", _note_return)
 
 
@@ -98,7 +98,7 @@ def has_begun(connection: Connection) -> bool:
     return state is None or state.started or state.in_transaction()
 
 
-def _note_asyncpgs(adapter: Any, record: ConnectionPoolEntry) -> None:
+def _track_asyncpg(adapter: Any, record: ConnectionPoolEntry) -> None:
     driver_connection = adapter.driver_connection
 
     def in_transaction() -> bool:
@@ -113,7 +113,7 @@ def _note_asyncpgs(adapter: Any, record: ConnectionPoolEntry) -> None:
     driver_connection.state = state  # for WatchedConnection
 
 
-def _note_psycopg2s(connection: Any, record: ConnectionPoolEntry) -> None:
+def _track_psycopg2(connection: Any, record: ConnectionPoolEntry) -> None:
     record.record_info[_STATE] = ConnectionState(  # type: ignore[index]
         connection,
         in_transaction=lambda: bool(connection.info.transaction_status),

@@ -42,7 +42,7 @@ class FirstStatements:
         self._replaces = replace_dead
         self._errors = driver_errors(engine.dialect)
         if begin_lazily:
-            event.listen(engine, "connect", partial(_allow_reads_alone, engine))
+            event.listen(engine, "connect", partial(_allow_autocommit, engine))
         # Not by a do_execute listener: one that runs the statement keeps the application's own from being called.
         dialect: Any = engine.dialect
         self._do_execute = dialect.do_execute
@@ -87,7 +87,7 @@ class FirstStatements:
         self, state: ConnectionState, statement: str, parameters: Any, context: ExecutionContext, *, ordinary: bool
     ) -> None:
         is_read = _is_read(statement, context)
-        if is_read and ordinary and state.reads_alone:
+        if is_read and ordinary and state.reads_in_autocommit:
             try:
                 self._run_in_autocommit(state.connection, statement, parameters, context)
             except self._errors as error:
@@ -117,9 +117,9 @@ def _note_start(*arguments: Any) -> None:
         state.started = state.has_effects = True
 
 
-def _allow_reads_alone(engine: Engine, connection: Any, record: ConnectionPoolEntry) -> None:
+def _allow_autocommit(engine: Engine, connection: Any, record: ConnectionPoolEntry) -> None:
     with connect_errors_translated(engine.url, engine.dialect):
-        state_in(record).reads_alone = _default_isolation(connection) == "read committed"
+        state_in(record).reads_in_autocommit = _default_isolation(connection) == "read committed"
 
 
 def _begins_ordinarily(state: ConnectionState) -> bool:
@@ -129,7 +129,7 @@ def _begins_ordinarily(state: ConnectionState) -> bool:
         not connection.autocommit
         and (
             connection.isolation_level in _ORDINARY_LEVELS
-            or (connection.isolation_level == _PSYCOPG2_READ_COMMITTED and state.reads_alone)
+            or (connection.isolation_level == _PSYCOPG2_READ_COMMITTED and state.reads_in_autocommit)
         )
         and not connection.readonly
         and not state.in_transaction()

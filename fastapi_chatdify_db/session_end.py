@@ -1,4 +1,4 @@
-"""The end of a session's transaction: whether the server has anything to do, and whether the session is in use."""
+"""The class of a unit's sessions, and what ending one asks of the server."""
 
 from __future__ import annotations
 

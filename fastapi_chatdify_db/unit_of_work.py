@@ -207,11 +207,11 @@ class UnitOfWork:
         if error is not None:
             self.abandon_sessions_in_use()
         try:
-            self.finish(commit=self.is_kept(error))
+            self.finish(commit=self.may_commit(error))
         finally:
             self.close()
 
-    def is_kept(self, error: BaseException | None) -> bool:
+    def may_commit(self, error: BaseException | None) -> bool:
         """Whether the unit, whose block ended in ``error`` or None, may commit; logs what is lost unexpectedly."""
         if error is None and self.needs_whole_response and self.end_may_wait:
             logger.warning("a response was cut short, and what it wrote in a transaction() around it is rolled back")

@@ -104,7 +104,7 @@ class Delivery:
         self._retry = {"arguments": arguments, "retries": retries, "due_in": seconds_until(due)}
         self._retry_options = options
 
-    def ended_by(self, error: BaseException) -> BaseException:
+    def record_end(self, error: BaseException) -> BaseException:
         """Record how the body ended, after its rollback; returns what to tell Celery.
 
         A failure of the database or the worker rather than of the task is no end: the row stays, and will be run again.
@@ -133,7 +133,7 @@ class Delivery:
         )
         return Dropped()
 
-    def ended_early(self, error: Exception) -> None:
+    def record_early_end(self, error: Exception) -> None:
         """Record how a task ended whose body did not run in its unit: in ``before_start``, or past ``Task.run``."""
         if is_transient(error) or _is_redelivered(error):
             return
@@ -159,10 +159,10 @@ class Delivery:
         """Store what the task has ended with; False when its row was ended before."""
         if isinstance(error, Retry) and self._retry:
             return self._put_off(session, as_text(error.exc))
-        return self._finish(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", as_text(error))
+        return self._end_row(session, "cancelled" if isinstance(error, Ignore | Reject) else "failed", as_text(error))
 
     def _succeed(self, session: Session) -> bool:
-        return self._put_off(session, None) if self._retry else self._finish(session, "done", None)
+        return self._put_off(session, None) if self._retry else self._end_row(session, "done", None)
 
     def _put_off(self, session: Session, error: str | None) -> bool:
         """Make the row due again for the next attempt; False when it was ended before."""
@@ -172,7 +172,7 @@ class Delivery:
             values["options"] = with_options(self._task.name, stored, self._retry_options)
         return session.execute(statements.RETRY, values).one_or_none() is not None
 
-    def _finish(self, session: Session, status: str, error: str | None) -> bool:
+    def _end_row(self, session: Session, status: str, error: str | None) -> bool:
         """End the row, and let the next one of its key begin; False when it was ended before."""
         if self._ordering_key is not None:
             # Together with the keys of the tasks that it stores, in one order; else two tasks could deadlock.

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
 
 from example_app.api.security import WEBHOOK
-from example_app.clients.http import Busy, NotFound, OutsideError, Unanswered
+from example_app.clients.http import Busy, NotFound, Unanswered, UpstreamError
 from example_app.logs import logger
 
 _PARTS_SHOWN: Final = 20
@@ -59,7 +59,7 @@ def init_app(app: FastAPI) -> None:
     """Answer every error of ``app`` with a problem."""
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(OutsideError, _outside_error)
+    app.add_exception_handler(UpstreamError, _outside_error)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -81,7 +81,7 @@ def _invalid_request(request: Request, error: Exception) -> ProblemResponse:
 
 
 def _outside_error(_: Request, error: Exception) -> ProblemResponse:
-    assert isinstance(error, OutsideError)
+    assert isinstance(error, UpstreamError)
     logger.warning("%s", error)
     if isinstance(error, NotFound):
         return _problem(404, "Chatwoot does not have it.")

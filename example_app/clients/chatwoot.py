@@ -6,7 +6,7 @@ from typing import Final
 
 from pydantic import BaseModel, JsonValue, RootModel
 
-from example_app.clients.http import OutsideAPI, OutsideError, Unanswered
+from example_app.clients.http import Unanswered, UpstreamAPI, UpstreamError
 from example_app.settings import Settings
 
 MARKER: Final = "chatdify"
@@ -59,8 +59,8 @@ class _Teams(RootModel[list[Team]]):
     pass
 
 
-class Chatwoot(OutsideAPI):
-    """One account of a Chatwoot; its methods raise ``OutsideError`` when Chatwoot does not do it.
+class Chatwoot(UpstreamAPI):
+    """One account of a Chatwoot; its methods raise ``UpstreamError`` when Chatwoot does not do it.
 
     Parameters:
         settings: Where it is, and its keys.
@@ -71,7 +71,7 @@ class Chatwoot(OutsideAPI):
         super().__init__("Chatwoot", base_url, {"api_access_token": settings.chatwoot_api_key or ""}, settings)
         self._as_admin = {"api_access_token": settings.chatwoot_admin_api_key or settings.chatwoot_api_key or ""}
 
-    def failure(self, call: str, status: int, code: str, retry_after: float = 0.0) -> OutsideError:
+    def failure(self, call: str, status: int, code: str, retry_after: float = 0.0) -> UpstreamError:
         """As of any API, but a 429 holds for a minute, and a 422 to a new message does not say whether it was stored.
 
         Chatwoot answers 422 to whatever goes wrong with it, even after storing it: see ``rescue StandardError`` in
@@ -89,7 +89,7 @@ class Chatwoot(OutsideAPI):
 
         Raises:
             Unanswered: It may have been posted or not.
-            OutsideError: It was not posted.
+            UpstreamError: It was not posted.
         """
         return await self.call_once(
             "POST",

@@ -11,10 +11,10 @@ from pydantic import BaseModel, Field, JsonValue
 
 from example_app.clients.http import (
     NotFound,
-    OutsideAPI,
-    OutsideError,
     Rejected,
     Unanswered,
+    UpstreamAPI,
+    UpstreamError,
     as_outside_error,
     pieces,
     plain_code,
@@ -30,7 +30,7 @@ ID = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
 """An id of Dify's; anything else could be neither stored nor asked for."""
 
 
-class StillAnswering(OutsideError):
+class StillAnswering(UpstreamError):
     """Dify has the question, and no answer yet.
 
     Parameters:
@@ -44,7 +44,7 @@ class StillAnswering(OutsideError):
         self.asked_at = asked_at
 
 
-class Paused(OutsideError):
+class Paused(UpstreamError):
     """The workflow waits for a human's input, which cannot be given here."""
 
 
@@ -111,8 +111,8 @@ class _Event(BaseModel):
         return False
 
 
-class Dify(OutsideAPI):
-    """One application of a Dify; its methods raise ``OutsideError`` when Dify does not do it.
+class Dify(UpstreamAPI):
+    """One application of a Dify; its methods raise ``UpstreamError`` when Dify does not do it.
 
     Parameters:
         settings: Where it is, its key and its response mode.
@@ -132,7 +132,7 @@ class Dify(OutsideAPI):
         Raises:
             NotFound: Dify does not know the conversation (any more).
             Unanswered: Dify may have answered or not; ``find_answer`` knows.
-            OutsideError: Another of its subclasses: it was not answered.
+            UpstreamError: Another of its subclasses: it was not answered.
         """
         body: JsonValue = question.model_dump(exclude_none=True) | {"response_mode": self._response_mode}
         if self._response_mode == "streaming":
@@ -155,7 +155,7 @@ class Dify(OutsideAPI):
         Raises:
             StillAnswering: The answer is under way, or was when Dify died.
             Paused: There is no answer, only what the workflow said until it paused.
-            OutsideError: Another of its subclasses: Dify did not tell.
+            UpstreamError: Another of its subclasses: Dify did not tell.
         """
         parameters: dict[str, str | int] = {"conversation_id": conversation_id, "user": user, "limit": 20}
         answer = await self.call("GET", "/messages", params=parameters)

@@ -32,7 +32,7 @@ _CODE: Final = re.compile("[a-z_]{1,64}")
 _backoff: Final = wait_random_exponential(multiplier=0.2, max=5.0)
 
 
-class OutsideError(Exception):
+class UpstreamError(Exception):
     """An outside API did not do what it was asked. Of its answer, the message shows only the error's code.
 
     Parameters:
@@ -53,29 +53,29 @@ class OutsideError(Exception):
         return f"{call}: {outcome}"
 
 
-class NotFound(OutsideError):
+class NotFound(UpstreamError):
     """404: it does not exist, or not for us."""
 
 
-class Rejected(OutsideError):
+class Rejected(UpstreamError):
     """The API understood and said no; asking again does not help."""
 
 
-class Busy(OutsideError):
+class Busy(UpstreamError):
     """429: nothing was done, later it may be."""
 
     may_pass = True
     never_began = True
 
 
-class Unreachable(OutsideError):
+class Unreachable(UpstreamError):
     """No connection was made, so nothing was done."""
 
     may_pass = True
     never_began = True
 
 
-class Unanswered(OutsideError):
+class Unanswered(UpstreamError):
     """A 5xx, a time-out, a broken or senseless answer: it may have been done or not.
 
     A 503 too: proxies also answer it when the server behind them went away with the request.
@@ -84,7 +84,7 @@ class Unanswered(OutsideError):
     may_pass = True
 
 
-class OutsideAPI:
+class UpstreamAPI:
     """One API, over connections that are kept.
 
     Parameters:
@@ -124,7 +124,7 @@ class OutsideAPI:
         """Make a call that may be made twice; retried whenever the failure may pass.
 
         Raises:
-            OutsideError: One of its subclasses, when the last try failed.
+            UpstreamError: One of its subclasses, when the last try failed.
         """
         retrying = self._retrying(lambda error: error.may_pass)
         return await retrying(self._try, method, path, json=json, params=params, headers=headers)
@@ -134,7 +134,7 @@ class OutsideAPI:
 
         Raises:
             Unanswered: It may have been done or not; the caller finds out before asking again.
-            OutsideError: Another of its subclasses: it was not done.
+            UpstreamError: Another of its subclasses: it was not done.
         """
         retrying = self._retrying(lambda error: error.never_began)
         return await retrying(self._try, method, path, json=json)
@@ -147,7 +147,7 @@ class OutsideAPI:
             content: Its body.
 
         Raises:
-            OutsideError: One of its subclasses.
+            UpstreamError: One of its subclasses.
         """
         if response.is_success:
             return
@@ -158,7 +158,7 @@ class OutsideAPI:
             raise Unanswered(call, f"answered 404 {code}".rstrip())
         raise self.failure(call, status, code, seconds(response.headers.get("Retry-After")))
 
-    def failure(self, call: str, status: int, code: str, retry_after: float = 0.0) -> OutsideError:
+    def failure(self, call: str, status: int, code: str, retry_after: float = 0.0) -> UpstreamError:
         """The error for a status that tells of a failure.
 
         Parameters:
@@ -222,11 +222,11 @@ class OutsideAPI:
         self.check(response, content)
         return self.parse(content, call) if content.strip() else None
 
-    def _retrying(self, predicate: Callable[[OutsideError], bool]) -> AsyncRetrying:
+    def _retrying(self, predicate: Callable[[UpstreamError], bool]) -> AsyncRetrying:
         return AsyncRetrying(
             retry=retry_if_exception(
                 lambda error: (
-                    isinstance(error, OutsideError) and predicate(error) and error.retry_after <= LONGEST_PAUSE
+                    isinstance(error, UpstreamError) and predicate(error) and error.retry_after <= LONGEST_PAUSE
                 )
             ),
             stop=stop_after_attempt(TRIES),
@@ -272,7 +272,7 @@ def plain_code(code: object) -> str:
     return code if isinstance(code, str) and _CODE.fullmatch(code) else ""
 
 
-def as_outside_error(call: str, error: httpx.RequestError) -> OutsideError:
+def as_outside_error(call: str, error: httpx.RequestError) -> UpstreamError:
     """The error for what httpx raised: ``Unreachable`` if no request was sent, else ``Unanswered``."""
     not_sent = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
     return (Unreachable if not_sent else Unanswered)(call, type(error).__name__)
@@ -280,5 +280,5 @@ def as_outside_error(call: str, error: httpx.RequestError) -> OutsideError:
 
 def _pause(state: RetryCallState) -> float:
     error = state.outcome and state.outcome.exception()
-    asked = error.retry_after if isinstance(error, OutsideError) else 0.0
+    asked = error.retry_after if isinstance(error, UpstreamError) else 0.0
     return asked + _backoff(state)

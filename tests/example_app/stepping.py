@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from example_app.clients.http import OutsideError
+from example_app.clients.http import UpstreamError
 from example_app.dialogues import store_message, upsert_dialogue
 from example_app.events import MessageCreated, WebhookConversation
 from example_app.fakes.dify import DifyConversation
@@ -27,7 +27,7 @@ async def run(step: Step, message_id: int) -> str:
     try:
         async with db.transaction():
             return await step(message_id)
-    except OutsideError:
+    except UpstreamError:
         return "again"
 
 

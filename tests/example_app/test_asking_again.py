@@ -12,7 +12,7 @@ from sqlalchemy.exc import ProgrammingError
 from celery_ext.durable.delivery import Dropped
 from example_app import steps
 from example_app.clients.dify import Dify, StillAnswering
-from example_app.clients.http import Busy, OutsideError
+from example_app.clients.http import Busy, UpstreamError
 from example_app.fakes.faults import Fault
 from example_app.tasks import process_message_with_dify
 from tests.example_app.conftest import Configure, Outside, rows, write
@@ -101,7 +101,7 @@ async def test_conversation_that_replaced_a_forgotten_one_is_found_again(outside
 
 
 @pytest.mark.parametrize("error", [Busy("Dify", "answered 429", 3.0), StillAnswering("Dify", "has no answer yet")])
-def test_errors_travel_between_processes(error: OutsideError) -> None:
+def test_errors_travel_between_processes(error: UpstreamError) -> None:
     """The pool of a worker pickles what its tasks raise."""
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy), copy.retry_after) == (type(error), str(error), error.retry_after)

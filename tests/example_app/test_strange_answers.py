@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from example_app.clients import close_clients, get_chatwoot, get_dify
 from example_app.clients.dify import Question
-from example_app.clients.http import ANSWER_LIMIT, Busy, NotFound, OutsideError, Rejected, Unanswered, Unreachable
+from example_app.clients.http import ANSWER_LIMIT, Busy, NotFound, Rejected, Unanswered, Unreachable, UpstreamError
 from example_app.fakes.faults import Fault
 from example_app.fakes.serving import served
 from tests.example_app.conftest import Configure, Outside, rows
@@ -64,7 +64,7 @@ async def test_endless_answer(both_are: Be, configure: Configure, mode: str, sta
     ("status", "error"), [(200, Unanswered), (500, Unanswered), (400, Rejected), (404, NotFound), (429, Busy)]
 )
 async def test_compressed_answer(
-    both_are: Be, configure: Configure, mode: str, status: int, error: type[OutsideError]
+    both_are: Be, configure: Configure, mode: str, status: int, error: type[UpstreamError]
 ) -> None:
     """None is asked for, and none is unpacked: of two layers, a kilobyte would become a gigabyte. A status counts."""
     asked: set[str | None] = set()
@@ -77,9 +77,9 @@ async def test_compressed_answer(
 
     await both_are(app)
     configure(DIFY_RESPONSE_MODE=mode)
-    with pytest.raises(OutsideError) as dify:
+    with pytest.raises(UpstreamError) as dify:
         await (await get_dify()).ask(QUESTION)
-    with pytest.raises(OutsideError) as chatwoot:
+    with pytest.raises(UpstreamError) as chatwoot:
         await (await get_chatwoot()).send_message(7, "Hello")
     assert (type(dify.value), type(chatwoot.value)) == (error, error)
     assert dify.value.retry_after == (600 if error is Busy else 0)
@@ -240,7 +240,7 @@ async def test_dify_that_is_away(outside: Outside, configure: Configure, mode: s
 @pytest.mark.parametrize("mode", ["blocking", "streaming"])
 @pytest.mark.parametrize(("status", "error"), [(400, Rejected), (500, Unanswered)])
 async def test_error_page(
-    both_are: Be, configure: Configure, mode: str, status: int, error: type[OutsideError]
+    both_are: Be, configure: Configure, mode: str, status: int, error: type[UpstreamError]
 ) -> None:
     """An error whose body is no JSON is known by its status, and nothing of the body is told."""
     await both_are(Response("<h1>Sorry</h1>", status, media_type="text/html"))
