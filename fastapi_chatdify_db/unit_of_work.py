@@ -88,6 +88,10 @@ class UnitOfWork:
         session = self._sync_sessions.get(engines)
         return self._first_sync_session(engines) if session is None else session
 
+    def sync_session_if_made(self, engines: Engines) -> Session | None:
+        """The same, or None if nobody has asked for it yet."""
+        return self._sync_sessions.get(engines)
+
     def session_of_writes(self, engines: Engines) -> Session:
         """The session to add to for code that cannot await, e.g. ``delay_durably``."""
         return self.sync_session(engines)

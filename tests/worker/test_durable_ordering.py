@@ -111,6 +111,15 @@ async def test_tasks_that_store_under_each_others_keys(relayed: Worker, rows: Ob
     await rows.until_status(first, "done")
 
 
+async def test_task_whose_thread_stores_under_its_key(relayed: Worker, rows: Observer) -> None:
+    """Neither of an ``async def`` task's two transactions waits for the other one."""
+    async with db.transaction():
+        first = relayed.task("start_under_key_in_a_thread").apply_durably(("next", "k"), ordering_key="k")
+    await rows.until_status(first, "done")
+    await rows.until_no_pending_tasks()
+    assert await rows.names() == ["before next", "next"]
+
+
 async def test_retried_by_hand_in_order(relayed: Worker, rows: Observer) -> None:
     """Failed tasks of a busy key wait until what runs has ended, and then go first, in their order."""
     await rows.connection.execute("SELECT pg_advisory_lock(9)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from celery import shared_task
 from sqlalchemy import select
 
@@ -54,6 +56,13 @@ def start_others(name: str, count: int, fail: bool = False) -> None:
 def start_under_key(name: str, key: str) -> None:
     """Store a further task, which has its order."""
     add_item.apply_durably((name,), ordering_key=key)
+
+
+@shared_task
+async def start_under_key_in_a_thread(name: str, key: str) -> None:
+    """The same on the session of threads, beside that of the event loop."""
+    db.session.add(Item(f"before {name}"))
+    await asyncio.to_thread(start_under_key, name, key)
 
 
 @shared_task(bind=True, base=Task)
