@@ -100,11 +100,12 @@ async def hand_over(message: Message) -> MessageState:
     chatwoot = await get_chatwoot()
     try:
         with suppress(Rejected):  # if the key may not read, go on as if no human had the conversation
-            may_be_ours = message.attempts > 1  # an earlier attempt may have opened it
-            if await _belongs_to_human(message, unless_open=may_be_ours):
-                if may_be_ours:
+            if await _belongs_to_human(message):
+                if message.workflow_status == "open":  # as the human who has it since found it
                     message.dialogue.handed_over_at = func.now()
                 return MessageState.HANDED_OVER
+        message.workflow_status = "open"
+        await db.release()  # noted first: if Chatwoot's answer is lost, the next attempt knows that it was us
         await chatwoot.set_status(message.dialogue.chatwoot_conversation_id, "open")
         if message.conversation_status == "pending" and settings.bot_error_message_internal:
             await _post_once(message, settings.bot_error_message_internal, "note", private=True)
@@ -117,18 +118,11 @@ async def hand_over(message: Message) -> MessageState:
     return MessageState.HANDED_OVER
 
 
-async def _belongs_to_human(message: Message, *, unless_open: bool = False) -> bool:
-    """Whether the conversation has a status that the bot leaves alone, unless Dify's workflow has set it.
-
-    Parameters:
-        message: One of the conversation.
-        unless_open: Whether ``open`` says nothing, since an earlier attempt may have set it.
-    """
+async def _belongs_to_human(message: Message) -> bool:
+    """Whether the conversation has a status that the bot leaves alone, unless Dify's workflow or we have set it."""
     chatwoot = await get_chatwoot()
     conversation = await chatwoot.conversation(message.dialogue.chatwoot_conversation_id)
     if conversation.status in get_settings().allowed_conversation_statuses:
-        return False
-    if unless_open and conversation.status == "open":
         return False
     # Read anew: the workflow of the next message may have set it in the middle of this attempt.
     noted = await db.session.scalar(select(Message.workflow_status).where(Message.id == message.id))

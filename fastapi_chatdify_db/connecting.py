@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from sqlalchemy import URL, Dialect, Engine
+from sqlalchemy import URL, Dialect, Engine, event
+from sqlalchemy.engine import ExceptionContext
 
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.liveness import driver_errors
@@ -22,6 +23,8 @@ def translate_connect_errors(engine: Engine) -> None:
     # Not by a do_connect listener, which would keep the application's own from being called.
     dialect: Any = engine.dialect
     dialect.connect = partial(_connect, engine.url, dialect, dialect.connect)
+    # SQLAlchemy's own questions to a new connection (hstore's types, the version) come after the connect.
+    event.listen(engine, "handle_error", partial(_translate_unprepared, engine.url))
 
 
 def place(url: URL) -> str:
@@ -54,6 +57,11 @@ def connect_errors_translated(url: URL, dialect: Dialect) -> Iterator[None]:
 def unavailable(url: URL, error: Exception) -> DatabaseUnavailable:
     """What to raise for an error of the driver's that means that there is no connection to be had."""
     return DatabaseUnavailable(f"database {place(url)} gives no connection ({reason(error)})", error)
+
+
+def _translate_unprepared(url: URL, context: ExceptionContext) -> None:
+    if context.connection is None and context.is_disconnect and isinstance(context.original_exception, Exception):
+        raise unavailable(url, context.original_exception) from context.original_exception
 
 
 def _connect(url: URL, dialect: Dialect, connect: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

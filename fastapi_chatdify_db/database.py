@@ -213,9 +213,8 @@ class Database:
             DatabaseUnavailable: The database did not answer within ``DB_STARTUP_TIMEOUT`` seconds, or refused for good.
         """
         try:
-            await startup.wait_for_database(self.async_engine, self.settings.db_startup_timeout)
-            if self.creates_tables:
-                await self.create_tables()
+            prepare = self.create_tables if self.creates_tables else None
+            await startup.wait_for_database(self.async_engine, self.settings.db_startup_timeout, prepare)
             async with startup.services(self.services.values()):
                 yield
         finally:

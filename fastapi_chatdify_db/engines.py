@@ -18,7 +18,7 @@ from fastapi_chatdify_db.connecting import translate_connect_errors
 from fastapi_chatdify_db.connection_state import follow
 from fastapi_chatdify_db.first_statements import FirstStatements
 from fastapi_chatdify_db.forks import forget_connections, in_forked_child
-from fastapi_chatdify_db.liveness import ping_when_idle
+from fastapi_chatdify_db.liveness import leave_read_only_servers, ping_when_idle
 from fastapi_chatdify_db.nesting import note_retryable_error
 from fastapi_chatdify_db.per_loop_engine import PerLoopAsyncEngine
 from fastapi_chatdify_db.refused_commits import note_failures
@@ -26,7 +26,7 @@ from fastapi_chatdify_db.session_end import FollowedSession
 from fastapi_chatdify_db.settings import DatabaseSettings
 from fastapi_chatdify_db.thread_pool import ThreadLendingPool
 from fastapi_chatdify_db.turns import keep_threads_off
-from fastapi_chatdify_db.urls import DriverTarget, async_target, session_timeouts, sync_target
+from fastapi_chatdify_db.urls import DriverTarget, async_target, insists_on_writes, session_timeouts, sync_target
 
 T = TypeVar("T")
 
@@ -124,7 +124,15 @@ class Engines:
         if not engine.dialect.is_async:
             keep_threads_off(engine)
         follow(engine)
-        FirstStatements(engine, begin_lazily=settings.db_lazy_begin, replace_dead=settings.db_pool_pre_ping)
+        is_for_writes = insists_on_writes(settings)
+        FirstStatements(
+            engine,
+            begin_lazily=settings.db_lazy_begin,
+            replace_dead=settings.db_pool_pre_ping,
+            is_for_writes=is_for_writes,
+        )
+        if is_for_writes:
+            leave_read_only_servers(engine)
         note_failures(engine)
         if settings.db_pool_pre_ping:
             ping_when_idle(engine, settings.db_ping_after, settings.db_pool_timeout)

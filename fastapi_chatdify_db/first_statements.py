@@ -15,7 +15,7 @@ from fastapi_chatdify_db.connection_state import ConnectionState, state_in, stat
 from fastapi_chatdify_db.exceptions import DatabaseUnavailable
 from fastapi_chatdify_db.liveness import driver_errors, has_died, replace_connection, wants_another_connection
 from fastapi_chatdify_db.plain_reads import is_plain_read
-from fastapi_chatdify_db.sqlstates import timed_out
+from fastapi_chatdify_db.sqlstates import is_read_only, timed_out
 
 # The isolation level of a connection that has none of its own, or whose level asyncpg's adapter or psycopg2's has reset
 # (https://www.psycopg.org/docs/extensions.html#isolation-level-constants).
@@ -36,10 +36,12 @@ class FirstStatements:
         engine: One of PostgreSQL, with asyncpg or psycopg2.
         begin_lazily: Whether plain reads run without a transaction.
         replace_dead: Whether a dead connection is replaced.
+        is_for_writes: Whether one whose server has become read-only is no better than a dead one.
     """
 
-    def __init__(self, engine: Engine, *, begin_lazily: bool, replace_dead: bool) -> None:
+    def __init__(self, engine: Engine, *, begin_lazily: bool, replace_dead: bool, is_for_writes: bool) -> None:
         self._replaces = replace_dead
+        self._is_for_writes = is_for_writes
         self._errors = driver_errors(engine.dialect)
         if begin_lazily:
             event.listen(engine, "connect", partial(_allow_autocommit, engine))
@@ -63,9 +65,12 @@ class FirstStatements:
         except self._errors as error:
             # An INSERT of many rows goes on with the cursor that it began with.
             replaceable = ordinary and context.execute_style is not ExecuteStyle.INSERTMANYVALUES
-            if state.was_cut_off or not (self._replaces and replaceable and wants_another_connection(context, error)):
+            if state.was_cut_off or not (self._replaces and replaceable and self._wants_another(context, error)):
                 raise
             self._run_again(error, statement, parameters, context)
+
+    def _wants_another(self, context: ExecutionContext, error: Exception) -> bool:
+        return wants_another_connection(context, error) or (self._is_for_writes and is_read_only(error))
 
     def _run_again(self, error: Exception, statement: str, parameters: Any, context: ExecutionContext) -> None:
         try:

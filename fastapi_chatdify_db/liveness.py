@@ -8,12 +8,12 @@ from typing import Any, Final
 
 from sqlalchemy import Dialect, Engine, event
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
-from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from fastapi_chatdify_db.connection_state import state_in
-from fastapi_chatdify_db.sqlstates import sqlstate
+from fastapi_chatdify_db.sqlstates import is_read_only, sqlstate
 
 _INTERNAL: Final = "XX000"  # internal_error: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PING_LIMIT: Final = 5.0
@@ -49,6 +49,20 @@ def ping_when_idle(engine: Engine, seconds: float, patience: float) -> None:
 
     # Before the listeners of tracing tools (OpenTelemetry): SQLAlchemy calls all of them again for the next connection.
     event.listen(engine, "checkout", test, insert=True)
+
+
+def leave_read_only_servers(engine: Engine) -> None:
+    """Replace a connection, at its next checkout, whose server has refused a write: it was fenced, or is a standby now.
+
+    Parameters:
+        engine: One of PostgreSQL whose new connections lead to a server that takes writes.
+    """
+    event.listen(engine, "handle_error", _note_read_only)
+
+
+def _note_read_only(context: ExceptionContext) -> None:
+    if context.connection is not None and is_read_only(context.original_exception):
+        context.connection.connection.invalidate(soft=True)
 
 
 def driver_errors(dialect: Dialect) -> tuple[type[Exception], ...]:

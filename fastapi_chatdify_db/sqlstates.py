@@ -8,6 +8,7 @@ from typing import Final
 # https://www.postgresql.org/docs/current/mvcc-serialization-failure-handling.html
 _WORTH_ANOTHER_TRY: Final = {"40001", "40P01"}
 _IN_FAILED_TRANSACTION: Final = "25P02"
+_READ_ONLY: Final = "25006"
 # query_canceled (statement_timeout) and lock_not_available (lock_timeout)
 _TIMED_OUT: Final = {"57014", "55P03"}
 
@@ -30,3 +31,8 @@ def was_given_up(error: BaseException | None) -> bool:
 def timed_out(error: BaseException | None) -> bool:
     """Whether a driver's error says that a time limit for statements or locks has passed, or somebody cancelled."""
     return sqlstate(error) in _TIMED_OUT
+
+
+def is_read_only(error: BaseException | None) -> bool:
+    """Whether a driver's error says that the transaction, perhaps the whole server, takes no writes."""
+    return sqlstate(error) == _READ_ONLY

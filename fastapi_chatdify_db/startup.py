@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from typing import Final
 from zlib import crc32
@@ -35,18 +35,21 @@ _NO_TIME_LIMITS: Final = text(
 
 # connection_exception, too_many_connections, cannot_connect_now, invalid_catalog_name (a server that is being set up):
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-_TRANSIENT: Final = ("08", "53300", "57P03", "3D000")
+_TRANSIENT: Final = ("08", "53300", "57P", "3D000")
 
 _SHORTEST_TRY: Final = 1.0  # second; with less time, the last try would fail for the time limit and hide the cause
 
 
-async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
+async def wait_for_database(
+    engine: AsyncEngine, timeout: float, prepare: Callable[[], Awaitable[None]] | None = None
+) -> None:
     """Connect, trying again with growing pauses while the server is not there or not ready.
 
     Parameters:
         engine: Which database to wait for.
         timeout: Seconds after which no further try is made; 0 is one try. A server may accept the connection and then
             say nothing: each try may last for the seconds that are left, at least for ``_SHORTEST_TRY``.
+        prepare: Called once it is there, outside of the limit, and again if the server goes away meanwhile.
 
     Raises:
         DatabaseUnavailable: No try succeeded, or the server refused for good, e.g. because of a wrong password.
@@ -58,7 +61,7 @@ async def wait_for_database(engine: AsyncEngine, timeout: float) -> None:
         before_sleep=lambda state: _log_try(engine, state),
         retry_error_callback=lambda state: _give_up(engine, timeout, state),
     )
-    await retrying(_connect, engine, time.monotonic() + timeout)
+    await retrying(_connect, engine, time.monotonic() + timeout, prepare)
 
 
 async def create_tables(engine: AsyncEngine, metadatas: Iterable[MetaData]) -> None:
@@ -100,10 +103,12 @@ def _take_lock(connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _TABLES_LOCK})
 
 
-async def _connect(engine: AsyncEngine, deadline: float) -> None:
+async def _connect(engine: AsyncEngine, deadline: float, prepare: Callable[[], Awaitable[None]] | None) -> None:
     limit = max(_SHORTEST_TRY, deadline - time.monotonic())
     async with asyncio.timeout(limit), engine.connect() as connection:
         await connection.execute(text("SELECT 1"))
+    if prepare is not None:
+        await prepare()
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -111,6 +111,13 @@ def session_timeouts(settings: DatabaseSettings) -> dict[str, int]:
     return {name: max(1, round(value * 1000)) for name, value in seconds.items() if value}
 
 
+def insists_on_writes(settings: DatabaseSettings) -> bool:
+    """Whether the URL asks for a server that takes writes, and a new connection would lead to one."""
+    # Behind PgBouncer, it would lead to the same server.
+    attributes = settings.url().normalized_query.get("target_session_attrs", ("any",))
+    return not settings.db_pgbouncer and attributes[-1] in ("read-write", "primary")
+
+
 def _timeouts_at_connect(settings: DatabaseSettings) -> dict[str, str]:
     # PgBouncer refuses start-up parameters that it does not track; the engines set the time-outs another way then.
     return {} if settings.db_pgbouncer else {name: str(ms) for name, ms in session_timeouts(settings).items()}

@@ -168,6 +168,7 @@ async def test_server_that_refuses_pgbouncer_is_a_503(
     server = await asyncpg.connect(database_url)
     async with bouncing(own, tmp_path, "query_wait_timeout = 1\nserver_login_retry = 1") as url:
         database = Database(settings=DatabaseSettings(database_url=url, db_pgbouncer=True))
+        database_of_newcomers = Database(settings=database.settings)
         app = FastAPI()
         database.init_app(app)
         app.include_router(create_health_router(database))
@@ -180,6 +181,10 @@ async def test_server_that_refuses_pgbouncer_is_a_503(
         def answer_in_thread() -> None:
             database.sync_session.execute(text("SELECT 42"))
 
+        @app.get("/first")
+        def answer_on_the_first_connection() -> None:
+            database_of_newcomers.sync_session.execute(text("SELECT 42"))
+
         async def ask() -> list[int]:
             return [(await client.get(path)).status_code for path in ("/", "/def", "/health/ready")]
 
@@ -190,6 +195,7 @@ async def test_server_that_refuses_pgbouncer_is_a_503(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", own.database
             )
             assert await ask() == [503, 503, 503]
+            assert (await client.get("/first")).status_code == 503
             await server.execute(f"ALTER DATABASE {own.database} ALLOW_CONNECTIONS true")
             async with asyncio.timeout(30):
                 while await ask() != [200, 200, 200]:

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from fastapi_chatdify_db import Database, DatabaseSettings, db
-from tests.observing import Observer
+from tests.observing import Observer, Other
 
 CREATE_IN_A_PROCESS = """
 import asyncio, os
@@ -53,6 +53,27 @@ async def test_tables_that_another_process_is_creating(tables: None, observer: O
         await observer.connection.execute("DROP TABLE item")
     await creating
     await hurried.dispose()
+
+
+async def test_server_that_goes_down_while_tables_are_created(tables: None, observer: Observer, other: Other) -> None:
+    """It is waited for, as before."""
+    await db.drop_tables()
+
+    async def start() -> None:
+        async with db.lifespan(None):
+            pass
+
+    async with observer.connection.transaction():
+        await observer.connection.execute("CREATE TABLE item ()")
+        starting = asyncio.create_task(start())
+        await observer.until_somebody_waits_for_a_lock()
+        waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        first = other.ask(waiting)
+        assert other.ask(f"SELECT pg_terminate_backend({first}, 10000)")
+        await observer.until_somebody_waits_for_a_lock()
+        assert other.ask(waiting) != first
+        await observer.connection.execute("DROP TABLE item")
+    await starting
 
 
 async def test_tables_are_dropped_by_one_at_a_time(own_database: str) -> None:

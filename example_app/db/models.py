@@ -61,7 +61,9 @@ class Message(Base):
     attempts: Mapped[int] = mapped_column(default=0)  # at the step that comes next
     answer: Mapped[str | None] = mapped_column(Text, default=None)
     dify_message_id: Mapped[str | None] = mapped_column(Text, default=None)
-    workflow_status: Mapped[str | None] = mapped_column(Text, default=None)  # what our API was told to set
+    workflow_status: Mapped[str | None] = mapped_column(
+        Text, default=None
+    )  # what a workflow has set by our API, or our hand-over
     created_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(Timestamp, init=False, server_default=func.now(), onupdate=func.now())
     dialogue: Mapped[Dialogue] = relationship(init=False, repr=False)

@@ -113,14 +113,18 @@ async def test_hand_over_that_goes_on(outside: Outside, configure: Configure) ->
     assert (len(conversation.notes()), len(conversation.answers())) == (1, 1)
 
 
-async def test_hand_over_whose_first_attempt_could_not_look(outside: Outside) -> None:
-    """What an agent closes in the meantime stays closed, and the customer is told nothing."""
+@pytest.mark.parametrize("status", ["open", "resolved"])
+async def test_hand_over_whose_first_attempt_could_not_look(
+    outside: Outside, configure: Configure, status: str
+) -> None:
+    """What an agent opens or closes in the meantime stays so, and the customer is told nothing."""
+    configure(ALLOWED_CONVERSATION_STATUSES="pending")
     [message] = await receive(outside, "Hello")
     outside.chatwoot.faults.add(Fault("GET", "/conversations/7", 500, times=TRIES))
     assert await run(hand_over, message) == "again"
-    outside.chatwoot.conversation(7).status = "resolved"
+    outside.chatwoot.conversation(7).status = status
     assert await run(hand_over, message) == "handed_over"
-    assert (outside.chatwoot.conversation(7).status, outside.chatwoot.conversation(7).messages) == ("resolved", [])
+    assert (outside.chatwoot.conversation(7).status, outside.chatwoot.conversation(7).messages) == (status, [])
 
 
 async def test_hand_over_without_words(outside: Outside, configure: Configure) -> None:
