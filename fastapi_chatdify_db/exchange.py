@@ -40,6 +40,9 @@ class _Sent(Enum):
     ALL = 2
 
 
+_NOTHING, _START_LINE, _ALL = _Sent  # Python 3.11 calls a function for each look at a member of the class
+
+
 class TryAgain(Exception):
     """PostgreSQL asked for the transaction to be run again, and the client was told nothing yet."""
 
@@ -54,7 +57,7 @@ class HTTPExchange(AsyncUnitOfWork):
 
     # uvicorn begins a pipelined request in the context of the one before.
     is_root = True
-    _sent = _Sent.NOTHING
+    _sent: _Sent = _NOTHING
     _is_held_back = False
     """Whether the work of before the response is committed, or rolled back, at the end of the body only."""
     _failure: Exception | None = None
@@ -86,9 +89,9 @@ class HTTPExchange(AsyncUnitOfWork):
                 await self._answer(failure)
             if not self.at_rest:
                 # An incomplete body means that the client left: it keeps nothing of what was written meanwhile.
-                if self._sent is not _Sent.ALL:
+                if self._sent is not _ALL:
                     self._log_loss([self])
-                await self.finish_async(commit=self._sent is _Sent.ALL)
+                await self.finish_async(commit=self._sent is _ALL)
         except BaseException:
             self.abandon_sessions_in_use()
             await self.finish_async(commit=False)
@@ -96,7 +99,7 @@ class HTTPExchange(AsyncUnitOfWork):
         finally:
             self.close()
             del self._receive  # and a recorded body: a pooled connection keeps the context it was made in, and so us
-            if self._sent is _Sent.START and self.has_inner:
+            if self._sent is _START_LINE and self.has_inner:
                 left_behind = units_left_inside(self)
                 self._log_loss(left_behind)
                 await run_to_completion(_roll_back(left_behind))
@@ -110,11 +113,11 @@ class HTTPExchange(AsyncUnitOfWork):
                 if not self._body_is_under_way(message):
                     return self._commit_and_start(message)
                 self._hold_back()
-            self._sent = _Sent.START
+            self._sent = _START_LINE
         elif kind in _BODY and not message.get("more_body"):
             if (not self.untouched or self.has_inner) and (not self.at_rest or self._producer or self._blocks()):
                 return self._commit_and_end(message)
-            self._sent = _Sent.ALL
+            self._sent = _ALL
         return self._send(message)
 
     async def _commit_and_start(self, start: Message) -> None:
@@ -124,7 +127,7 @@ class HTTPExchange(AsyncUnitOfWork):
         await self._finish_with(blocks, commit=self._wants_commit())
         for session in self._sessions:
             session.forget_block()
-        self._sent = _Sent.START
+        self._sent = _START_LINE
         await self._send(start)
 
     async def _commit_and_end(self, last: Message) -> None:
@@ -135,7 +138,7 @@ class HTTPExchange(AsyncUnitOfWork):
         for block in blocks:
             block.needs_whole_response = False
         await self._finish_with(blocks, commit=self._keeps_body())
-        self._sent = _Sent.ALL
+        self._sent = _ALL
         await self._send(last)
 
     async def _finish_with(self, blocks: list[UnitOfWork], *, commit: bool) -> None:
@@ -219,21 +222,21 @@ class HTTPExchange(AsyncUnitOfWork):
         return route.endpoint if getattr(route, "is_sse_stream", False) else None
 
     def _wants_retry(self) -> bool:
-        if not (self._may_retry and self.asked_to_retry) or self._sent is not _Sent.NOTHING:
+        if not (self._may_retry and self.asked_to_retry) or self._sent is not _NOTHING:
             return False
         return not any(unit.has_committed for unit in (self, *self.inside))
 
     async def _answer(self, failure: Exception) -> None:
         if self._wants_retry():
             raise TryAgain
-        if self._sent is not _Sent.NOTHING:
+        if self._sent is not _NOTHING:
             raise failure
         try:
             if self._failure is None:
                 raise failure  # the application's own: its handlers have seen it
             await self._ask_handlers(failure)
         except Exception as error:
-            if self._sent is not _Sent.NOTHING or self.has_committed or not _is_for_want_of_a_connection(error):
+            if self._sent is not _NOTHING or self.has_committed or not _is_for_want_of_a_connection(error):
                 raise
             logger.error("answered 503: %r", error)
             busy = HTTPException(503, "The database gives no connection, try again.", headers={"Retry-After": "1"})
