@@ -179,8 +179,9 @@ async def _committed(unit: AsyncUnitOfWork, execution: Execution, body: Callable
         if not unit.untouched:
             check_result(task, execution.request, result)
         if delivery is not None:
-            engines = task.database.engines
-            await unit.async_session(engines).run_sync(delivery.finish, unit.sync_session_if_made(engines))
+            # Before the mark, which locks the task's ordering key: a task that a thread stores may wait for that.
+            await unit.commit_sync_sessions()
+            await unit.async_session(task.database.engines).run_sync(delivery.finish)
     except BaseException:
         with _error_of_the_body_first(task):
             await unit.finish_async(commit=False)

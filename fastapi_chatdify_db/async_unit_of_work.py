@@ -103,6 +103,15 @@ class AsyncUnitOfWork(UnitOfWork):
                 return
         await run_to_completion(self._finish_async(commit=commit))
 
+    async def commit_sync_sessions(self) -> None:
+        """Commit the sessions of threads ahead of the others, which are flushed before; a cancellation waits.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: A flush or a commit failed. The unit is still to be rolled back.
+        """
+        if self._sync_sessions and not self.rollback_only:
+            await run_to_completion(self._commit_sync_sessions())
+
     async def __aenter__(self) -> Self:
         self.open()
         return self
@@ -130,23 +139,33 @@ class AsyncUnitOfWork(UnitOfWork):
                     await self._run_due_async(self._callbacks)
 
     async def _commit_async(self) -> None:
-        async_sessions = [session for session in self._async_sessions.values() if session.in_transaction()]
-        sync_sessions = [session for session in self._sync_sessions.values() if session.in_transaction()]
         try:
-            if len(async_sessions) + len(sync_sessions) > 1:
+            # The async ones last, with an async durable task's mark: if the process dies in between, it runs again.
+            await self._commit_sync_sessions()
+            async_sessions = self._begun_async_sessions()
+            if len(async_sessions) > 1:
                 for async_session in async_sessions:
                     await async_session.run_sync(prepare_commit)
-                for sync_session in sync_sessions:
-                    await _in_thread(partial(prepare_commit, sync_session))
-            # The async ones last, with an async durable task's mark: if the process dies in between, it runs again.
-            for sync_session in sync_sessions:
-                await _in_thread(sync_session.commit)
             for async_session in async_sessions:
                 await async_session.commit()
         except BaseException:
             await self._rollback_async()
             raise
         self._settle_callbacks(committed=True)
+
+    async def _commit_sync_sessions(self) -> None:
+        sync_sessions = [session for session in self._sync_sessions.values() if session.in_transaction()]
+        async_sessions = self._begun_async_sessions() if sync_sessions else []
+        if len(sync_sessions) + len(async_sessions) > 1:
+            for async_session in async_sessions:
+                await async_session.run_sync(prepare_commit)
+            for sync_session in sync_sessions:
+                await _in_thread(partial(prepare_commit, sync_session))
+        for sync_session in sync_sessions:
+            await _in_thread(sync_session.commit)
+
+    def _begun_async_sessions(self) -> list[AsyncSession]:
+        return [session for session in self._async_sessions.values() if session.in_transaction()]
 
     async def _rollback_async(self) -> None:
         # A commit waits for nobody: after one that failed it would find nothing to do, and call that success.

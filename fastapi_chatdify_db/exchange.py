@@ -58,8 +58,8 @@ class HTTPExchange(AsyncUnitOfWork):
     # uvicorn begins a pipelined request in the context of the one before.
     is_root = True
     _sent: _Sent = _NOTHING
-    _is_held_back = False
-    """Whether the work of before the response is committed, or rolled back, at the end of the body only."""
+    _keeps_body = True
+    """Whether what is written while the body is sent is to be committed."""
     _failure: Exception | None = None
     """What committing before a message raised. The application may turn it into another exception where it sends."""
 
@@ -108,11 +108,10 @@ class HTTPExchange(AsyncUnitOfWork):
     def _send_settled(self, message: Message) -> Awaitable[None]:
         kind = message["type"]
         if kind == _START:
-            self._status = message["status"]
-            if not self.untouched or self.has_inner:
+            if not self.untouched or self.has_inner or self._producer:
                 if not self._body_is_under_way(message):
                     return self._commit_and_start(message)
-                self._hold_back()
+                self._hold_back(message)
             self._sent = _START_LINE
         elif kind in _BODY and not message.get("more_body"):
             if (not self.untouched or self.has_inner) and (not self.at_rest or self._producer or self._blocks()):
@@ -124,7 +123,7 @@ class HTTPExchange(AsyncUnitOfWork):
         blocks = self._blocks()
         for block in blocks:
             block.needs_whole_response = True  # for what is done after this commit
-        await self._finish_with(blocks, commit=self._wants_commit())
+        await self._finish_with(blocks, commit=self._wants_commit(start))
         for session in self._sessions:
             session.forget_block()
         self._sent = _START_LINE
@@ -137,7 +136,7 @@ class HTTPExchange(AsyncUnitOfWork):
         blocks = self._blocks()
         for block in blocks:
             block.needs_whole_response = False
-        await self._finish_with(blocks, commit=self._keeps_body())
+        await self._finish_with(blocks, commit=self._keeps_body)
         self._sent = _ALL
         await self._send(last)
 
@@ -161,9 +160,9 @@ class HTTPExchange(AsyncUnitOfWork):
             await finish(block, commit=commit)
         await self.finish_async(commit=commit)
 
-    def _hold_back(self) -> None:
+    def _hold_back(self, start: Message) -> None:
         """Commit at the end of the body: before it, the COMMIT may meet a statement of the task that produces it."""
-        self._is_held_back = True
+        self._keeps_body = self._wants_commit(start)
         blocks = self._blocks()
         for block in blocks:
             block.needs_whole_response = True
@@ -172,12 +171,8 @@ class HTTPExchange(AsyncUnitOfWork):
             for unit in (self, *blocks):
                 unit.end_reads()
 
-    def _keeps_body(self) -> bool:
-        """Whether what was written while the body was sent is to be committed."""
-        return self._wants_commit() if self._is_held_back or self._producer else True
-
-    def _wants_commit(self) -> bool:
-        if not self._commit_on(self._status):
+    def _wants_commit(self, start: Message) -> bool:
+        if not self._commit_on(start["status"]):
             return False
         # Starlette's limit (FastAPI's max_body_size=) is enforced outside of us: a 413 takes the place of any response.
         limit = self._scope.get(_BODY_LIMIT)

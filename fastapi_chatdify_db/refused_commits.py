@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
 from weakref import ref
 
 from sqlalchemy import Engine, event, text
@@ -14,8 +13,6 @@ from fastapi_chatdify_db.connection_state import ConnectionState, state_of
 from fastapi_chatdify_db.exceptions import OutsideUnitOfWork, SessionInUse, TransactionAborted
 from fastapi_chatdify_db.session_end import IN_USE, FollowedSession, in_use, states
 from fastapi_chatdify_db.sqlstates import sqlstate, was_given_up
-
-_CHECK_NOW: Final = text("SET CONSTRAINTS ALL IMMEDIATE")
 
 
 def note_failures(engine: Engine) -> None:
@@ -50,21 +47,7 @@ def _note_failure(context: ExceptionContext) -> None:
 
 
 def prepare_commit(session: Session) -> None:
-    """Flush one of several sessions before any commits, and raise what its commit would fail with, as far as one can.
-
-    Raises:
-        SessionInUse: A task or thread is in the middle of an operation of it.
-        TransactionAborted: A statement has failed.
-        sqlalchemy.exc.SQLAlchemyError: The flush failed, now or before, or a deferred constraint is violated.
-    """
-    refuse_failed(session)
-    assert isinstance(session, FollowedSession)
-    if any(state.has_effects for state in states(session)):
-        session.execute(_CHECK_NOW)
-
-
-def refuse_failed(session: Session) -> None:
-    """Flush a session, and raise what PostgreSQL would refuse its commit for.
+    """Flush a session before its commit, and raise whatever but the COMMIT itself would fail that.
 
     Raises:
         SessionInUse: A task or thread is in the middle of an operation of it.

@@ -88,10 +88,6 @@ class UnitOfWork:
         session = self._sync_sessions.get(engines)
         return self._first_sync_session(engines) if session is None else session
 
-    def sync_session_if_made(self, engines: Engines) -> Session | None:
-        """The same, or None if nobody has asked for it yet."""
-        return self._sync_sessions.get(engines)
-
     def session_of_writes(self, engines: Engines) -> Session:
         """The session to add to for code that cannot await, e.g. ``delay_durably``."""
         return self.sync_session(engines)
@@ -136,6 +132,7 @@ class UnitOfWork:
         for session in self._sessions:
             if session.in_transaction() and not (in_use(session) or end_may_wait(session)):
                 end_reads(session)
+                session.forget_block()
 
     @property
     def has_committed(self) -> bool:

@@ -33,6 +33,8 @@ class WebSocketExchange(AsyncUnitOfWork):
     _accepted = False
     _receiving = False
     """Whether the handler waits for the client."""
+    _handler_asked = False
+    """Whether the handler has asked for a session since it, or a task of its own, began to wait for the client."""
     _handler_waits = False
     """Whether the handler waits for a task that it made to read the next message."""
     _settling = False
@@ -73,19 +75,25 @@ class WebSocketExchange(AsyncUnitOfWork):
 
     async def _receive_settled(self) -> Message:
         task = asyncio.current_task()
-        self._handler_waits = task not in (self._reader, self._handler)
+        is_helper = task not in (self._reader, self._handler)
         self._reader = task
         await self._undo_failures()
         # Else a task is at work on what this one has read, and settles when it answers.
         if not (self.in_use or (self.rollback_only and self._others_at_work())):
             await self._settle(commit=True)
-        self._receiving = True
+        self._receiving, self._handler_asked = True, False
         try:
             if self._unread is None:
                 self._unread = await self._receive()
         finally:
             self._receiving = False
-        await self._undo_failures()  # before a task for this message begins; if cancelled, the message stays unread
+        self._handler_waits = is_helper and not self._handler_asked
+        try:
+            await self._undo_failures()  # before a task for this message begins; if cancelled, the message stays unread
+            if self._handler_waits and self.rollback_only and not (self.in_use or self._others_at_work()):
+                await self._settle(commit=True)
+        finally:
+            self._handler_waits = False
         message, self._unread = self._unread, None
         return message
 
@@ -115,7 +123,8 @@ class WebSocketExchange(AsyncUnitOfWork):
             self._workers.add(None)
             return
         self._raise_if_undone()
-        self._workers.add(asyncio.current_task())
+        self._workers.add(task := asyncio.current_task())
+        self._handler_asked |= task is self._handler
 
     def _raise_if_undone(self) -> None:
         if (task := asyncio.current_task()) is not None and task in self._undone:

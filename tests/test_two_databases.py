@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy import UniqueConstraint, event, func, select, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -215,36 +215,6 @@ async def test_failure_in_a_savepoint_is_none(app: FastAPI, reports: Database, o
         assert (await client.post("/")).status_code == 200
     assert await observer.names() == ["a"]
     assert await count(reports) == 1
-
-
-@pytest.mark.parametrize("path", ["/200", "/def/200"])
-async def test_constraint_of_the_second_that_is_checked_at_the_commit_keeps_the_first_from_committing(
-    reports: Database, observer: Observer, path: str
-) -> None:
-    """It is checked before either commits."""
-    async with serve(app_on_both(reports)) as client:
-        assert (await client.post(path, params={"title": "same"})).status_code == 200
-        await observer.connection.execute("DELETE FROM item")
-        assert (await client.post(path, params={"title": "same"})).status_code == 500
-    assert await observer.names() == []
-    assert await count(reports) == 1
-
-
-async def test_same_for_both_sessions_of_one_database(app: FastAPI, observer: Observer) -> None:
-    """An ``async def`` dependency and a ``def`` endpoint, too, keep both of their rows or none."""
-
-    async def dependency(name: str) -> None:
-        db.session.add(Item(name))
-
-    @app.post("/", dependencies=[Depends(dependency)])
-    def handler() -> None:
-        db.sync_session.add(Item("of the def"))
-
-    async with serve(app) as client:
-        assert (await client.post("/", params={"name": "same"})).status_code == 200
-        await observer.connection.execute("DELETE FROM item WHERE name = 'of the def'")
-        assert (await client.post("/", params={"name": "same"})).status_code == 500
-    assert await observer.names() == ["same"]
 
 
 async def test_second_commit_that_fails_is_an_error_though_the_first_stays(

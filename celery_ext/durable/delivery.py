@@ -23,7 +23,7 @@ from celery_ext.portable import as_text
 from celery_ext.soft_limit import soft_limit_held_back
 from fastapi_chatdify_db.async_unit_of_work import run_to_completion
 from fastapi_chatdify_db.exceptions import AfterCommitError
-from fastapi_chatdify_db.refused_commits import refuse_failed
+from fastapi_chatdify_db.refused_commits import prepare_commit
 from fastapi_chatdify_db.surroundings import in_event_loop
 
 if TYPE_CHECKING:
@@ -76,20 +76,14 @@ class Delivery:
         self._request.retries = row.retries  # the row's count outlives crashes, a message's does not
         event.listen(session, "before_commit", self._keep_lease)
 
-    def finish(self, session: Session, beside: Session | None = None) -> None:
+    def finish(self, session: Session) -> None:
         """Mark the row done, or due again after a ``retry(throw=False)``; the last statement of the body's transaction.
-
-        Parameters:
-            session: The body's.
-            beside: Another session of the same unit and database, which commits before it.
 
         Raises:
             Dropped: It was done by another worker, or cancelled, after this one had lost its lease.
         """
         self._finishing = True
-        if beside is not None:
-            outbox.take_over(session, beside)
-        refuse_failed(session)  # or the mark would fail where the COMMIT should, with an error that names no cause
+        prepare_commit(session)  # or the mark would fail where the COMMIT should, with an error that names no cause
         if not self._succeed(session):
             logger.warning("task %s[%s] was ended elsewhere, and is rolled back", self._task.name, self.task_id)
             raise Dropped

@@ -29,16 +29,6 @@ def add(session: Session, row: Row) -> None:
     outbox.add(row)
 
 
-def take_over(session: Session, other: Session) -> None:
-    """Store the rows of ``other`` with those of ``session``, whose COMMIT comes later and which locks keys before it.
-
-    Else the COMMIT of ``other`` would wait for one of those keys, and ``session`` for that COMMIT, without end.
-    """
-    outbox = other.info.get(Outbox)
-    for row in [] if outbox is None else outbox.take():
-        add(session, row)
-
-
 def keys(session: Session) -> set[str]:
     """The ordering keys of rows that are not stored yet, which the COMMIT will lock."""
     outbox = session.info.get(Outbox)
@@ -74,16 +64,12 @@ class Outbox:
         """The ordering keys of its rows."""
         return {row.ordering_key for row, _ in self._rows if row.ordering_key is not None}
 
-    def take(self) -> list[Row]:
-        """Its rows, which it does not keep any longer."""
-        root = self._session.get_transaction()  # rows of others are dropped: reset() and close() end one without event
-        rows, self._rows = [row for row, began in self._rows if root in self_and_parents(began)], []
-        return rows
-
     def _store(self, session: Session) -> None:
         if session.in_nested_transaction():
             return  # a savepoint is released; the transaction around it still decides
-        _insert(session, self.take())
+        root = session.get_transaction()  # rows of others are dropped: reset() and close() end one without an event
+        rows, self._rows = [row for row, began in self._rows if root in self_and_parents(began)], []
+        _insert(session, rows)
 
     def _store_what_a_flush_added(self, session: Session, ended: SessionTransaction) -> None:
         # A flush has a transaction of its own within the session's, which ends after the last of its events.

@@ -42,7 +42,7 @@ def _lock(database: Database) -> None:
 def _mark_after(database: Database) -> None:
     finish = Delivery.finish
 
-    def mark_later(self: Delivery, session: Session, beside: Session | None = None) -> None:
+    def mark_later(self: Delivery, session: Session) -> None:
         def mark(_: Session) -> None:
             deadline = time.monotonic() + _PATIENCE
             while _nobody_else(database, self.task_id) and time.monotonic() < deadline:
@@ -70,4 +70,4 @@ def _mark_before(database: Database) -> None:
             finish(self, independent)
 
     Delivery.begin = mark_early  # type: ignore[method-assign]
-    Delivery.finish = lambda self, session, beside=None: None  # type: ignore[method-assign]
+    Delivery.finish = lambda self, session: None  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tests.observing import Observer
+from tests.observing import PATIENCE, Observer
 from tests.random_requests.foretelling import Foretelling, Outcome
 from tests.random_requests.programs import PROGRAMS, TAKEN, Program
 from tests.random_requests.running import Run
@@ -48,7 +48,8 @@ class Server:
                 is_complete = True
         except httpx.RemoteProtocolError:
             pass  # the body is cut short
-        await self.ended.wait()
+        async with asyncio.timeout(PATIENCE):
+            await self.ended.wait()
         assert await observer.in_transaction() == 0
         rows = [name for name in await observer.names() if not name.startswith("taken")]
         return Outcome(status, is_complete, sorted(rows + run.called))
