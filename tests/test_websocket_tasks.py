@@ -220,6 +220,30 @@ async def test_dry_run_without_an_answer(
         assert await observer.names() == ["a"]
 
 
+async def test_dry_run_beside_a_task_that_reads_ahead(observer: Observer) -> None:
+    """The handler is still at work on it, although a task of its own waits for the next message."""
+
+    async def handler(socket: WebSocket) -> None:
+        await socket.accept()
+        name = await socket.receive_text()
+        db.session.add(Item(f"{name} 1"))
+        db.rollback_only()
+        ahead = asyncio.create_task(socket.receive_text())
+        await asyncio.sleep(0)
+        db.session.add(Item(f"{name} 2"))
+        await db.session.flush()
+        await socket.send_text("refused")
+        db.session.add(Item(await ahead))
+        await socket.send_text("stored")
+
+    async with connected(websocket_app(handler)) as socket:
+        await socket.send("dry run")
+        assert await socket.recv() == "refused"
+        await socket.send("a")
+        assert await socket.recv() == "stored"
+    assert await observer.names() == ["a"]
+
+
 async def test_handler_answers_for_a_task_that_is_done(observer: Observer) -> None:
     """Though another task received the message, and another one did the work."""
 
