@@ -95,6 +95,11 @@ def database_url() -> str:
     return os.environ["DATABASE_URL"]
 
 
+def with_parameter(url: str, name: str, value: str) -> str:
+    """A database's URL with a further parameter; the embedded server's has one already."""
+    return make_url(url).update_query_dict({name: value}).render_as_string(hide_password=False)
+
+
 @pytest.fixture
 def own_database() -> Iterator[str]:
     """The URL of an empty database for one test, all of whose sessions may be terminated."""

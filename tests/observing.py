@@ -26,9 +26,10 @@ class Observer:
         return [row["name"] for row in await self.connection.fetch("SELECT name FROM item ORDER BY name")]
 
     async def in_transaction(self) -> int:
-        """How many other sessions are idle in a transaction."""
+        """How many sessions are idle in a transaction, besides those of a queue in tables (kombu's), without a name."""
         query = """SELECT count(*) FROM pg_stat_activity
-                   WHERE datname = current_database() AND state LIKE 'idle in transaction%'"""
+                   WHERE datname = current_database() AND state LIKE 'idle in transaction%'
+                       AND application_name <> ''"""
         return int(await self.connection.fetchval(query))
 
     async def connections(self, application_name: str) -> int:

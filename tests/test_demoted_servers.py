@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from sqlalchemy import select, text
 
 from fastapi_chatdify_db import Database, DatabaseSettings, DBSessionMiddleware
+from tests.conftest import with_parameter
 from tests.models import Item
 from tests.observing import Observer
 from tests.serving import serve
@@ -20,7 +21,7 @@ DEMOTE = text("SET SESSION default_transaction_read_only = on")
 @pytest.fixture(params=["read-write", "primary"])
 async def demoted(request: pytest.FixtureRequest, observer: Observer, database_url: str) -> AsyncIterator[Database]:
     """A database with one connection of each driver, on which nothing can be written."""
-    url = f"{database_url}?target_session_attrs={request.param}"
+    url = with_parameter(database_url, "target_session_attrs", request.param)
     database = Database(settings=DatabaseSettings(database_url=url, db_pool_size=1, db_max_overflow=0))
     async with database.transaction() as session:
         await session.execute(DEMOTE)

@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from fastapi_chatdify_db import Database, DatabaseSettings, db
+from tests.conftest import with_parameter
 from tests.observing import Observer, Other
 
 CREATE_IN_A_PROCESS = """
@@ -43,7 +44,7 @@ async def test_eight_processes_create_the_tables_at_once(own_database: str, turn
 async def test_tables_that_another_process_is_creating(tables: None, observer: Observer, database_url: str) -> None:
     """They are waited for, whatever the time limits of statements and locks."""
     await db.drop_tables()
-    url = f"{database_url}?options=-clock_timeout=200"
+    url = with_parameter(database_url, "options", "-clock_timeout=200")
     hurried = Database(settings=DatabaseSettings(database_url=url, db_statement_timeout=0.2))
     async with observer.connection.transaction():
         await observer.connection.execute("CREATE TABLE item ()")

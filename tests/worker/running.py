@@ -40,6 +40,10 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+needs_a_broker = pytest.mark.skipif(brokers() == ["postgresql"], reason="needs Redis or RabbitMQ")
+"""For what PostgreSQL as a queue does not do: to deliver again what a worker that died had, or to be away itself."""
+
+
 def urls(broker: str) -> tuple[str, str]:
     """The URLs of a broker and of the result backend beside it."""
     database = make_url(os.environ["DATABASE_URL"]).set(drivername="postgresql+psycopg2")

@@ -21,7 +21,7 @@ from fastapi_chatdify_db import DatabaseUnavailable, db
 from tests.failing import raising
 from tests.models import Item
 from tests.observing import Observer
-from tests.worker.running import Worker, brokers, deliver, task, worker
+from tests.worker.running import Worker, brokers, deliver, needs_a_broker, task, worker
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,7 @@ async def test_database_lost_before_the_commit(relayed: Worker, rows: Observer, 
     assert await rows.names() == ["x"]
 
 
+@needs_a_broker
 @pytest.mark.parametrize("name", ["sleep_after_insert", "sleep_after_insert_async"])
 async def test_cold_shutdown_of_the_pool_solo(rows: Observer, name: str) -> None:
     """Celery, which cannot end a task there, raises an error in its midst; that is no failure of the task."""

@@ -17,7 +17,7 @@ from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import db
 from tests.observing import PATIENCE, Observer
 from tests.serving import free_socket
-from tests.worker.running import Worker, brokers, worker
+from tests.worker.running import Worker, brokers, needs_a_broker, worker
 
 GREEN = ("gevent", "eventlet")
 POOLS = ["prefork", "threads", "solo", *GREEN]
@@ -204,6 +204,7 @@ async def test_soft_time_limit_during_the_commit(empty_tables: Observer) -> None
     assert await empty_tables.names() == ["next", "slow_commit", "slow_commit_async"]
 
 
+@needs_a_broker
 @pytest.mark.usefixtures("slow_commits")
 async def test_cold_shutdown_during_the_commit(empty_tables: Observer) -> None:
     """Nor does Celery's error in the midst of the pool solo's task make a failure of a coroutine that is committed."""
@@ -266,6 +267,7 @@ async def test_parent_that_used_the_engine_before_it_forked(empty_tables: Observ
         assert "OperationalError" not in running.log
 
 
+@needs_a_broker
 @pytest.mark.usefixtures("kills")
 async def test_killed_in_the_middle(empty_tables: Observer) -> None:
     """A process killed in a task with ``acks_late`` leaves no row; the redelivered task leaves one."""

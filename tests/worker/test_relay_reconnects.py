@@ -19,7 +19,7 @@ from fastapi_chatdify_db import db
 from tests.observing import PATIENCE, Observer
 from tests.serving import free_socket
 from tests.worker.application import create_app
-from tests.worker.running import Worker, task, until_logged
+from tests.worker.running import Worker, needs_a_broker, task, until_logged
 
 
 @asynccontextmanager
@@ -56,6 +56,7 @@ def app_behind(door: socket.socket, prefork: Worker) -> tuple[Celery[celery_ext.
     return app, there.port
 
 
+@needs_a_broker
 async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
     """What a relay claimed for a broker that is down is due at once, not after the time of grace."""
     with socket.socket() as door:
@@ -69,6 +70,7 @@ async def test_broker_that_comes_back(prefork: Worker, rows: Observer, caplog: p
         app.close()
 
 
+@needs_a_broker
 async def test_broker_that_goes_away(prefork: Worker, rows: Observer, caplog: pytest.LogCaptureFixture) -> None:
     """Likewise what it claimed before it found its connection broken."""
     with socket.socket() as door:

@@ -15,6 +15,7 @@ from celery import Celery
 import celery_ext
 from celery_ext.durable.relay import relaying
 from fastapi_chatdify_db import Database, DatabaseSettings
+from tests.conftest import with_parameter
 
 SECRET = "s3cr3t"
 
@@ -22,7 +23,8 @@ SECRET = "s3cr3t"
 def test_pauses_grow(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
     """A relay that was started before the tables exist asks for them less and less often, and says what to do."""
     app = Celery(broker="memory://", set_as_current=False)
-    database = Database(settings=DatabaseSettings(database_url=f"{database_url}?options=-csearch_path=pg_temp"))
+    url = with_parameter(database_url, "options", "-csearch_path=pg_temp")
+    database = Database(settings=DatabaseSettings(database_url=url))
     celery_ext.init_app(app, db=database)
     caplog.set_level(logging.WARNING, logger="celery_ext.durable.relay")
     with relaying(app, database):
@@ -111,7 +113,7 @@ def test_database_that_keeps_no_durable_tasks(tmp_path: Path, subcommand: str) -
 def test_tables_that_are_not_there(tmp_path: Path, database_url: str) -> None:
     """One line says what is missing."""
     module = "import celery, celery_ext\n\napp = celery.Celery()\ncelery_ext.init_app(app)\n"
-    said = status(tmp_path, module, url=f"{database_url}?options=-csearch_path=pg_temp")
+    said = status(tmp_path, module, url=with_parameter(database_url, "options", "-csearch_path=pg_temp"))
     assert said.startswith("there is no table durable_task here; create the tables")
     assert said.count("\n") == 1
 
