@@ -10,7 +10,7 @@ from example_app.clients import get_chatwoot
 from example_app.clients.http import Busy
 from example_app.fakes.faults import Fault
 from example_app.tasks import handle_dify_response
-from tests.example_app.conftest import Outside
+from tests.example_app.conftest import Configure, Outside
 from tests.example_app.stepping import ask, receive, respond, run
 
 
@@ -35,8 +35,9 @@ async def test_post_whose_answer_was_lost_is_not_repeated(outside: Outside, stat
     assert len(outside.chatwoot.conversation(7).answers()) == 1
 
 
-async def test_post_that_was_lost_in_a_long_conversation(outside: Outside) -> None:
+async def test_post_that_was_lost_in_a_long_conversation(outside: Outside, configure: Configure) -> None:
     """It is found among the messages since the customer's, however many there are."""
+    configure(HTTPX_READ_TIMEOUT="60")  # for so many messages, the machine may be busy once
     [message] = await receive(outside, "Hello")
     await run(ask, message)
     chatwoot = await get_chatwoot()

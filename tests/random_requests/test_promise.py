@@ -66,7 +66,7 @@ async def server(observer: Observer) -> AsyncIterator[Server]:
 
 
 @given(program=PROGRAMS)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_promise_is_kept(server: Server, observer: Observer, program: Program) -> None:
     """The status, the body, the rows and the callbacks; and no transaction is left open."""
     assert await server.outcome(program, observer) == Foretelling(program).outcome()
