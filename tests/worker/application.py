@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 
 from celery import Celery
-from kombu.transport.sqlalchemy import Transport
-from sqlalchemy import NullPool
 
 import celery_ext
+from example_app.demo import table_queue
 from tests.worker import tasks as tasks
 
 
@@ -23,11 +22,7 @@ def create_app(broker: str, backend: str, queue: str) -> Celery[celery_ext.Task]
         task_track_started=False,
         broker_connection_timeout=2.0,
     )
-    if broker.startswith("sqla"):
-        # A pool would be inherited by the processes that a worker forks: two would use one connection.
-        app.conf.broker_transport_options = {"poolclass": NullPool}
-        # As an option, the transport would hand it on to create_engine(), which refuses it.
-        Transport.polling_interval = 0.05
+    table_queue.prepare(app)
     celery_ext.init_app(app)
     return app
 
